@@ -1,0 +1,81 @@
+"""What every command does before its work: check versions, parse flags, and turn a user's mistake into one line.
+
+Import it before anything that needs a particular version of transformers: it checks the versions at import.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+# Lowest admitted version and first excluded one; the same ranges stand in requirements.txt.
+SUPPORTED = {"python": ("3.10", "3.14"), "torch": ("2.6", "2.14"), "transformers": ("5.17", "6")}
+
+Args = TypeVar("Args")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message says what is wrong, the value, and what to type."""
+
+
+def version_complaint(package: str, version: str) -> str | None:
+    """Why `version` of `package` is outside SUPPORTED, or None."""
+    lowest, excluded = SUPPORTED[package]
+
+    def release(text: str) -> list[int]:
+        return [int("".join(filter(str.isdigit, part)) or 0) for part in text.split("+")[0].split(".")[:2]]
+
+    if release(lowest) <= release(version) < release(excluded):
+        return None
+    return f"{package} {version} is not supported: needs >= {lowest} and < {excluded}; run: pip install -r requirements.txt"
+
+
+def check_versions() -> None:
+    """Exit with one line if Python, torch or transformers lies outside the supported range."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            _exit(f"{package} is not installed; run: pip install -r requirements.txt")
+    for package, version in versions.items():
+        complaint = version_complaint(package, version)
+        if complaint:
+            _exit(complaint)
+
+
+def _exit(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(args_class: type[Args], argv: list[str] | None = None) -> Args:
+    """An `args_class` (a dataclass whose fields carry their help) from `argv`; unknown flags are errors."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(args_class, allow_abbrev=False)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3, cutoff=0.5)
+        suggestion = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"unknown argument {unknown[0]}: {suggestion}known flags: {' '.join(sorted(set(known)))}")
+    return args_class(**vars(args))
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit with its status; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        status = main()
+    except UserError as error:
+        _exit(str(error))
+    except KeyboardInterrupt:
+        status = 130
+    raise SystemExit(status)
+
+
+check_versions()

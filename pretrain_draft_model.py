@@ -1,0 +1,233 @@
+"""Pretrain a small Llama: a draft model for a larger target, or the suite's own embedded target.
+
+    # a llama-68m on UltraChat with the target's tokenizer
+    python pretrain_draft_model.py --tokenizer_path meta-llama/Llama-3.2-1B-Instruct --dataset ultrachat \\
+        --output_dir runs/llama-68m --max_steps 20000
+    # from the first 4 blocks of a target
+    python pretrain_draft_model.py --init first_blocks --init_from meta-llama/Llama-3.2-1B-Instruct \\
+        --num_hidden_layers 4 --dataset ultrachat --output_dir runs/first4
+    # the embedded target: see assets/pydoc-llama-7m/README.md
+
+The result is a folder `model_<step>` that `from_pretrained` loads, tokenizer included.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from command_line import UserError, parse_args, run
+from data_utils import EncodeOptions, PackedBatches, encode_prompt, render_chat
+from results import make_output_dir
+from row_files import describe_skipped
+from target_model import DeviceArgs, load_config, load_tokenizer, tokenizer_hash
+from text_datasets import find_dataset, fingerprint, open_stream
+from training_loop import TrainingArgs, TrainingTask, begin_run, finished_checkpoint, run_training
+
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+VALIDATION_BATCHES = 40
+NUM_SAMPLES, SAMPLE_TOKENS = 3, 64
+
+
+@dataclass(kw_only=True)
+class Args(TrainingArgs, DeviceArgs):
+    """Pretrain a small Llama."""
+
+    init: Literal["scratch", "checkpoint", "first_blocks"] = field(default="scratch", metadata={"help": "where the weights start"})
+    init_from: str | None = field(default=None, metadata={"help": "model of --init checkpoint or first_blocks"})
+    tokenizer_path: str | None = field(default=None, metadata={"help": "tokenizer to use (default: that of --init_from)"})
+    train_tokenizer_size: int | None = field(default=None, metadata={"help": "train a byte-level BPE of this size on the data instead"})
+    dataset: list[str] = field(default_factory=lambda: ["ultrachat"], metadata={"help": "data sets; their epochs are spread to end together"})
+    dataset_path: str | None = field(default=None, metadata={"help": "local files of the (one) data set's form"})
+    hidden_size: int = field(default=768, metadata={"help": "D"})
+    intermediate_size: int = field(default=3072, metadata={"help": "width of the feed-forward layers"})
+    num_hidden_layers: int = field(default=2, metadata={"help": "blocks"})
+    num_attention_heads: int = field(default=12, metadata={"help": "attention heads"})
+    num_key_value_heads: int = field(default=12, metadata={"help": "key and value heads"})
+    max_position_embeddings: int = field(default=2048, metadata={"help": "longest context"})
+    tie_word_embeddings: bool = field(default=False, metadata={"help": "one tensor for embeddings and head"})
+    rope_scaling_factor: float | None = field(default=None, metadata={"help": "Llama-3 RoPE scaling by this factor (default: none)"})
+    weight_decay: float = field(default=0.1, metadata={"help": "of AdamW, on matrices only"})
+
+    def check(self) -> None:
+        super().check()
+        if (self.init == "scratch") != (self.init_from is None):
+            raise UserError(f"--init {self.init} {'takes no' if self.init_from else 'needs'} --init_from")
+        if (self.tokenizer_path or self.init_from) is None and self.train_tokenizer_size is None:
+            raise UserError("no tokenizer: give --tokenizer_path, or --train_tokenizer_size 4096 to train one")
+        if self.dataset_path is not None and len(self.dataset) > 1:
+            raise UserError("--dataset_path goes with one --dataset")
+        for name in self.dataset:
+            find_dataset(name)
+        if self.init == "scratch" and self.hidden_size % self.num_attention_heads:
+            raise UserError(f"--hidden_size {self.hidden_size} is no multiple of --num_attention_heads {self.num_attention_heads}")
+
+
+def train_tokenizer(args: Args) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with single digits and a chat template, trained on the chats of the training split."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.train_tokenizer_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    examples = (example for name in args.dataset for example in open_stream(name, "train", args.dataset_path, shuffle=False).rest_of_epoch())
+    tokenizer.train_from_iterator((text for example in examples for text in _texts(example)), trainer)
+    bos, eos, pad, end = (SPECIAL_TOKENS[i] for i in (0, 1, 2, 6))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, additional_special_tokens=[*SPECIAL_TOKENS[3:6], end],
+        model_max_length=args.max_position_embeddings, clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _texts(example: dict) -> list[str]:
+    return [example["text"]] if "text" in example else [message["content"] for message in example["messages"]]
+
+
+def make_tokenizer(args: Args, folder: Path) -> PreTrainedTokenizerBase:
+    """The run's tokenizer: given, or trained once and kept in the run's folder."""
+    kept = folder / "tokenizer"
+    if args.train_tokenizer_size is None:
+        return load_tokenizer(args.tokenizer_path or args.init_from)
+    if not kept.exists():
+        train_tokenizer(args).save_pretrained(kept)
+    return load_tokenizer(str(kept))
+
+
+def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -> LlamaForCausalLM:
+    """The model to train, fp32: new, a checkpoint, or a target's first blocks under its own norm and head."""
+    torch.manual_seed(args.seed)
+    if args.init == "scratch":
+        return _new_model(args, tokenizer, attention)
+    config = load_config(args.init_from)
+    if args.init == "first_blocks":
+        if not 1 <= args.num_hidden_layers <= config.num_hidden_layers:
+            raise UserError(f"--num_hidden_layers {args.num_hidden_layers}: {args.init_from} has {config.num_hidden_layers} blocks")
+        config.num_hidden_layers = args.num_hidden_layers
+    if config.vocab_size < len(tokenizer):
+        raise UserError(f"{args.init_from} knows {config.vocab_size} tokens, the tokenizer has {len(tokenizer)}; use the model's own tokenizer")
+    return AutoModelForCausalLM.from_pretrained(args.init_from, config=config, dtype=torch.float32, attn_implementation=attention)
+
+
+def _new_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -> LlamaForCausalLM:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    if args.rope_scaling_factor is not None:
+        rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": args.rope_scaling_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": int(args.max_position_embeddings / args.rope_scaling_factor)}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden_size, intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.num_hidden_layers, num_attention_heads=args.num_attention_heads,
+        num_key_value_heads=args.num_key_value_heads, max_position_embeddings=args.max_position_embeddings,
+        tie_word_embeddings=args.tie_word_embeddings, rope_parameters=rope, rms_norm_eps=1e-5, attn_implementation=attention,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    for block in model.model.layers:  # GPT-2's rule: each block writes twice into the residual stream
+        for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+            projection.weight.data /= (2 * args.num_hidden_layers) ** 0.5
+    return model
+
+
+def make_optimizer(model: LlamaForCausalLM, args: Args) -> torch.optim.AdamW:
+    """AdamW (.9, .95) with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+class Pretraining:
+    """The callbacks of one pretraining run: loss, validation, samples and saving."""
+
+    def __init__(self, args: Args, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.args, self.folder, self.tokenizer = args, folder, tokenizer
+        self.device, self.dtype, attention = args.resolve()
+        self.model = make_model(args, tokenizer, attention).to(self.device)
+        options = EncodeOptions(tokenizer, max_length=args.max_length, batch_size=args.batch_size)
+        self.streams = [open_stream(name, "train", args.dataset_path, args.seed) for name in args.dataset]
+        self.held_out = [open_stream(name, "validation", args.dataset_path, args.seed) for name in args.dataset]
+        self.batches = PackedBatches(self.streams, options)
+        self.validation = list(islice(PackedBatches(self.held_out, options), VALIDATION_BATCHES))
+        self.batch_loss = torch.compile(self._batch_loss) if args.torch_compile else self._batch_loss
+
+    def count(self, batch: dict) -> int:
+        return batch["input_ids"][:, 1:].numel()
+
+    def _batch_loss(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Next-token cross-entropy summed over `input_ids` (B, T), nats."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+        return cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="sum")
+
+    def loss(self, batch: dict) -> tuple[torch.Tensor, dict]:
+        return self.batch_loss(batch["input_ids"].to(self.device)), {}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Token-mean loss on held-out text; prints greedy samples."""
+        self.model.eval()
+        total = sum(float(self._batch_loss(batch["input_ids"].to(self.device))) for batch in self.validation)
+        self._print_samples()
+        self.model.train()
+        return {"validation_loss": total / sum(self.count(batch) for batch in self.validation)}
+
+    def _print_samples(self) -> None:
+        for example in islice(self.held_out[0].rest_of_epoch(), NUM_SAMPLES):
+            prompt = torch.tensor([encode_prompt(self.tokenizer, example)[: self.args.max_length]], device=self.device)
+            output = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+            print(f"--- {self.tokenizer.decode(output[0, -SAMPLE_TOKENS - 24 :])}")
+
+    def save(self, step: int, losses: dict[str, float]) -> Path:
+        """Write `model_<step>`, bf16, complete or not at all."""
+        final = self.folder / f"model_{step:06d}"
+        partial = final.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[6])}
+        self.model.generation_config.eos_token_id = sorted(ends - {None, self.tokenizer.unk_token_id})
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in self.model.state_dict().items()}
+        self.model.config.dtype = torch.bfloat16
+        self.model.save_pretrained(partial, state_dict=weights)
+        self.tokenizer.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return final
+
+    def task(self) -> TrainingTask:
+        return TrainingTask(self.model, make_optimizer(self.model, self.args), self.batches, self.count, self.loss, self.validate, self.save)
+
+
+def main() -> int:
+    args = parse_args(Args)
+    args.check()
+    folder = make_output_dir(args.output_dir)
+    if args.resume and (finished := finished_checkpoint(folder)):
+        print(f"finished already\n{finished}")
+        return 0
+    begin_run(folder, args, {})
+    tokenizer = make_tokenizer(args, folder)
+    pretraining = Pretraining(args, folder, tokenizer)
+    print(f"{sum(p.numel() for p in pretraining.model.parameters()) / 1e6:.2f}M parameters; data:",
+          *[fingerprint(stream) for stream in pretraining.streams], "tokenizer", tokenizer_hash(tokenizer))
+    status = run_training(pretraining.task(), args, folder)
+    for stream in pretraining.streams:
+        print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {describe_skipped(stream.skipped)}")
+    return status
+
+
+if __name__ == "__main__":
+    run(main)

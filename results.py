@@ -1,0 +1,132 @@
+"""Files that runs leave behind: JSONL and CSV rows, and the record of how a run was made.
+
+Whole files are replaced atomically; rows are appended and flushed, and a torn last line (a killed process) is
+dropped when read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from command_line import UserError
+
+MANIFEST_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy", "pandas")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: readers see the old file or the new one, never half of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def append_jsonl(path: Path, row: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of `path` ([] where there is no file); a last line that is cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not JSON ({error.msg}); mend or delete it") from error
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Replace `path` by a table of `rows`; a number that a row lacks stays empty."""
+    write_text(path, pd.DataFrame(rows).to_csv(index=False))
+
+
+def make_output_dir(path: str) -> Path:
+    """The folder `path`, made where missing. Raises UserError when it cannot be written to."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}); choose another output directory") from error
+    return folder
+
+
+def record_run(folder: Path, args: object, settings: dict | None = None) -> None:
+    """Write how this run was made into `folder`: `cmd.txt` (appended on resume), `config.json` and `manifest.json`.
+
+    `settings` are facts beside the flags (a data set's fingerprint, a tokenizer's hash).
+    """
+    with (folder / "cmd.txt").open("a", encoding="utf-8") as file:
+        file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+    write_json(folder / "config.json", dataclasses.asdict(args))
+    write_json(folder / "manifest.json", {**environment(), **(settings or {})})
+
+
+def environment() -> dict:
+    """Date, git revision, library versions and device of this process."""
+    manifest = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "git_sha": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in MANIFEST_LIBRARIES},
+        "device": "cpu",
+    }
+    if torch.cuda.is_available():
+        manifest |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver_version()}
+    return manifest
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the suite's folder, or None outside a checkout."""
+    return _output_of(["git", "-C", str(Path(__file__).parent), *arguments])
+
+
+def _driver_version() -> str | None:
+    return _output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def _output_of(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_config(folder: Path) -> dict | None:
+    """The flags of the run recorded in `folder`, or None."""
+    path = folder / "config.json"
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,117 @@
+"""Loading the frozen full model (the target) and its tokenizer: flags, early errors, and the hashes that identify them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from command_line import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EMBEDDED_TARGET = Path(__file__).parent / "assets" / "pydoc-llama-7m"
+
+
+@dataclass(kw_only=True)
+class DeviceArgs:
+    """Where and in which number format a model runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto: cuda where there is one"})
+    torch_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(default="auto", metadata={"help": "auto: bf16 on cuda, fp32 on cpu"})
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = field(default="auto", metadata={"help": "auto: sdpa"})
+    tf32: bool = field(default=True, metadata={"help": "TF32 for fp32 matrix products on cuda"})
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch (default: torch's own choice)"})
+
+    def resolve(self) -> tuple[torch.device, torch.dtype, str]:
+        """(device, dtype, attention implementation) for these flags; sets torch's threads and TF32. Raises UserError."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
+        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+        attention = "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
+        if attention == "flash_attention_2":
+            self._check_flash_attention(device, DTYPES.get(self.torch_dtype, automatic))
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        return device, DTYPES.get(self.torch_dtype, automatic), attention
+
+    def _check_flash_attention(self, device: torch.device, dtype: torch.dtype) -> None:
+        if importlib.util.find_spec("flash_attn") is None:
+            raise UserError("--attn_implementation flash_attention_2: the flash-attn package is not installed; use sdpa, or pip install flash-attn")
+        if device.type != "cuda" or dtype == torch.float32:
+            raise UserError("--attn_implementation flash_attention_2 needs cuda and bf16 or fp16; use sdpa")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The full model, its tokenizer, and the name that was typed for it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_config(path: str) -> object:
+    """The configuration of the model at `path`, a Llama. Raises UserError."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model at {path} ({str(error).splitlines()[0]}); give a Hugging Face id or a folder with config.json") from error
+    if config.model_type != "llama":
+        raise UserError(f"{path} is a {config.model_type} model; this suite exits early from Llama models only")
+    return config
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`. Raises UserError."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer at {path} ({str(error).splitlines()[0]})") from error
+
+
+def load_target(path: str, args: DeviceArgs) -> Target:
+    """The model at `path` in evaluation mode with frozen weights, and its tokenizer."""
+    device, dtype, attention = args.resolve()
+    load_config(path)
+    tokenizer = load_tokenizer(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    return Target(model.to(device).eval().requires_grad_(False), tokenizer, path)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identifies the token <-> id mapping: equal for tokenizers that give every token the same id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """Identifies the target's architecture and weights by its shape-giving settings and a few values of every tensor.
+
+    Independent of the dtype the model was loaded in where that dtype holds bf16 values exactly (bf16, fp32).
+    """
+    config = model.config
+    shape = [config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
+             config.num_key_value_heads, config.vocab_size, str(config.rope_parameters)]
+    digest = hashlib.sha256(json.dumps(shape).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def eos_token_ids(target: Target) -> frozenset[int]:
+    """Every id that ends a generation: the generation config's, else the tokenizer's; a list of them is normal."""
+    ids = target.model.generation_config.eos_token_id
+    if ids is None:
+        ids = target.tokenizer.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])

@@ -1,0 +1,35 @@
+"""Every data set by name: what `--dataset` accepts, and how a command opens one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import islice
+
+import arithmetic_dataset
+import pydoc_dataset
+from command_line import UserError
+from row_files import ExampleStream, TextDataset, open_rows
+
+DATASETS: dict[str, TextDataset] = {module.DATASET.name: module.DATASET for module in (arithmetic_dataset, pydoc_dataset)}
+FINGERPRINT_ROWS = 100
+
+
+def find_dataset(name: str) -> TextDataset:
+    """The data set called `name`. Raises UserError naming the known ones."""
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(sorted(DATASETS))}")
+    return DATASETS[name]
+
+
+def open_stream(name: str, split: str, path: str | None = None, seed: int = 0, shuffle: bool = True) -> ExampleStream:
+    """An endless stream of examples of `name` (see ExampleStream). Raises UserError for unknown names and bad files."""
+    dataset = find_dataset(name)
+    return ExampleStream(dataset, open_rows(dataset, split, path), seed, shuffle)
+
+
+def fingerprint(stream: ExampleStream) -> dict:
+    """Name, number of rows (None for a stream) and a hash of the first rows, for manifests."""
+    first = list(islice(iter(stream.rows), FINGERPRINT_ROWS))
+    digest = hashlib.sha256(json.dumps(first, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return {"dataset": stream.dataset.name, "rows": len(stream.rows) if hasattr(stream.rows, "__len__") else None, "sha256_of_first_rows": digest}
