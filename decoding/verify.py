@@ -1,0 +1,87 @@
+"""Accept rules: pure functions of distributions and tokens, each exact for the way its tokens were drafted.
+
+For a chain of γ drafted tokens: p (γ+1, V) are the target's distributions after the last committed token and after
+each drafted one, q (γ, V) those that the drafted tokens came from.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from decoding.sampling import Noise, Purpose, draw
+
+Verification = Literal["rejection", "coupled"]
+VERIFICATIONS: tuple[Verification, ...] = ("rejection", "coupled")
+
+
+def verify_rejection(
+    p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leviathan et al. 2023, algorithm 1: how many of `drafted` (γ,) are kept, and the token that follows them.
+
+    `positions` (γ+1,) are the absolute positions decided by the rows of p. Lossless for tokens drawn from q.
+    Returns two int64 scalars on p's device.
+    """
+    uniforms = noise.uniform(positions[:-1], Purpose.ACCEPT)
+    accepted = accepts(p[:-1], q, drafted, uniforms).cumprod(0).sum()
+    q_padded = torch.cat([q, torch.zeros_like(p[:1])])  # behind the last draft the "residual" is p itself: the bonus
+    source = residual(p[accepted], q_padded[accepted])
+    return accepted, draw(source[None], noise, positions[accepted][None], Purpose.RESIDUAL)[0]
+
+
+def accepts(p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Whether u·q(x) < p(x) for each row of p, q (γ, V), drafted x (γ,) and u (γ,) in [0, 1); bool (γ,).
+
+    Strict, so a token of target probability 0 is never kept.
+    """
+    rows = torch.arange(len(drafted), device=drafted.device)
+    return uniforms * q[rows, drafted] < p[rows, drafted]
+
+
+def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Distribution (..., V) of the token after a rejection: (p − q)₊ normalised.
+
+    Where rounding leaves nothing of p − q (p and q equal), p itself.
+    """
+    excess = (p - q).clamp(min=0)
+    mass = excess.sum(-1, keepdim=True)
+    return torch.where(mass > 0, excess / mass, p)
+
+
+def verify_coupled(p: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gumbel-coupled verification (Daliri et al. 2408.07978): keep drafted tokens while they equal the target's draw.
+
+    The target's draw at each position uses that position's TOKEN noise, so the output is vanilla sampling's, token for
+    token, whatever was drafted. Arguments and results as for `verify_rejection`.
+    """
+    drawn = draw(p, noise, positions)
+    accepted = (drawn[:-1] == drafted).cumprod(0).sum()
+    return accepted, drawn[accepted]
+
+
+def overlap(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Σ min(p, q) = 1 − TV(p, q) of each row (..., V): the chance that rejection verification keeps a token of q."""
+    return torch.minimum(p, q).sum(-1)
+
+
+def coupled_agreement(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Chance that argmax(log p + g) = argmax(log q + g) for one shared Gumbel vector g, for rows (N, V); (N,).
+
+    Both pick token v with probability 1 / Σ_w max(p_w / p_v, q_w / q_v) (the Jaccard index of P-MinHash, Moulton &
+    Jiang 2018). Sorted by p/q, the maximum takes its first form behind v and its second before it: O(V log V).
+    """
+    p, q = p.double(), q.double()
+    order = torch.where(q > 0, p / q, torch.inf).argsort(-1)
+    p, q = p.gather(-1, order), q.gather(-1, order)
+    p_from = p.flip(-1).cumsum(-1).flip(-1)  # Σ of p over v and behind
+    q_before = q.cumsum(-1) - q
+    both = (p > 0) & (q > 0)
+    terms = p_from / p + q_before / q
+    return torch.where(both, 1 / torch.where(both, terms, 1.0), 0.0).sum(-1)
+
+
+def expected_acceptance(p: torch.Tensor, q: torch.Tensor, verification: Verification) -> torch.Tensor:
+    """Chance that `verification` keeps a token drafted from q, per row (N, V); (N,)."""
+    return overlap(p, q) if verification == "rejection" else coupled_agreement(p, q)

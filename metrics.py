@@ -1,0 +1,176 @@
+"""What is measured and how it is computed: quality against the teacher, speculation counts, intervals, cost model.
+
+Every column of `results.csv` is one key of the dictionaries made here (prefixed by the data set's name or `spec_`);
+COLUMNS says what each means.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch.nn.functional import log_softmax
+
+from decoding.state import DecodeStats
+from decoding.verify import overlap
+
+QUALITY_COLUMNS = {
+    "kl": "KL(p‖q) to the teacher at temperature 1, nats per token",
+    "kl_at_train_temperature": "KL(p‖q) with both softened by the training temperature, without the factor T², nats per token",
+    "ce": "cross-entropy of the draft on the text, nats per token",
+    "ppl": "perplexity, exp(ce)",
+    "teacher_ppl": "perplexity of the target on the same tokens",
+    "top1": "share of tokens that are the draft's argmax",
+    "top5": "share of tokens among the draft's five most likely",
+    "agreement": "share of positions where draft and teacher have the same argmax",
+    "overlap": "mean Σ min(p, q) at temperature 1",
+    "tv": "total variation, 1 − overlap",
+    "tokens": "number of tokens that the figures are means over",
+}
+SPECULATION_COLUMNS = {
+    "spec_mean_accepted": "accepted tokens per round",
+    "spec_accept_rate": "spec_mean_accepted / γ",
+    "spec_token_accept_rate": "α: accepted / drafted positions that verification reached",
+    "spec_tokens_per_call": "τ: emitted tokens / target calls (correction or bonus included)",
+    "spec_target_calls_per_token": "target calls / emitted tokens",
+    "spec_overlap": "mean Σ min(p, q) over tested positions, under the sampling policy",
+    "spec_tv": "1 − spec_overlap",
+    "spec_expected_accept": "mean chance of keeping a drafted token at tested positions (= spec_overlap under rejection)",
+    "spec_accept_z": "z of accepted − expected over tested positions; |z| < 4 unless counters or rule are wrong",
+    "spec_accept_at_<i>": "share of the rounds that reached drafted position i in which it was accepted",
+    "spec_accepted_hist_<n>": "number of rounds with n accepted tokens",
+    "spec_prompts, spec_rounds, spec_proposed, spec_tested, spec_accepted, spec_emitted": "counts",
+    "vanilla_tokens_per_s, spec_tokens_per_s": "emitted tokens / decode seconds (prefill apart), over the same prompts",
+    "spec_speedup": "spec_tokens_per_s / vanilla_tokens_per_s",
+    "spec_predicted_speedup": "E[τ](α, γ) / (γ·c + v), from α and separately measured step times",
+    "spec_cost_ratio, spec_verify_ratio": "c = t_draft(1) / t_target(1); v = t_target(γ+1) / t_target(1)",
+    "vanilla_<phase>_s, spec_<phase>_s": "seconds of prefill, decode, draft, verify, sampling and host",
+    "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over prompts",
+}
+TOP_K = 5
+NUM_RESAMPLES, INTERVAL = 2000, (2.5, 97.5)
+
+
+# ---- quality: teacher-forced, token-weighted ----
+
+def quality_sums(teacher: torch.Tensor, draft: torch.Tensor, tokens: torch.Tensor, temperature: float) -> dict[str, float]:
+    """Sums over rows of teacher and draft logits (N, V) that predict `tokens` (N,); keys as QUALITY_COLUMNS'."""
+    log_p, log_q = log_softmax(teacher.float(), -1), log_softmax(draft.float(), -1)
+    soft_p, soft_q = log_softmax(teacher.float() / temperature, -1), log_softmax(draft.float() / temperature, -1)
+    top = draft.topk(TOP_K, -1).indices
+    sums = {
+        "kl": _kl(log_p, log_q),
+        "kl_at_train_temperature": _kl(soft_p, soft_q),
+        "ce": -log_q.gather(-1, tokens[:, None]).sum(),
+        "teacher_ce": -log_p.gather(-1, tokens[:, None]).sum(),
+        "top1": (draft.argmax(-1) == tokens).sum(),
+        "top5": (top == tokens[:, None]).sum(),
+        "agreement": (draft.argmax(-1) == teacher.argmax(-1)).sum(),
+        "overlap": overlap(log_p.exp(), log_q.exp()).sum(),
+    }
+    return {**{name: float(value) for name, value in sums.items()}, "tokens": len(tokens)}
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def quality_means(sums: dict[str, float]) -> dict[str, float]:
+    """QUALITY_COLUMNS from added-up `quality_sums`."""
+    tokens = sums["tokens"]
+    means = {name: value / tokens for name, value in sums.items() if name not in ("tokens", "teacher_ce")}
+    return {
+        **means, "ppl": math.exp(means["ce"]), "teacher_ppl": math.exp(sums["teacher_ce"] / tokens),
+        "tv": 1 - means["overlap"], "tokens": tokens,
+    }
+
+
+def add_sums(total: dict[str, float], more: dict[str, float]) -> dict[str, float]:
+    """Key-wise sum; `total` may be empty."""
+    return {name: total.get(name, 0) + value for name, value in more.items()}
+
+
+# ---- speculation: counts of many prompts ----
+
+def speculation_metrics(runs: list[DecodeStats], gamma: int, seed: int = 0) -> dict[str, float]:
+    """Acceptance columns of SPECULATION_COLUMNS from one generation per prompt, with intervals over prompts."""
+    rounds = [r for run in runs for r in run.rounds]
+    proposed, tested, accepted = (np.array([sum(getattr(r, name) for r in run.rounds) for run in runs]) for name in ("proposed", "tested", "accepted"))
+    emitted, calls = np.array([run.emitted for run in runs]), np.array([run.target_calls for run in runs])
+    overlaps, expected = (np.array([sum(sum(getattr(r, name)) for r in run.rounds) for run in runs]) for name in ("overlaps", "expected"))
+    num_rounds = np.array([len(run.rounds) for run in runs])
+    row: dict[str, float] = {
+        "spec_prompts": len(runs), "spec_rounds": len(rounds), "spec_proposed": int(proposed.sum()), "spec_tested": int(tested.sum()),
+        "spec_accepted": int(accepted.sum()), "spec_emitted": int(emitted.sum()),
+        "spec_target_calls_per_token": calls.sum() / emitted.sum(), "spec_accept_z": acceptance_z(runs),
+        "spec_expected_accept": expected.sum() / tested.sum(), "spec_overlap": overlaps.sum() / tested.sum(),
+    }
+    for name, numerator, denominator in (
+        ("spec_mean_accepted", accepted, num_rounds),
+        ("spec_accept_rate", accepted, num_rounds * gamma),
+        ("spec_token_accept_rate", accepted, tested),
+        ("spec_tokens_per_call", emitted, calls),
+        ("spec_tv", tested - overlaps, tested),
+    ):
+        row |= with_interval(name, numerator, denominator, seed)
+    for i in range(1, gamma + 1):
+        reached = [r for r in rounds if r.tested >= i]
+        if reached:
+            row[f"spec_accept_at_{i}"] = sum(r.accepted >= i for r in reached) / len(reached)
+    for n in range(gamma + 1):
+        row[f"spec_accepted_hist_{n}"] = sum(r.accepted == n for r in rounds)
+    return row
+
+
+def acceptance_z(runs: list[DecodeStats]) -> float:
+    """z of Σ (accepted − expected) over tested positions, each a Bernoulli draw with its expected chance; 0 if none varies."""
+    difference = variance = 0.0
+    for run in runs:
+        for r in run.rounds:
+            difference += r.accepted - sum(r.expected)
+            variance += sum(chance * (1 - chance) for chance in r.expected)
+    return difference / math.sqrt(variance) if variance > 1e-9 else 0.0
+
+
+def speed_metrics(vanilla: list[DecodeStats], speculative: list[DecodeStats], seed: int = 0) -> dict[str, float]:
+    """Tokens per second and phases of both, and the speedup with its interval over prompts (paired)."""
+    row: dict[str, float] = {}
+    per_token = []
+    for name, runs in (("vanilla", vanilla), ("spec", speculative)):
+        seconds, emitted = np.array([run.decode_s for run in runs]), np.array([run.emitted for run in runs])
+        per_token.append((seconds, emitted))
+        row[f"{name}_tokens_per_s"] = emitted.sum() / seconds.sum()
+        row[f"{name}_decode_s"], row[f"{name}_host_s"] = seconds.sum(), sum(run.host_s for run in runs)
+        row |= {f"{name}_{phase}_s": sum(run.seconds[phase] for run in runs) for phase in runs[0].seconds}
+    (vanilla_s, vanilla_n), (spec_s, spec_n) = per_token
+
+    def speedup(pick: np.ndarray) -> np.ndarray:
+        return (vanilla_s[pick].sum(-1) / vanilla_n[pick].sum(-1)) / (spec_s[pick].sum(-1) / spec_n[pick].sum(-1))
+
+    low, high = np.percentile(speedup(_resamples(len(vanilla), seed)), INTERVAL)
+    return {**row, "spec_speedup": float(speedup(np.arange(len(vanilla)))), "spec_speedup_ci_low": float(low), "spec_speedup_ci_high": float(high)}
+
+
+def with_interval(name: str, numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """{name, name_ci_low, name_ci_high} of Σ numerator / Σ denominator over prompts (arrays (P,)), bootstrapped."""
+    pick = _resamples(len(numerator), seed)
+    low, high = np.percentile(numerator[pick].sum(-1) / denominator[pick].sum(-1), INTERVAL)
+    return {name: float(numerator.sum() / denominator.sum()), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
+
+
+def _resamples(count: int, seed: int) -> np.ndarray:
+    """Indices (NUM_RESAMPLES, count) drawn with replacement."""
+    return np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
+
+
+# ---- cost model ----
+
+def expected_tokens(alpha: float, gamma: int) -> float:
+    """E[τ] = (1 − α^(γ+1)) / (1 − α): tokens per round when each draft is kept with chance α (Leviathan et al., eq. 1)."""
+    return gamma + 1.0 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
+
+
+def predicted_speedup(alpha: float, gamma: int, cost_ratio: float, verify_ratio: float = 1.0) -> float:
+    """S = E[τ] / (γ·c + v): Leviathan et al., theorem 3.8, with the measured price v of verifying γ+1 tokens for 1."""
+    return expected_tokens(alpha, gamma) / (gamma * cost_ratio + verify_ratio)
