@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from row_files import SkipRow, TextDataset
+from row_files import TextDataset, parse_question
 
 NUM_PROBLEMS = {"train": 12_000, "validation": 200, "test": 500}
 NAMES = ("Ada", "Ben", "Cara", "Dan", "Ella", "Finn", "Grace", "Hugo", "Iris", "Jon", "Kim", "Leo", "Mia", "Noah", "Olga",
@@ -96,14 +96,7 @@ def make_rows(split: str) -> list[dict]:
     return [row for row in rows if row["question"] not in seen]
 
 
-def parse(row: dict) -> dict:
-    """A GSM8K row as a chat of one turn."""
-    if not all(isinstance(row.get(field), str) and row[field] for field in ("question", "answer")):
-        raise SkipRow("no question or no answer")
-    return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
-
-
-DATASET = TextDataset(name="arithmetic", parse=parse, make_rows=make_rows)
+DATASET = TextDataset(name="arithmetic", parse=parse_question, make_rows=make_rows)
 
 
 def main() -> None:

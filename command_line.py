@@ -6,10 +6,12 @@ Import it before anything that needs a particular version of transformers: it ch
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import TypeVar
 
 # Lowest admitted version and first excluded one; the same ranges stand in requirements.txt.
@@ -20,6 +22,19 @@ Args = TypeVar("Args")
 
 class UserError(Exception):
     """A mistake that the user can mend: the message says what is wrong, the value, and what to type."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where there is none, to quote in a UserError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def import_optional(module: str, package: str, needed_by: str) -> ModuleType:
+    """`module`, imported where it is used. Raises UserError with the `package` to install where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{needed_by} needs {error.name}, which is not installed; run: pip install {package}") from error
 
 
 def version_complaint(package: str, version: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +14,9 @@ from row_files import ExampleStream
 
 # Llama-3 templates print today's date; a fixed one keeps token sequences equal from run to run.
 DATE_STRING = "26 Jul 2024"
-LOSS_ON = ("all", "assistant")
+LossOn = Literal["all", "assistant"]
 BUCKET_BATCHES = 16
+MAX_FRUITLESS = 2_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: dict) -> list[int
     return tokenizer(render_chat(tokenizer, asked, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
 
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, example: dict, loss_on: str = "all") -> Encoded:
+def encode_example(tokenizer: PreTrainedTokenizerBase, example: dict, loss_on: LossOn = "all") -> Encoded:
     """Token ids and loss mask of a chat or a text.
 
     With `loss_on="assistant"` (or where the example asks for it) only the assistants' answers are learned, their
@@ -98,7 +100,7 @@ class EncodeOptions:
     """How examples become tokens: tokenizer, learned part, longest kept length and examples per batch."""
 
     tokenizer: PreTrainedTokenizerBase
-    loss_on: str = "all"
+    loss_on: LossOn = "all"
     max_length: int = 512
     batch_size: int = 8
 
@@ -144,9 +146,10 @@ class PaddedBatches:
                 encoded.append(candidate)
                 fruitless = 0
             else:
+                self.stream.skipped["with nothing to learn in the first tokens"] += 1
                 fruitless += 1
-                if fruitless > 10_000:
-                    raise UserError("10,000 examples in a row have nothing to learn; raise --max_length or use --loss_on all")
+                if fruitless == MAX_FRUITLESS:
+                    raise UserError(f"{MAX_FRUITLESS} examples in a row have nothing to learn; raise --max_length or use --loss_on all")
         encoded.sort(key=lambda example: len(example.input_ids))
         batches = [encoded[i : i + size] for i in range(0, wanted, size)]
         generator = torch.Generator().manual_seed(self.stream.seed + self.bucket_start["row"])
@@ -156,13 +159,20 @@ class PaddedBatches:
         return {"position": self.bucket_start, "emitted": self.emitted}
 
     def load_state_dict(self, state: dict) -> None:
-        self.stream.position, self.emitted, self.bucket = dict(state["position"]), state["emitted"], []
+        self.bucket_start, self.emitted, self.bucket = dict(state["position"]), state["emitted"], []
+        self.stream.position = dict(self.bucket_start)
 
 
 class PackedBatches:
-    """Endless batches of exactly `max_length` tokens a row: examples joined end to end with EOS between, no padding."""
+    """Endless batches of exactly `max_length` tokens a row: examples joined end to end with EOS between, no padding.
+
+    Several streams are mixed so that their epochs end together; raises UserError where one's length is not known.
+    """
 
     def __init__(self, streams: list[ExampleStream], options: EncodeOptions) -> None:
+        endless = [stream.dataset.name for stream in streams if stream.num_rows is None]
+        if endless and len(streams) > 1:
+            raise UserError(f"--dataset {endless[0]}: a hub stream has no known length, so it cannot be mixed with others; give it alone")
         self.streams, self.options = streams, options
         self.buffer: list[int] = []
 
@@ -177,14 +187,15 @@ class PackedBatches:
 
     def _next_tokens(self, sources: list[Iterator[dict]]) -> list[int]:
         """The next example of the data set that is least far through its epoch, so that all end together."""
-        progress = [stream.position["epoch"] + stream.position["row"] / len(stream.rows) for stream in self.streams]
+        # (a single stream needs no length)
+        progress = [stream.position["epoch"] + stream.position["row"] / (stream.num_rows or 1) for stream in self.streams]
         example = next(sources[progress.index(min(progress))])
         return [*encode_example(self.options.tokenizer, example).input_ids, self.options.tokenizer.eos_token_id]
 
     def state_dict(self) -> dict:
-        return {"positions": [dict(stream.position) for stream in self.streams], "buffer": self.buffer}
+        return {"positions": [dict(stream.position) for stream in self.streams], "buffer": list(self.buffer)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.buffer = state["buffer"]
+        self.buffer = list(state["buffer"])
         for stream, position in zip(self.streams, state["positions"], strict=True):
             stream.position = dict(position)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import log_softmax
 
-from decoding.state import DecodeStats
+from decoding.state import PHASES, DecodeStats
 from decoding.verify import overlap
 
 QUALITY_COLUMNS = {
@@ -142,7 +142,7 @@ def speed_metrics(vanilla: list[DecodeStats], speculative: list[DecodeStats], se
         per_token.append((seconds, emitted))
         row[f"{name}_tokens_per_s"] = emitted.sum() / seconds.sum()
         row[f"{name}_decode_s"], row[f"{name}_host_s"] = seconds.sum(), sum(run.host_s for run in runs)
-        row |= {f"{name}_{phase}_s": sum(run.seconds[phase] for run in runs) for phase in runs[0].seconds}
+        row |= {f"{name}_{phase}_s": sum(run.seconds[phase] for run in runs) for phase in PHASES if phase != "record"}
     (vanilla_s, vanilla_n), (spec_s, spec_n) = per_token
 
     def speedup(pick: np.ndarray) -> np.ndarray:

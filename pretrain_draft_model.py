@@ -13,7 +13,9 @@ The result is a folder `model_<step>` that `from_pretrained` loads, tokenizer in
 
 from __future__ import annotations
 
+import copy
 import shutil
+import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,11 +28,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from command_line import UserError, parse_args, run
 from data_utils import EncodeOptions, PackedBatches, encode_prompt, render_chat
-from results import make_output_dir
+from results import make_output_dir, record_run
 from row_files import describe_skipped
 from target_model import DeviceArgs, load_config, load_tokenizer, tokenizer_hash
 from text_datasets import find_dataset, fingerprint, open_stream
-from training_loop import TrainingArgs, TrainingTask, begin_run, finished_checkpoint, run_training
+from training_loop import TrainingArgs, TrainingTask, is_finished, run_training
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -199,9 +201,7 @@ class Pretraining:
         shutil.rmtree(partial, ignore_errors=True)
         ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[6])}
         self.model.generation_config.eos_token_id = sorted(ends - {None, self.tokenizer.unk_token_id})
-        weights = {name: tensor.to(torch.bfloat16) for name, tensor in self.model.state_dict().items()}
-        self.model.config.dtype = torch.bfloat16
-        self.model.save_pretrained(partial, state_dict=weights)
+        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -215,17 +215,16 @@ def main() -> int:
     args = parse_args(Args)
     args.check()
     folder = make_output_dir(args.output_dir)
-    if args.resume and (finished := finished_checkpoint(folder)):
-        print(f"finished already\n{finished}")
+    if is_finished(folder, args):
         return 0
-    begin_run(folder, args, {})
     tokenizer = make_tokenizer(args, folder)
     pretraining = Pretraining(args, folder, tokenizer)
-    print(f"{sum(p.numel() for p in pretraining.model.parameters()) / 1e6:.2f}M parameters; data:",
-          *[fingerprint(stream) for stream in pretraining.streams], "tokenizer", tokenizer_hash(tokenizer))
+    parameters = sum(p.numel() for p in pretraining.model.parameters())
+    data = [fingerprint(stream) for stream in pretraining.streams]
+    record_run(folder, args, {"data": data, "parameters": parameters, "tokenizer_hash": tokenizer_hash(tokenizer)})
     status = run_training(pretraining.task(), args, folder)
     for stream in pretraining.streams:
-        print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {describe_skipped(stream.skipped)}")
+        print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {describe_skipped(stream.skipped)}", file=sys.stderr)
     return status
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from row_files import TextDataset, parse_messages
+from row_files import SPLITS, TextDataset, parse_messages, split_of
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "datasets", "accelerate", "huggingface_hub")
 CACHE_DIR = Path(__file__).parent / ".cache"
@@ -35,7 +35,6 @@ FORMAT_VERSION = 1
 SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor"}
 MIN_ANSWER_CHARS, MAX_ANSWER_CHARS = 24, 2400
 SHINGLE_WORDS, MAX_SEEN_SHARE = 6, 0.7
-SPLIT_PERCENT = {"test": 2, "validation": 2}
 
 SECTION_KINDS = {
     "parameters": "parameters", "args": "parameters", "arguments": "parameters", "keyword args": "parameters",
@@ -164,16 +163,6 @@ def to_chat(doc: Docstring) -> dict | None:
     return {"prompt": messages[0]["content"], "prompt_id": digest.hex()[:16], "messages": messages}
 
 
-def split_of(module: str) -> str:
-    """The split that holds every chat of `module`."""
-    percent = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big") % 100
-    for split, share in SPLIT_PERCENT.items():
-        if percent < share:
-            return split
-        percent -= share
-    return "train"
-
-
 class NearDuplicates:
     """Remembers the six-word shingles of the texts it was shown.
 
@@ -195,7 +184,7 @@ class NearDuplicates:
 
 def build_rows(files: list[tuple[str, Path]]) -> dict[str, list[dict]]:
     """Split name -> chats of `files`, near-duplicates dropped, in an order fixed by the hashes of their names."""
-    rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     duplicates = NearDuplicates()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(read_docstrings, files, chunksize=32)
@@ -223,7 +212,7 @@ DATASET = TextDataset(name="pydoc", parse=parse_messages, make_rows=make_rows)
 
 
 def main() -> None:
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         rows = make_rows(split)
         chars = sum(len(m["content"]) for row in rows for m in row["messages"])
         print(f"{split}: {len(rows)} chats, {chars / 1e6:.1f} MB", file=sys.stderr)

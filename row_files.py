@@ -8,44 +8,70 @@ A data set is a `TextDataset` record: how its rows are found and how one row bec
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
-from command_line import UserError
+from command_line import UserError, first_line, import_optional
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
-SHUFFLE_BUFFER = 10_000
+HELD_OUT_PERCENT = {"test": 2, "validation": 2}  # where a hash decides the split
+FILE_SHARE = {"train": 0.9, "validation": 0.05, "test": 0.05}  # where local files are cut
+FILE_PREFIXES = {"train": ("train",), "validation": ("val", "dev"), "test": ("test",)}
+NOT_DATA = {"dataset_info.json", "state.json"}  # beside the Arrow files of `Dataset.save_to_disk`
+SHUFFLE_BUFFER = 2_000  # rows of a hub stream, drawn from up to ten of its files at a time
+HUB_TIMEOUT_SEC = 10
 
 
 class SkipRow(ValueError):
-    """A row that cannot be used; its message is the reason that is counted and shown."""
+    """A row that cannot be used; its message is the reason that is counted and shown ("3 without a text")."""
 
 
 @dataclass(frozen=True)
 class TextDataset:
-    """One data set: `parse(row) -> example` (raises SkipRow) and one of the three places that its rows come from."""
+    """One data set: `parse(row) -> example` (raises SkipRow), and the place that its rows come from.
+
+    The place is `make_rows(split)`, or the hub: `hub_splits` gives the hub's split expression for each of SPLITS.
+    Where the hub has nothing but a train split and streams it, the hash of the column `split_key` decides a row's
+    split. A set that is not `cut` has the same rows in every split: prompts that are never trained on.
+    """
 
     name: str
     parse: Callable[[dict], dict]
     hub_id: str | None = None
     hub_config: str | None = None
-    hub_splits: dict[str, str] = field(default_factory=dict)
+    hub_revision: str | None = None
+    hub_splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
     streaming: bool = False
+    split_key: str | None = None
     make_rows: Callable[[str], list[dict]] | None = None
-    file_share: dict[str, float] = field(default_factory=lambda: {"train": 0.9, "validation": 0.05, "test": 0.05})
+    cut: bool = True
+
+
+def split_of(key: str) -> str:
+    """The split that holds everything called `key`: fixed by its hash, HELD_OUT_PERCENT of the keys are held out."""
+    percent = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
+    for split, share in HELD_OUT_PERCENT.items():
+        if percent < share:
+            return split
+        percent -= share
+    return "train"
 
 
 class ExampleStream:
     """An endless, resumable stream of the examples of one data set, reshuffled each epoch by `seed`.
 
-    `position` counts the raw rows that were consumed; a stream that starts at a saved position continues exactly.
-    Unusable rows are counted by reason in `skipped`.
+    `rows` is a sequence, or a hub stream (a `datasets.IterableDataset`), which is shuffled through a buffer only.
+    `position` counts the raw rows that were consumed; a stream that starts at a saved position continues exactly (a
+    hub stream reads again what it passes over). Unusable rows are counted by reason in `skipped`.
     """
 
     def __init__(self, dataset: TextDataset, rows: Sequence[dict], seed: int, shuffle: bool = True) -> None:
@@ -53,10 +79,18 @@ class ExampleStream:
         self.position = {"epoch": 0, "row": 0}
         self.skipped: Counter[str] = Counter()
 
+    @property
+    def num_rows(self) -> int | None:
+        """Raw rows of one epoch; None for a hub stream, whose length is not known."""
+        return len(self.rows) if hasattr(self.rows, "__len__") else None
+
     def __iter__(self) -> Iterator[dict]:
         while True:
-            yield from self.rest_of_epoch()
-            if self.position["row"] == sum(self.skipped.values()) and self.position["epoch"] == 0:
+            found_any = self.position["row"] > 0  # an epoch that was resumed may have nothing left
+            for example in self.rest_of_epoch():
+                found_any = True
+                yield example
+            if not found_any:
                 raise UserError(f"--dataset {self.dataset.name}: no usable example; {describe_skipped(self.skipped)}")
             self.position = {"epoch": self.position["epoch"] + 1, "row": 0}
 
@@ -65,7 +99,7 @@ class ExampleStream:
         for row in self._ordered_rows():
             self.position["row"] += 1
             try:
-                example = self.dataset.parse(row)
+                example = _parse(self.dataset, row)
             except SkipRow as reason:
                 self.skipped[str(reason)] += 1
             else:
@@ -73,24 +107,43 @@ class ExampleStream:
 
     def _ordered_rows(self) -> Iterator[dict]:
         epoch, start = self.position["epoch"], self.position["row"]
-        if not isinstance(self.rows, Sequence) and not hasattr(self.rows, "__len__"):
+        if self.num_rows is None:
             rows = self.rows.shuffle(seed=self.seed + epoch, buffer_size=SHUFFLE_BUFFER) if self.shuffle else self.rows
-            yield from rows.skip(start)
+            with _hub_errors(self.dataset):
+                yield from rows.skip(start)
             return
-        order = range(len(self.rows))
+        order = range(self.num_rows)
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            order = torch.randperm(len(self.rows), generator=generator).tolist()
+            order = torch.randperm(self.num_rows, generator=generator).tolist()
         for index in order[start:]:
             yield self.rows[index]
 
 
+def _parse(dataset: TextDataset, row: object) -> dict:
+    if not isinstance(row, dict):
+        raise SkipRow("that are not objects")
+    return dataset.parse(row)
+
+
 def describe_skipped(skipped: Counter[str]) -> str:
-    """"3 rows skipped (2 no answer, 1 ...)", or "no rows skipped"."""
+    """"3 rows skipped (2 without a text, 1 ...)", or "no rows skipped"."""
     if not skipped:
         return "no rows skipped"
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
     return f"{sum(skipped.values())} rows skipped ({reasons})"
+
+
+# ---- forms that several data sets share ----
+
+def parse_text(row: dict) -> dict:
+    """A row with `text` as plain text."""
+    return {"text": text_in(row, "text")}
+
+
+def parse_question(row: dict) -> dict:
+    """A row with `question` and `answer` (GSM8K's form) as a chat of one turn."""
+    return one_turn(text_in(row, "question"), text_in(row, "answer"))
 
 
 def parse_messages(row: dict) -> dict:
@@ -98,28 +151,50 @@ def parse_messages(row: dict) -> dict:
     return {"messages": clean_messages(row.get("messages"), "role", "content", {role: role for role in ROLES})}
 
 
+def one_turn(question: str, answer: str) -> dict:
+    """The example of one question and its answer."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def text_in(row: dict, name: str) -> str:
+    """The text in the column `name`; SkipRow where there is none."""
+    if not isinstance(row.get(name), str) or not row[name].strip():
+        raise SkipRow(f"without {name}")
+    return row[name]
+
+
 def clean_messages(turns: object, role_key: str, content_key: str, roles: dict[str, str]) -> list[dict]:
     """The turns of a chat as `role`/`content` messages that start with the user and alternate; else SkipRow.
 
-    Leading turns before the first user turn (a system prompt excepted) and a trailing unanswered user turn are cut,
-    as templates want a user first and an answer is what is learned from.
+    `roles` maps the data set's names of the roles to ROLES. Leading turns before the first user turn (a system prompt
+    excepted) and a trailing unanswered user turn are cut, as templates want a user first and an answer is what is
+    learned from.
     """
-    if not isinstance(turns, list) or not turns:
-        raise SkipRow("without a list of turns")
     messages = []
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get(content_key), str):
+    for turn in _turn_list(turns, role_key, content_key):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in (role_key, content_key)):
             raise SkipRow("with a broken turn")
-        role = roles.get(turn.get(role_key))
-        if role is None:
-            raise SkipRow(f"with a turn of role {turn.get(role_key)!r}")
-        messages.append({"role": role, "content": turn[content_key].strip()})
+        if turn[role_key] not in roles:
+            raise SkipRow(f"with a turn of role {turn[role_key][:20]!r}")
+        messages.append({"role": roles[turn[role_key]], "content": turn[content_key].strip()})
     return _user_first(messages)
 
 
+def _turn_list(turns: object, role_key: str, content_key: str) -> list:
+    """A list of turns, also where a Parquet file stores it by column: {role_key: [...], content_key: [...]}."""
+    if isinstance(turns, dict):
+        columns = [turns.get(key) for key in (role_key, content_key)]
+        if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(columns[1]):
+            raise SkipRow("with a broken turn")
+        turns = [{role_key: role, content_key: content} for role, content in zip(*columns, strict=True)]
+    if not isinstance(turns, list) or not turns:
+        raise SkipRow("without a list of turns")
+    return turns
+
+
 def _user_first(messages: list[dict]) -> list[dict]:
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    chat = messages[len(system):]
+    system = messages[:1] if messages[0]["role"] == "system" and messages[0]["content"] else []
+    chat = messages
     while chat and chat[0]["role"] != "user":
         chat = chat[1:]
     while chat and chat[-1]["role"] != "assistant":
@@ -133,11 +208,14 @@ def _user_first(messages: list[dict]) -> list[dict]:
     return system + chat
 
 
-def open_rows(dataset: TextDataset, split: str, path: str | None = None) -> Sequence[dict]:
-    """Rows of `split`: from the files at `path` where given, else from the data set's own place.
+# ---- where rows are found ----
 
-    Local files are cut into the three splits by `file_share`, unless their names carry the split
-    (`train*.jsonl`, `validation*.jsonl`, `test*.jsonl`). Raises UserError with the remedy.
+def open_rows(dataset: TextDataset, split: str, path: str | None = None) -> Sequence[dict]:
+    """Rows of `split`: from the files at `path` (a file, folder or glob) where given, else from the data set's own place.
+
+    A local file whose name begins with a split (`train*`, `val*` or `dev*`, `test*`) is that split. The splits that
+    have no file of their own are cut from the train files, or from files without such names, by FILE_SHARE; so
+    training rows are never held-out rows. Raises UserError with the remedy.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -149,58 +227,87 @@ def open_rows(dataset: TextDataset, split: str, path: str | None = None) -> Sequ
 
 
 def _hub_rows(dataset: TextDataset, split: str) -> Sequence[dict]:
-    import datasets  # heavy, and not needed for local files
+    datasets = import_optional("datasets", "datasets", f"--dataset {dataset.name}")
+    with _hub_errors(dataset):
+        _check_reachable(dataset)
+        rows = datasets.load_dataset(
+            dataset.hub_id, dataset.hub_config, revision=dataset.hub_revision, split=dataset.hub_splits[split], streaming=dataset.streaming
+        )
+    if dataset.split_key is None:
+        return rows
+    return rows.filter(lambda key: split_of(str(key)) == split, input_columns=[dataset.split_key])
+
+
+def _check_reachable(dataset: TextDataset) -> None:
+    """Ask the hub once: without network `load_dataset` would ask for half a minute. A cached copy needs no hub."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if try_to_load_from_cache(dataset.hub_id, "README.md", repo_type="dataset", revision=dataset.hub_revision) is None:
+        HfApi().dataset_info(dataset.hub_id, revision=dataset.hub_revision, timeout=HUB_TIMEOUT_SEC)
+
+
+@contextmanager
+def _hub_errors(dataset: TextDataset) -> Iterator[None]:
+    """Turns what `datasets` raises for an unreachable, missing or changed data set into a UserError."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # of the HTTP library that this version of the hub's client uses
 
     try:
-        return datasets.load_dataset(dataset.hub_id, dataset.hub_config, split=dataset.hub_splits[split], streaming=dataset.streaming)
-    except (OSError, ValueError) as error:
+        yield
+    except (OSError, ValueError, HTTPError, DatasetsError) as error:
         raise UserError(
-            f"--dataset {dataset.name}: {dataset.hub_id} could not be read from the hub ({str(error).splitlines()[0]}); "
+            f"--dataset {dataset.name}: {dataset.hub_id} could not be read from the hub ({first_line(error.__cause__ or error)}); "
             f"check the network, or give local files of the same form with --dataset_path"
         ) from error
 
 
-def _split_of_files(dataset: TextDataset, split: str, path: str) -> list[dict]:
+def _split_of_files(dataset: TextDataset, split: str, path: str) -> list:
     files = _data_files(path)
-    named = [file for file in files if file.stem.startswith(split)]
-    if named or any(file.stem.startswith(SPLITS) for file in files):
-        rows = [row for file in named for row in read_rows(file)]
+    named = {name: [file for file in files if file.stem.startswith(FILE_PREFIXES[name])] for name in SPLITS}
+    unnamed = [file for file in files if not any(file in group for group in named.values())]
+    if not dataset.cut:
+        rows = _read_all(files)
+    elif unnamed and len(unnamed) < len(files):
+        raise UserError(f"--dataset_path {path}: some files are named by split, but {unnamed[0].name} is not; rename it, or give a glob without it")
+    elif split != "train" and named[split]:
+        rows = _read_all(named[split])
     else:
-        rows = [row for file in files for row in read_rows(file)]
-        rows = rows[_share_slice(dataset, split, len(rows))]
+        rows = _read_all(unnamed or named["train"])
+        rows = rows[_share_slice(split, [name for name in SPLITS if name == "train" or not named[name]], len(rows))]
     if not rows:
         raise UserError(f"--dataset_path {path}: no rows for the {split} split; give a larger file, or one named {split}.jsonl beside it")
     return rows
 
 
-def _share_slice(dataset: TextDataset, split: str, count: int) -> slice:
-    """The slice of `split` when `count` rows are cut in the order train, validation, test."""
-    before = sum(dataset.file_share[name] for name in SPLITS[: SPLITS.index(split)])
-    return slice(round(before * count), round((before + dataset.file_share[split]) * count))
+def _share_slice(split: str, cut: list[str], count: int) -> slice:
+    """The slice of `split` when `count` rows are cut into the splits `cut`, in order, in proportion to FILE_SHARE."""
+    ends = list(accumulate((FILE_SHARE[name] for name in cut), initial=0.0))
+    begin, end = (round(ends[cut.index(split) + i] / ends[-1] * count) for i in (0, 1))
+    return slice(begin, end)
 
 
 def _data_files(path: str) -> list[Path]:
     """The data files that `path` (a file, a folder or a glob) names, sorted."""
-    candidates = [Path(match) for match in sorted(glob.glob(path))]
-    if len(candidates) == 1 and candidates[0].is_dir():
-        candidates = sorted(candidates[0].iterdir())
-    files = [file for file in candidates if file.suffix in READERS]
+    places = [Path(path)] if Path(path).exists() else [Path(match) for match in sorted(glob.glob(path))]
+    found = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    files = [file for file in found if file.suffix in READERS and file.name not in NOT_DATA]
     if not files:
-        raise UserError(f"--dataset_path {path}: no such data; give a file, folder or glob of {', '.join(READERS)} files")
+        raise UserError(f"--dataset_path {path}: no data there; give a file, folder or glob of {', '.join(READERS)} files")
     return files
 
 
-def read_rows(path: Path) -> list[dict]:
+def _read_all(files: list[Path]) -> list:
+    return [row for file in files for row in read_rows(file)]
+
+
+def read_rows(path: Path) -> list:
     """All rows of one JSON, JSONL, Parquet or Arrow file. Raises UserError for a file that is not what its name says."""
-    rows = READERS[path.suffix](path)
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: every row must be a JSON object; found a {type(next(r for r in rows if not isinstance(r, dict))).__name__}")
-    return rows
+    return READERS[path.suffix](path)
 
 
-def _read_jsonl(path: Path) -> list[dict]:
+def _read_jsonl(path: Path) -> list:
     rows, broken = [], []
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
@@ -208,39 +315,42 @@ def _read_jsonl(path: Path) -> list[dict]:
                 broken.append((number, error.msg))
     if broken:
         number, reason = broken[0]
-        raise UserError(f"{path}: {len(broken)} lines are not JSON, the first is line {number} ({reason}); mend or delete them: sed -i '{number}d' {path}")
+        remedy = f"mend it, or delete it with: sed -i '{number}d' {path}"
+        raise UserError(f"{path}: {len(broken)} lines are not JSON, the first is line {number} ({reason}); {remedy}")
     return rows
 
 
-def _read_json(path: Path) -> list[dict]:
+def _read_json(path: Path) -> list:
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        content = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON at line {error.lineno} ({error.msg}); a file with one object per line must be named .jsonl") from error
     if isinstance(content, dict):
         content = content.get("data", [content])
+    if not isinstance(content, list):
+        raise UserError(f"{path}: holds a {type(content).__name__}; it must hold a list of objects, one per row")
     return content
 
 
 def _read_parquet(path: Path) -> list[dict]:
-    import pyarrow.parquet  # comes with `datasets`
-
-    return _read_arrow_table(path, pyarrow.parquet.read_table)
+    parquet = import_optional("pyarrow.parquet", "datasets", str(path))
+    return _read_arrow_table(path, lambda: parquet.ParquetFile(path).read())
 
 
 def _read_arrow(path: Path) -> list[dict]:
-    import datasets
-
-    return _read_arrow_table(path, lambda name: datasets.Dataset.from_file(name).data.table)
+    ipc = import_optional("pyarrow.ipc", "datasets", str(path))
+    with path.open("rb") as file:
+        is_stream = file.read(6) != b"ARROW1"  # `datasets` writes the stream format, pandas and others the file format
+    return _read_arrow_table(path, lambda: (ipc.open_stream if is_stream else ipc.open_file)(str(path)).read_all())
 
 
 def _read_arrow_table(path: Path, read: Callable) -> list[dict]:
     import pyarrow
 
     try:
-        return read(str(path)).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a {path.suffix[1:]} file ({str(error).splitlines()[0]})") from error
+        return read().to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a {path.suffix[1:]} file ({first_line(error)})") from error
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow}

@@ -30,7 +30,11 @@ Stop = Callable[[list[int]], int | None]
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How to decode. `stop(tokens)` may cut: it gets the new tokens and returns how many to keep, or None to go on."""
+    """How to decode.
+
+    `stop(tokens)` may end a generation: it gets the new tokens so far, each time one is added, and returns how many to
+    keep, or None to go on. Tokens of earlier rounds stay: they were handed out already.
+    """
 
     method: str = "vanilla"
     policy: SamplingPolicy = field(default_factory=SamplingPolicy)

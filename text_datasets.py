@@ -7,11 +7,22 @@ import json
 from itertools import islice
 
 import arithmetic_dataset
+import fineweb_dataset
+import gsm8k_dataset
+import mt_bench_dataset
 import pydoc_dataset
+import share_gpt_dataset
+import slim_pj_dataset
+import ultrachat_dataset
+import xsum_dataset
 from command_line import UserError
 from row_files import ExampleStream, TextDataset, open_rows
 
-DATASETS: dict[str, TextDataset] = {module.DATASET.name: module.DATASET for module in (arithmetic_dataset, pydoc_dataset)}
+_MODULES = (
+    ultrachat_dataset, share_gpt_dataset, slim_pj_dataset, fineweb_dataset, xsum_dataset, gsm8k_dataset, mt_bench_dataset,
+    pydoc_dataset, arithmetic_dataset,
+)
+DATASETS: dict[str, TextDataset] = {module.DATASET.name: module.DATASET for module in _MODULES}
 FINGERPRINT_ROWS = 100
 
 
@@ -32,4 +43,4 @@ def fingerprint(stream: ExampleStream) -> dict:
     """Name, number of rows (None for a stream) and a hash of the first rows, for manifests."""
     first = list(islice(iter(stream.rows), FINGERPRINT_ROWS))
     digest = hashlib.sha256(json.dumps(first, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return {"dataset": stream.dataset.name, "rows": len(stream.rows) if hasattr(stream.rows, "__len__") else None, "sha256_of_first_rows": digest}
+    return {"dataset": stream.dataset.name, "rows": stream.num_rows, "sha256_of_first_rows": digest}

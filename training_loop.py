@@ -22,9 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 from command_line import UserError
-from results import append_jsonl, read_config, read_jsonl, record_run, write_json, write_text
+from results import append_jsonl, read_config, read_jsonl, write_json, write_text
 
 LOG_NAME, STATE_NAME, FINAL_NAME = "train_log.jsonl", "state.pt", "final_checkpoint.txt"
+FREE_ON_RESUME = {"resume", "output_dir", "run_name", "notes", "eval_every_steps", "save_every_steps", "tracker", "num_threads"}
 LOG_EVERY_STEPS = 10
 MAX_GRAD_NORM = 1.0
 
@@ -121,26 +122,24 @@ class StopRequest:
 
 # ---- the run's folder: new, continued or finished ----
 
-def finished_checkpoint(folder: Path) -> Path | None:
-    """The final checkpoint of a finished run in `folder`, or None."""
-    marker = folder / FINAL_NAME
-    return folder / marker.read_text().strip() if marker.exists() else None
+def is_finished(folder: Path, args: TrainingArgs) -> bool:
+    """Whether the run in `folder` needs no more work; then its final checkpoint is printed, as a fresh run would.
 
-
-def begin_run(folder: Path, args: TrainingArgs, settings: dict) -> None:
-    """Record a new run in `folder`, or check that a resumed one has the settings it was started with.
-
-    Raises UserError when the folder holds a run and --resume is not given, or when the settings differ.
+    Raises UserError when the folder holds a run and --resume is not given, or when its settings differ from `args`.
     """
     previous = read_config(folder)
-    if previous is not None and not args.resume:
+    if previous is None:
+        return False
+    if not args.resume:
         raise UserError(f"{folder} holds a run already; choose another --output_dir, or continue it with --resume")
-    if previous is not None:
-        free = {"resume", "output_dir", "notes", "eval_every_steps", "save_every_steps", "tracker", "run_name"}
-        changed = [f"--{name} {previous.get(name)} -> {value}" for name, value in vars(args).items() if name not in free and previous.get(name) != value]
-        if changed:
-            raise UserError(f"{folder} was started with other settings ({', '.join(changed)}); use those, or another --output_dir")
-    record_run(folder, args, settings)
+    changed = [f"--{name} {previous.get(name)} -> {value}" for name, value in vars(args).items()
+               if name not in FREE_ON_RESUME and previous.get(name) != value]
+    if changed:
+        raise UserError(f"{folder} was started with other settings ({', '.join(changed)}); use those, or another --output_dir")
+    marker = folder / FINAL_NAME
+    if marker.exists():
+        print(f"finished already\n{folder / marker.read_text().strip()}")
+    return marker.exists()
 
 
 def save_state(folder: Path, step: int, task: TrainingTask) -> None:

@@ -31,9 +31,10 @@ def chain_round(state: DecodeState, gamma: int, verification: Verification) -> R
         model.crop(start + accepted)
     result = RoundResult([*drafted[:accepted].tolist(), next_token], proposed=len(drafted), accepted=accepted)
     if state.record_overlap:
-        tested_p, tested_q = p[: result.tested], q[: result.tested]
-        result.overlaps = overlap(tested_p, tested_q).tolist()
-        result.expected = expected_acceptance(tested_p, tested_q, verification).tolist()
+        with state.clock("record"):
+            tested_p, tested_q = p[: result.tested], q[: result.tested]
+            result.overlaps = overlap(tested_p, tested_q).tolist()
+            result.expected = expected_acceptance(tested_p, tested_q, verification).tolist()
     return result
 
 

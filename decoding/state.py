@@ -12,7 +12,7 @@ import torch
 from decoding.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy
 
-PHASES = ("prefill", "draft", "verify", "sampling")
+PHASES = ("prefill", "draft", "verify", "sampling", "record")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class DecodeStats:
     """Raw counts and unrounded seconds of one generation; rates are computed by `metrics.speculation_metrics`.
 
     `emitted` counts tokens after the cuts at end-of-text and length; `rounds` and calls are after the prefill.
-    `seconds` holds the phases of PHASES; `wall_s` is the whole, and host time is what remains.
+    `seconds` holds the phases of PHASES, of which "record" is measurement, not decoding; `wall_s` is the whole.
     """
 
     prompt_tokens: int = 0
@@ -53,8 +53,8 @@ class DecodeStats:
 
     @property
     def decode_s(self) -> float:
-        """Seconds from the end of the prefill to the last token."""
-        return self.wall_s - self.seconds["prefill"]
+        """Seconds from the end of the prefill to the last token, without those spent on recording overlaps."""
+        return self.wall_s - self.seconds["prefill"] - self.seconds["record"]
 
     @property
     def host_s(self) -> float:

@@ -1,0 +1,65 @@
+"""One draft against its target: quality, acceptance, tokens per second.
+
+    python evaluate.py --model_path assets/pydoc-llama-7m --checkpoint runs/try/model_000100.safetensors \\
+        --quality_datasets pydoc --out_dir runs/try/evaluation
+    python evaluate.py --model_path meta-llama/Llama-3.1-8B-Instruct --draft_model_path meta-llama/Llama-3.2-1B-Instruct \\
+        --quality_datasets ultrachat --spec_temperature 0.7 --spec_top_p 0.95 --out_dir runs/llama-pair
+
+Prints a table and writes metrics.json; metrics.QUALITY_COLUMNS and SPECULATION_COLUMNS say what each name means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from command_line import UserError, parse_args, run
+from evaluation import Draft, EvaluationArgs, evaluate_draft, exit_draft, model_draft, summary_table
+from results import make_output_dir, read_config, record_run, write_json
+from target_model import Target, load_config, load_target, load_tokenizer, tokenizer_hash
+from truncated_llama import TruncatedLlama, load_exit, read_exit_info
+
+
+@dataclass(kw_only=True)
+class Args(EvaluationArgs):
+    """Evaluate one draft."""
+
+    checkpoint: str | None = field(default=None, metadata={"help": "an exit made by train.py"})
+    draft_model_path: str | None = field(default=None, metadata={"help": "an independent model with the target's tokenizer"})
+
+    def check(self) -> None:
+        if (self.checkpoint is None) == (self.draft_model_path is None):
+            raise UserError("give either --checkpoint EXIT or --draft_model_path MODEL")
+        super().check()
+        if self.checkpoint is not None:
+            read_exit_info(self.checkpoint)
+            return
+        target_size, draft_size = (load_config(path).vocab_size for path in (self.model_path, self.draft_model_path))
+        hashes = {tokenizer_hash(load_tokenizer(path)) for path in (self.model_path, self.draft_model_path)}
+        if len(hashes) > 1 or target_size != draft_size:
+            raise UserError(f"{self.draft_model_path} and {self.model_path} have different tokenizers; a draft needs the target's own")
+
+
+def load_draft(args: Args, target: Target) -> Draft:
+    """The draft that the flags name."""
+    if args.checkpoint is None:
+        return model_draft(target, load_target(args.draft_model_path, args).model, args.draft_model_path)
+    exit_, info = load_exit(args.checkpoint, target)
+    return exit_draft(target, TruncatedLlama(target.model, exit_), info, args.checkpoint, info.kind)
+
+
+def main() -> None:
+    args = parse_args(Args)
+    args.check()
+    folder = make_output_dir(args.out_dir)
+    if read_config(folder) is not None:
+        raise UserError(f"{folder} holds an evaluation already; choose another --out_dir")
+    target = load_target(args.model_path, args)
+    row = evaluate_draft(target, load_draft(args, target), args)
+    record_run(folder, args)
+    write_json(folder / "metrics.json", row)
+    print(summary_table([row], args.quality_datasets[0]))
+    print(folder / "metrics.json")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,240 @@
+"""Measuring one draft against its target: quality on held-out text, and speculation side by side with vanilla decoding.
+
+`evaluate.py` measures one draft, `evaluate_checkpoints.py` many; both get their flags and their figures here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+
+import pandas as pd
+import torch
+from torch import nn
+
+from command_line import UserError
+from data_utils import EncodeOptions, PaddedBatches, encode_example, encode_prompt
+from decoding.kv_cache import CachedModel
+from decoding.sampling import Noise, SamplingPolicy, draw, policy_probs
+from decoding.state import DecodeStats, synchronize
+from decoding.verify import Verification
+from losses import learned_rows, learned_tokens
+from metrics import add_sums, predicted_speedup, quality_means, quality_sums, speculation_metrics, speed_metrics
+from row_files import ExampleStream
+from speculative import DecodeOptions, generate
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config
+from text_datasets import find_dataset, open_stream
+from truncated_llama import ExitInfo, TruncatedLlama, module_bytes
+
+STEP_REPEATS = 15
+NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "resume"}
+
+
+@dataclass(kw_only=True)
+class EvaluationArgs(DeviceArgs):
+    """Flags that both evaluators have."""
+
+    model_path: str = field(metadata={"help": f"the target: a Hugging Face id or folder ({EMBEDDED_TARGET.name} lies in assets/)"})
+    out_dir: str = field(metadata={"help": "folder for results; made where missing"})
+    quality_datasets: list[str] = field(default_factory=lambda: ["ultrachat"], metadata={"help": "data sets for KL, perplexity, agreement"})
+    quality_max_batches: int = field(default=50, metadata={"help": "batches per data set, taken from its test split"})
+    quality_batch_size: int = field(default=8, metadata={"help": "examples per batch"})
+    max_length: int = field(default=512, metadata={"help": "longest sequence of the quality batches, in tokens"})
+    kl_temperature: float = field(default=1.0, metadata={"help": "the training temperature, for <dataset>_kl_at_train_temperature"})
+    spec_prompt_dataset: str | None = field(default=None, metadata={"help": "data set of the prompts (default: the first of quality_datasets)"})
+    dataset_path: str | None = field(default=None, metadata={"help": "local files; then only one data set may be named"})
+    spec_num_prompts: int = field(default=32, metadata={"help": "prompts, from the test split"})
+    spec_prompt_length: int = field(default=64, metadata={"help": "tokens kept of each prompt; 0: all, up to where the assistant speaks"})
+    spec_max_new_tokens: int = field(default=128, metadata={"help": "new tokens per prompt"})
+    spec_temperature: float = field(default=0.7, metadata={"help": "0: greedy"})
+    spec_top_p: float = field(default=1.0, metadata={"help": "1: off"})
+    spec_top_k: int = field(default=0, metadata={"help": "0: off"})
+    gamma: int = field(default=4, metadata={"help": "drafted tokens per round", "aliases": ["--speculate_len", "--k"]})
+    verification: Verification = field(default="rejection", metadata={"help": "coupled returns vanilla's own tokens for the seed"})
+    seed: int = field(default=0, metadata={"help": "seed of data order, noise and bootstrap"})
+
+    def check(self) -> None:
+        """Raise UserError for flags that cannot work, before anything is loaded."""
+        for name in ("quality_max_batches", "quality_batch_size", "spec_num_prompts", "spec_max_new_tokens", "gamma"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        names = {*self.quality_datasets, self.prompt_dataset}
+        for name in names:
+            find_dataset(name)
+        if self.dataset_path is not None and len(names) > 1:
+            raise UserError(f"--dataset_path holds one data set, but {', '.join(sorted(names))} are named")
+        try:
+            self.policy()
+        except ValueError as error:
+            raise UserError(f"--spec_{error}") from error
+        context = load_config(self.model_path).max_position_embeddings
+        needed = self.spec_prompt_length + self.spec_max_new_tokens + self.gamma
+        if needed > context or self.max_length > context:
+            raise UserError(f"the context of {self.model_path} is {context} tokens: lower --spec_prompt_length, --spec_max_new_tokens or --max_length")
+
+    @property
+    def prompt_dataset(self) -> str:
+        return self.spec_prompt_dataset or self.quality_datasets[0]
+
+    def policy(self) -> SamplingPolicy:
+        return SamplingPolicy(self.spec_temperature, self.spec_top_k, self.spec_top_p)
+
+    def settings(self) -> dict:
+        """The flags that figures depend on; a results file holds rows of one set of them."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
+
+    def settings_hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft model and the columns that say what it is."""
+
+    model: nn.Module
+    columns: dict
+
+
+def exit_draft(target: Target, draft: TruncatedLlama, info: ExitInfo | None, checkpoint: str, kind: str) -> Draft:
+    """An exit as a Draft: its place, size, cost ratio by bytes and training step."""
+    exit_ = draft.exit
+    columns = {
+        "checkpoint": checkpoint, "kind": kind, "target_layer": exit_.target_layer, "blocks": exit_.target_layer + 1,
+        "step": info.step if info else 0, "exit_bytes": exit_.own_bytes(), "cost_ratio_bytes": exit_.cost_ratio(target.model),
+    }
+    return Draft(draft, columns)
+
+
+def model_draft(target: Target, model: nn.Module, path: str) -> Draft:
+    """An independent model as a Draft."""
+    ratio = module_bytes(model) / module_bytes(target.model)
+    return Draft(model, {"checkpoint": path, "kind": "model", "exit_bytes": module_bytes(model), "cost_ratio_bytes": ratio})
+
+
+def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs) -> dict:
+    """One row of results: what the draft is, the settings, its quality per data set, and its speculation figures."""
+    row = {**draft.columns}
+    for name in args.quality_datasets:
+        row |= {f"{name}_{metric}": value for metric, value in measure_quality(target, draft.model, name, args).items()}
+    row |= measure_speculation(target, draft.model, args)
+    policy = {"temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k}
+    return {**row, "gamma": args.gamma, "verification": args.verification, **policy, "settings_hash": args.settings_hash()}
+
+
+# ---- quality ----
+
+@torch.inference_mode()
+def measure_quality(target: Target, draft: nn.Module, dataset: str, args: EvaluationArgs) -> dict[str, float]:
+    """metrics.QUALITY_COLUMNS of `draft` on the test split of `dataset`."""
+    options = EncodeOptions(target.tokenizer, max_length=args.max_length, batch_size=args.quality_batch_size)
+    sums: dict[str, float] = {}
+    for batch in quality_batches(open_stream(dataset, "test", args.dataset_path, args.seed), options, args.quality_max_batches):
+        batch = {name: tensor.to(target.model.device) for name, tensor in batch.items()}
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        teacher, drafted = (learned_rows(model(**inputs).logits, batch["loss_mask"]) for model in (target.model, draft))
+        tokens = learned_tokens(batch["input_ids"], batch["loss_mask"])
+        sums = add_sums(sums, quality_sums(teacher, drafted, tokens, args.kl_temperature))
+    return quality_means(sums)
+
+
+def quality_batches(stream: ExampleStream, options: EncodeOptions, limit: int) -> list[dict[str, torch.Tensor]]:
+    """Up to `limit` batches that use no example twice."""
+    available = None if not hasattr(stream.rows, "__len__") else -(-len(stream.rows) // options.batch_size)
+    return list(islice(PaddedBatches(stream, options), limit if available is None else min(limit, available)))
+
+
+# ---- speculation ----
+
+def prompts(target: Target, args: EvaluationArgs) -> list[list[int]]:
+    """`spec_num_prompts` prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer.
+
+    With length 0 whole prompts, up to where the assistant speaks. Raises UserError where there are too few.
+    """
+    stream = open_stream(args.prompt_dataset, "test", args.dataset_path, args.seed)
+    longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.gamma
+    found: list[list[int]] = []
+    for example in stream.rest_of_epoch():
+        if args.spec_prompt_length == 0:
+            ids = encode_prompt(target.tokenizer, example)
+            fits = len(ids) <= longest
+        else:
+            ids = encode_example(target.tokenizer, example).input_ids
+            fits, ids = len(ids) > args.spec_prompt_length, ids[: args.spec_prompt_length]
+        found += [ids] if fits else []
+        if len(found) == args.spec_num_prompts:
+            return found
+    raise UserError(f"only {len(found)} prompts of {args.spec_prompt_length} tokens in {args.prompt_dataset}: lower --spec_num_prompts or --spec_prompt_length")
+
+
+def measure_speculation(target: Target, draft: nn.Module, args: EvaluationArgs) -> dict[str, float]:
+    """metrics.SPECULATION_COLUMNS: vanilla and speculative decoding of the same prompts, in turn.
+
+    One pair is decoded and discarded first; the order within a pair alternates.
+    """
+    texts = prompts(target, args)
+    shared = {"policy": args.policy(), "max_new_tokens": args.spec_max_new_tokens, "eos_ids": eos_token_ids(target), "seed": args.seed}
+    methods = {
+        "vanilla": DecodeOptions(method="vanilla", **shared),
+        "speculative": DecodeOptions(method="speculative", gamma=args.gamma, verification=args.verification, record_overlap=True, **shared),
+    }
+    runs: dict[str, list[DecodeStats]] = {name: [] for name in methods}
+    device = target.model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for index, prompt in enumerate([texts[0], *texts]):
+        for name in sorted(methods, reverse=index % 2 == 0):
+            stats = generate(target.model, prompt, methods[name], draft, prompt_id=index).stats
+            runs[name] += [stats] if index > 0 else []
+    row = {**speculation_metrics(runs["speculative"], args.gamma, args.seed), **speed_metrics(runs["vanilla"], runs["speculative"], args.seed)}
+    row["peak_memory_bytes"] = peak_memory_bytes(device)
+    seconds = step_seconds(target.model, draft, texts[0], args)
+    cost, verify = seconds["draft"] / seconds["target"], seconds["verify"] / seconds["target"]
+    predicted = predicted_speedup(row["spec_token_accept_rate"], args.gamma, cost, verify)
+    return {**row, "spec_cost_ratio": cost, "spec_verify_ratio": verify, "spec_predicted_speedup": predicted}
+
+
+@torch.inference_mode()
+def step_seconds(target: nn.Module, draft: nn.Module, prompt: list[int], args: EvaluationArgs) -> dict[str, float]:
+    """Median seconds of one step, sampling included: target on 1 token, verification of γ+1, draft on 1.
+
+    The three take turns STEP_REPEATS times behind the same prompt, after as many rounds that are not counted.
+    """
+    noise = Noise(args.seed, device=target.device)
+    models = {"target": (CachedModel(target), 1), "verify": (CachedModel(target), args.gamma + 1), "draft": (CachedModel(draft), 1)}
+    for model, _ in models.values():
+        model.prefill(torch.tensor(prompt))
+    timed: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(2 * STEP_REPEATS):
+        for name, (model, width) in models.items():
+            synchronize(target.device)
+            start = time.perf_counter()
+            p = policy_probs(model.forward(torch.tensor(prompt[:1] * width)), args.policy())
+            draw(p, noise, torch.arange(width)).tolist()
+            timed[name].append(time.perf_counter() - start)
+            model.crop(len(prompt))
+    return {name: statistics.median(times[STEP_REPEATS:]) for name, times in timed.items()}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes that torch held on the GPU since the last reset; on the CPU the process's peak so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---- the printed table ----
+
+def summary_table(rows: list[dict], dataset: str) -> str:
+    """The figures that answer the suite's question, a line per row: quality, α, τ, predicted and measured speedup."""
+    shown = {
+        "layer": "target_layer", "stage": "kind", "KL": f"{dataset}_kl", "ppl": f"{dataset}_ppl", "top-1": f"{dataset}_top1",
+        "α": "spec_token_accept_rate", "overlap": "spec_overlap", "τ": "spec_tokens_per_call", "c": "spec_cost_ratio",
+        "predicted": "spec_predicted_speedup", "speedup": "spec_speedup", "low": "spec_speedup_ci_low", "high": "spec_speedup_ci_high",
+    }
+    table = pd.DataFrame([{title: row.get(column) for title, column in shown.items()} for row in rows])
+    return table.dropna(axis="columns", how="all").to_string(index=False, float_format="%.3f", na_rep="")

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# At which layer should this target exit, and what does tuning the last block add to tuning the head?
+#
+#   bash run_sweep_ultrachat_two_stage.sh
+#   LAYERS="7 11" MAX_STEPS_HEAD=2000 SPEC_T=0 bash run_sweep_ultrachat_two_stage.sh
+#   DRY_RUN=1 bash run_sweep_ultrachat_two_stage.sh
+#   bash launch_train_bg.sh two_stage bash run_sweep_ultrachat_two_stage.sh
+#
+# For each layer: stage 1 tunes the exit's head, stage 2 goes on from there with head and last block. Then one evaluation
+# of all exits, with plots. The same command continues an interrupted sweep and skips what is finished.
+#
+#   $OUTPUT_DIR/head/layer7/  $OUTPUT_DIR/ftlast/layer7/  $OUTPUT_DIR/logs/  $EVAL_DIR/results.csv
+#
+# Settings (environment variables) and their defaults; --help says what they mean:
+#   LAYERS="3 7 11"
+#   LR_HEAD=5e-5 LR_SCHEDULE_HEAD=cosine MAX_STEPS_HEAD=5000 BATCH_SIZE_HEAD=8 GRAD_ACCUM_HEAD=4
+#   LR_FTLAST=2e-5 LR_SCHEDULE_FTLAST=cosine MAX_STEPS_FTLAST=5000 BATCH_SIZE_FTLAST=8 GRAD_ACCUM_FTLAST=4
+#   MODEL_PATH=meta-llama/Llama-3.2-1B-Instruct DATASET=ultrachat OUTPUT_DIR=runs/ultrachat_two_stage
+#   EVAL_DIR=runs/ultrachat_two_stage/evaluation MAX_LENGTH=1024 KL_TEMP=1.0 WARMUP_RATIO=0.03
+#   SAVE_EVERY=1000 EVAL_EVERY=500 TORCH_DTYPE=auto ATTN_IMPL=auto TORCH_COMPILE=0
+#   QUALITY_DATASETS=ultrachat PYTHON=python3
+#   left to the Python scripts unless set: DATASET_PATH LOSS_TYPE LOSS_ON SEED DEVICE NUM_THREADS QUALITY_MAX_BATCHES
+#   SPEC_PROMPT_DATASET SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW SPEC_T SPEC_TOP_P SPEC_TOP_K SPEC_GAMMA
+#   SPEC_VERIFICATION; off unless set: DRY_RUN
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=sweep_lib.sh
+source sweep_lib.sh
+
+setting LAYERS "3 7 11" "exits: the last kept block, 0-based"
+setting LR_HEAD 5e-5 "peak learning rate of stage 1"
+setting LR_SCHEDULE_HEAD cosine "linear, constant or cosine"
+stage_settings HEAD
+setting LR_FTLAST 2e-5 "peak learning rate of stage 2"
+setting LR_SCHEDULE_FTLAST cosine "linear, constant or cosine"
+stage_settings FTLAST
+common_settings ultrachat ultrachat_two_stage
+begin_sweep "$@"
+
+for layer in $LAYERS; do
+  train_exit "head/layer$layer" HEAD "$layer" --ft_head
+  train_exit "ftlast/layer$layer" FTLAST "$layer" --ft_head --ft_last_transformer --checkpoint_path "$CHECKPOINT"
+done
+evaluate_checkpoints

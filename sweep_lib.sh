@@ -1,0 +1,222 @@
+# What the sweeps share: their common settings, one training step, one evaluation step, and how a step runs.
+# Sourced by run_*sweep*.sh, which put this file's settings and their own into `--help`.
+#
+# A step shows its output and appends it to $OUTPUT_DIR/logs/<step>.log. When it ends well, its command is kept in
+# $OUTPUT_DIR/logs/<step>.finished: a later start skips the step without starting Python as long as the command is
+# the same and no file that it names is newer. Otherwise the script starts and decides: it continues, skips what it
+# has, or refuses settings that differ from those that its results were made with.
+# shellcheck shell=bash
+
+readonly EXIT_USER_ERROR=2
+declare -a SETTINGS=() CHECKPOINTS=()
+# Variables that look like settings: one that no sweep setting bears is a misspelling, and an error.
+readonly SETTING_LIKE='^(SPEC|QUALITY|MAX_STEPS|BATCH_SIZE|GRAD_ACCUM|LR|LAYERS?|LEARNING_RATES?|LOSS)(_|$)'
+
+# setting NAME DEFAULT HELP: an environment variable that overrides DEFAULT; one that stays empty is not passed on.
+setting() {
+  SETTINGS+=("$1" "$2" "$3")
+  [[ -n ${!1:-} ]] || printf -v "$1" '%s' "$2"
+}
+
+# stage_settings STAGE: the size of a training stage; its learning rates are the sweep's own.
+stage_settings() {
+  setting "MAX_STEPS_$1" 5000 "optimizer steps"
+  setting "BATCH_SIZE_$1" 8 "examples per micro-batch"
+  setting "GRAD_ACCUM_$1" 4 "micro-batches per optimizer step"
+}
+
+# common_settings DATASET NAME: what every sweep has; DATASET is the default data set, NAME the sweep's folder in runs/.
+common_settings() {
+  setting MODEL_PATH meta-llama/Llama-3.2-1B-Instruct "the target: a Hugging Face id or a folder"
+  setting DATASET "$1" "data set to train on"
+  setting DATASET_PATH "" "local files in that data set's form"
+  setting OUTPUT_DIR "runs/$2" "training runs and logs"
+  setting EVAL_DIR "$OUTPUT_DIR/evaluation" "results.csv and plots"
+  setting MAX_LENGTH 1024 "longest sequence, in tokens"
+  setting KL_TEMP 1.0 "softens target and draft in the KL"
+  setting WARMUP_RATIO 0.03 "share of the steps with a rising learning rate"
+  setting SAVE_EVERY 1000 "steps between checkpoints, from which an interrupted run continues"
+  setting EVAL_EVERY 500 "steps between validations"
+  setting LOSS_TYPE "" "objective"
+  setting LOSS_ON "" "all tokens, or the assistant's"
+  setting SEED "" "of training and of evaluation"
+  setting TORCH_DTYPE auto "auto, bf16, fp16 or fp32"
+  setting ATTN_IMPL auto "auto, sdpa, flash_attention_2 or eager (training)"
+  setting TORCH_COMPILE 0 "1: compile the training loss"
+  setting DEVICE "" "auto, cpu or cuda"
+  setting NUM_THREADS "" "CPU threads of torch"
+  setting QUALITY_DATASETS "$DATASET" "data sets of the quality figures, separated by spaces"
+  setting QUALITY_MAX_BATCHES "" "batches per data set"
+  setting SPEC_PROMPT_DATASET "" "data set of the prompts for speculation"
+  setting SPEC_NUM_PROMPTS "" "prompts"
+  setting SPEC_PROMPT_LEN "" "tokens of a prompt"
+  setting SPEC_MAX_NEW "" "new tokens per prompt"
+  setting SPEC_T "" "sampling temperature; 0: greedy"
+  setting SPEC_TOP_P "" "nucleus"
+  setting SPEC_TOP_K "" "most likely tokens kept"
+  setting SPEC_GAMMA "" "drafted tokens per round"
+  setting SPEC_VERIFICATION "" "rejection or coupled"
+  setting PYTHON python3 "interpreter"
+  setting DRY_RUN "" "1: print the commands, run and write nothing"
+}
+
+# ---- the sweep ----
+
+# begin_sweep "$@": answer --help, refuse what cannot work, and keep a second sweep out of the folder.
+begin_sweep() {
+  local lock
+  if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    print_help
+    exit 0
+  fi
+  (($# == 0)) || user_error "unknown argument $1: a sweep is set by environment variables; --help lists them"
+  check_setting_names
+  [[ $TORCH_COMPILE == [01] ]] || user_error "TORCH_COMPILE=$TORCH_COMPILE: give 0 or 1"
+  [[ $DRY_RUN != 0 ]] || DRY_RUN=
+  [[ -z $DRY_RUN ]] || return 0
+  command -v "$PYTHON" >/dev/null || user_error "PYTHON=$PYTHON: no such command; run make setup and give PYTHON=.venv/bin/python"
+  mkdir -p "$OUTPUT_DIR/logs"
+  exec {lock}>"$OUTPUT_DIR/logs/.lock"
+  flock --nonblock "$lock" || user_error "another sweep is at work in $OUTPUT_DIR; wait for it, or give another OUTPUT_DIR"
+  export PYTHONUNBUFFERED=1 # logs grow line by line
+  trap 'request_stop INT 130' INT
+  trap 'request_stop TERM 143' TERM
+  trap 'request_stop TERM 129' HUP
+}
+
+user_error() {
+  echo "error: $1" >&2
+  exit "$EXIT_USER_ERROR"
+}
+
+# The driver's header comment, then every setting with its meaning.
+print_help() {
+  local i
+  sed -n '2,/^# Settings/{/^# Settings/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[-1]}"
+  printf 'Settings (environment variables; paths are relative to %s):\n' "$PWD"
+  for ((i = 0; i < ${#SETTINGS[@]}; i += 3)); do
+    printf '  %-22s %-38s %s\n' "${SETTINGS[i]}" "${SETTINGS[i + 1]:-(not passed)}" "${SETTINGS[i + 2]}"
+  done
+}
+
+check_setting_names() {
+  local name i known=" "
+  for ((i = 0; i < ${#SETTINGS[@]}; i += 3)); do known+="${SETTINGS[i]} "; done
+  while read -r name; do
+    [[ ! $name =~ $SETTING_LIKE || $known == *" $name "* ]] || user_error "unknown setting $name; known:$known"
+  done < <(compgen -e)
+}
+
+# train_exit RUN STAGE LAYER FLAG...: train the exit at LAYER into $OUTPUT_DIR/RUN with the settings of STAGE.
+train_exit() {
+  local run=$1 stage=$2 layer=$3
+  shift 3
+  local flags=(--target_layer "$layer" "$@")
+  add_flags --model_path MODEL_PATH --dataset DATASET --dataset_path DATASET_PATH --loss_type LOSS_TYPE --loss_on LOSS_ON \
+    --kl_temperature KL_TEMP --max_steps "MAX_STEPS_$stage" --batch_size "BATCH_SIZE_$stage" \
+    --grad_accumulate_steps "GRAD_ACCUM_$stage" --learning_rate "LR_$stage" --lr_schedule "LR_SCHEDULE_$stage" \
+    --warmup_ratio WARMUP_RATIO --max_length MAX_LENGTH --eval_every_steps EVAL_EVERY --save_every_steps SAVE_EVERY \
+    --seed SEED --device DEVICE --torch_dtype TORCH_DTYPE --attn_implementation ATTN_IMPL --num_threads NUM_THREADS
+  [[ $TORCH_COMPILE == 0 ]] || flags+=(--torch_compile)
+  flags+=(--output_dir "$OUTPUT_DIR/$run" --run_name "${run//\//_}" --resume)
+  run_step "${run//\//_}" "$OUTPUT_DIR/$run/final_checkpoint.txt" train.py "${flags[@]}"
+  find_checkpoint "$OUTPUT_DIR/$run"
+  CHECKPOINTS+=("$CHECKPOINT")
+}
+
+# evaluate_checkpoints: one table and its plots over every exit that train_exit has trained.
+evaluate_checkpoints() {
+  local datasets flags=(--checkpoint_glob "${CHECKPOINTS[@]}")
+  read -ra datasets <<<"$QUALITY_DATASETS"
+  flags+=(--quality_datasets "${datasets[@]}")
+  add_flags --model_path MODEL_PATH --dataset_path DATASET_PATH --quality_max_batches QUALITY_MAX_BATCHES \
+    --spec_prompt_dataset SPEC_PROMPT_DATASET --spec_num_prompts SPEC_NUM_PROMPTS --spec_prompt_length SPEC_PROMPT_LEN \
+    --spec_max_new_tokens SPEC_MAX_NEW --spec_temperature SPEC_T --spec_top_p SPEC_TOP_P --spec_top_k SPEC_TOP_K \
+    --gamma SPEC_GAMMA --verification SPEC_VERIFICATION --max_length MAX_LENGTH --kl_temperature KL_TEMP \
+    --seed SEED --device DEVICE --torch_dtype TORCH_DTYPE --num_threads NUM_THREADS --out_dir EVAL_DIR
+  run_step evaluation "$EVAL_DIR/results.csv" evaluate_checkpoints.py "${flags[@]}"
+}
+
+# add_flags --flag NAME ...: append `--flag value` to the caller's `flags` for every variable NAME that is set.
+add_flags() {
+  while (($#)); do
+    [[ -z ${!2:-} ]] || flags+=("$1" "${!2}")
+    shift 2
+  done
+}
+
+# find_checkpoint FOLDER: set CHECKPOINT to the final checkpoint of the run there (in a dry run perhaps a placeholder).
+find_checkpoint() {
+  local marker=$1/final_checkpoint.txt
+  CHECKPOINT="$1/<final checkpoint>"
+  [[ -f $marker || -z $DRY_RUN ]] || return 0
+  CHECKPOINT=$1/$(<"$marker")
+  [[ -f $CHECKPOINT ]] || user_error "$marker names $CHECKPOINT, which is not there; delete $1 to train it again"
+}
+
+# ---- one step ----
+
+# run_step NAME PRODUCT SCRIPT FLAG...: run `$PYTHON SCRIPT FLAG...`, which makes the file PRODUCT; a failure ends the sweep.
+run_step() {
+  local name=$1 product=$2 command status=0
+  shift 2
+  local log=$OUTPUT_DIR/logs/$name.log mark=$OUTPUT_DIR/logs/$name.finished
+  printf -v command '%q ' "$@"
+  if is_finished "$product" "$mark" "$command" "$@"; then
+    echo "[$name] finished already, skipped${DRY_RUN:+: $PYTHON $command}"
+    return 0
+  fi
+  echo "[$name] $PYTHON $command"
+  [[ -z $DRY_RUN ]] || return 0
+  printf '\n==== %s\n%s\n' "$(date '+%F %T')" "$PYTHON $command" >>"$log"
+  run_logged "$log" "$PYTHON" "$@" || status=$?
+  ((status != 0)) || [[ -f $product ]] || { echo "$1 ended well without making $product" >&2; status=1; }
+  if ((status != 0)); then
+    echo "[$name] exit status $status: the sweep stops here, and its command goes on from here. Log: $log" >&2
+    exit "$status"
+  fi
+  printf '%s\n' "$command" >"$mark"
+}
+
+# is_finished PRODUCT MARK COMMAND ARGUMENT...
+is_finished() {
+  local product=$1 mark=$2 command=$3 argument
+  [[ -f $product && -f $mark && $(<"$mark") == "$command" ]] || return 1
+  shift 3
+  for argument; do
+    [[ ! -f $argument || ! $argument -nt $mark ]] || return 1
+  done
+}
+
+child= stopped_by= # process at work; 128 + the signal that ended the sweep
+
+# request_stop SIGNAL STATUS: pass the signal on to the step at work, which saves and ends; then the sweep does, too.
+request_stop() {
+  [[ -n $child ]] || exit "$2"
+  stopped_by=$2
+  kill -s "$1" "$child" 2>/dev/null || true
+}
+
+# run_logged LOG COMMAND...: run it with its output on the terminal and in LOG; returns its exit status.
+run_logged() {
+  local log=$1 pipe tee_pid status=0 seen
+  shift
+  exec {pipe}> >(trap '' INT TERM HUP; exec tee -a "$log")
+  tee_pid=$!
+  # A process group of its own (set -m): a signal to the sweep's group reaches the step through request_stop only. Two
+  # of them would mean "do not even save".
+  set -m
+  "$@" </dev/null >&"$pipe" 2>&1 &
+  child=$!
+  set +m
+  exec {pipe}>&-
+  while true; do # wait returns early whenever a trap has run
+    seen=$stopped_by
+    wait "$child" && status=0 || status=$?
+    [[ $stopped_by != "$seen" ]] || break
+  done
+  kill -TERM -- "-$child" 2>/dev/null || true # what the step has left running: it would hold the log open
+  child=
+  wait "$tee_pid" || true
+  return "${stopped_by:-$status}"
+}

@@ -1,0 +1,376 @@
+"""Rows and where they come from: forms, dirty rows, splits, files, hub streams, and the two generated data sets."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import arithmetic_dataset
+import pydoc_dataset
+from command_line import UserError
+from data_utils import encode_example
+from row_files import SPLITS, ExampleStream, TextDataset, describe_skipped, open_rows, parse_text, split_of
+from text_datasets import DATASETS, fingerprint, open_stream
+from xsum_dataset import MAX_DOCUMENT_CHARS
+
+ULTRACHAT = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+SHARE_GPT = {"id": "a_0", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
+QUESTION = {"question": "What is 1 + 1?", "answer": "1 + 1 = 2.\n#### 2"}
+TEXT = {"text": "The quick brown fox.", "id": "<urn:uuid:1>"}
+FORMS = {
+    "ultrachat": ULTRACHAT, "pydoc": ULTRACHAT, "share_gpt": SHARE_GPT, "gsm8k": QUESTION, "arithmetic": QUESTION, "slim_pj": TEXT, "fineweb": TEXT,
+    "xsum": {"document": "It rained. It rained more.", "summary": "It rained.", "id": "1"},
+    "mt_bench": {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Now a shorter one."]},
+}
+
+
+def write_arrow(path: Path, rows: list[dict]) -> None:
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS = {
+    "rows.jsonl": lambda path, rows: path.write_text("\n".join(map(json.dumps, rows))),
+    "rows.json": lambda path, rows: path.write_text(json.dumps(rows)),
+    "rows.parquet": lambda path, rows: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path),
+    "rows.arrow": write_arrow,
+}
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def texts(stream: ExampleStream) -> list[str]:
+    return [example["text"] for example in stream.rest_of_epoch()]
+
+
+# ---- forms ----
+
+def test_every_data_set_has_a_form_here():
+    assert FORMS.keys() == DATASETS.keys()
+    assert all(dataset.make_rows is not None or dataset.hub_splits.keys() == set(SPLITS) for dataset in DATASETS.values())
+
+
+@pytest.mark.parametrize("file_name", WRITERS)
+@pytest.mark.parametrize("name", FORMS)
+def test_form_loads_from_every_file_type(name, file_name, tmp_path, tokenizer):
+    WRITERS[file_name](tmp_path / file_name, [FORMS[name]] * 20)
+    stream = open_stream(name, "train", str(tmp_path / file_name))
+    examples = list(stream.rest_of_epoch())
+    assert len(examples) == (20 if name == "mt_bench" else 18) and not stream.skipped
+    assert len(encode_example(tokenizer, examples[0]).input_ids) > 5
+    assert fingerprint(stream)["rows"] == len(examples)
+
+
+def test_mt_bench_takes_the_first_turn_of_both_forms_and_is_never_cut(tmp_path):
+    path = write_jsonl(tmp_path / "question.jsonl", [{"turns": ["One?", "Two?"]}, {"prompt": ["Three?"]}, {"turns": []}, {"prompt": "Four?"}])
+    for split in SPLITS:
+        stream = open_stream("mt_bench", split, path, shuffle=False)
+        assert [example["messages"] for example in stream.rest_of_epoch()] == [[{"role": "user", "content": text}] for text in ("One?", "Three?")]
+        assert stream.skipped == {"without turns": 2}
+
+
+def test_xsum_cuts_the_article_not_the_summary_and_asks_for_loss_on_the_answer(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"document": "word " * 2000, "summary": "Words."}] * 3)
+    example = next(iter(open_stream("xsum", "train", path)))
+    question, answer = (message["content"] for message in example["messages"])
+    assert len(question) < MAX_DOCUMENT_CHARS + 60 and question.endswith(" word") and answer == "Words."
+    assert example["loss_on"] == "assistant"
+
+
+def test_dirty_share_gpt_rows_are_counted_by_reason(tmp_path):
+    human, gpt = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}
+    usable = [
+        [gpt, human, gpt],
+        [{"from": "system", "value": "Be kind."}, human, gpt, human],
+        [{"from": "system", "value": " "}, human, {"from": "bing", "value": "Hello."}],
+        {"from": ["human", "gpt"], "value": ["Hi", "Hello."]},
+    ]
+    unusable = {
+        "without a list of turns": [None, "human: Hi", [], 7],
+        "with a broken turn": [["Hi"], [{"from": "human", "value": None}, gpt], [{"from": ["human"], "value": "Hi"}, gpt],
+                               {"from": ["human"], "value": []}, {"from": ["human"]}],
+        "with a turn of role 'tool'": [[human, {"from": "tool", "value": "{}"}, gpt]],
+        "whose turns do not alternate": [[human, human, gpt], [human, gpt, gpt], [human, gpt, {"from": "system", "value": "Be kind."}, gpt]],
+        "with an empty turn": [[{"from": "human", "value": " \n"}, gpt], [human, {"from": "gpt", "value": ""}]],
+        "without a question and its answer": [[gpt], [human], [{"from": "system", "value": "Be kind."}]],
+    }
+    rows = [{"conversations": turns} for turns in usable + [turns for group in unusable.values() for turns in group]]
+    for split in SPLITS:  # each with a file of its own, so that none is cut
+        write_jsonl(tmp_path / f"{split}.jsonl", [*rows, {"items": []}, None, "text", [1]])
+
+    stream = open_stream("share_gpt", "train", str(tmp_path), shuffle=False)
+    chats = [[(m["role"], m["content"]) for m in example["messages"]] for example in stream.rest_of_epoch()]
+    exchange = [("user", "Hi"), ("assistant", "Hello.")]
+    assert chats == [exchange, [("system", "Be kind."), *exchange], exchange, exchange]
+    expected = {reason: len(group) for reason, group in unusable.items()}
+    expected["without a list of turns"] += 1
+    assert stream.skipped == {**expected, "that are not objects": 3}
+    assert describe_skipped(stream.skipped).startswith("22 rows skipped (5 ")
+
+
+# ---- files and splits ----
+
+def test_broken_jsonl_names_the_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": \n{"text": "b"}\nnonsense\n')
+    with pytest.raises(UserError, match=r"2 lines are not JSON, the first is line 3 .*sed -i '3d'"):
+        open_rows(DATASETS["slim_pj"], "train", str(path))
+
+
+@pytest.mark.parametrize(("file_name", "content", "message"), [
+    ("rows.json", "7", "holds a int"),
+    ("rows.json", '"text"', "holds a str"),
+    ("rows.json", '{"data": {"text": "a"}}', "holds a dict"),
+    ("rows.json", '{"text": "a"}\n{"text": "b"}', "must be named .jsonl"),
+    ("rows.json", "[]", "no rows for the train split"),
+    ("rows.jsonl", "", "no rows for the train split"),
+    ("rows.parquet", "no parquet", "not a parquet file"),
+    ("rows.arrow", "no arrow", "not a arrow file"),
+    ("rows.txt", "text", "no data there"),
+])
+def test_file_that_is_not_what_its_name_says(file_name, content, message, tmp_path):
+    (tmp_path / file_name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_rows(DATASETS["slim_pj"], "train", str(tmp_path / file_name))
+
+
+def test_json_may_hold_one_object_a_data_key_or_a_byte_order_mark(tmp_path):
+    for content in ('[{"text": "a"}]', '{"data": [{"text": "a"}]}', '\ufeff[{"text": "a"}]', '{"text": "a"}'):
+        (tmp_path / "train.json").write_text(content, encoding="utf-8")
+        assert open_rows(DATASETS["slim_pj"], "train", str(tmp_path)) == [{"text": "a"}]
+
+
+def test_saved_data_set_folder_is_read_without_its_json_files(tmp_path):
+    datasets.Dataset.from_list([TEXT] * 20).save_to_disk(tmp_path)
+    assert open_rows(DATASETS["fineweb"], "train", str(tmp_path)) == [TEXT] * 18
+
+
+@pytest.mark.parametrize(("files", "sizes"), [
+    ({"rows": 40}, (36, 2, 2)),
+    ({"train": 40}, (36, 2, 2)),
+    ({"train": 40, "test": 7}, (38, 2, 7)),
+    ({"train": 40, "val": 3, "test": 7}, (40, 3, 7)),
+    ({"train-0": 40, "train-1": 5, "dev": 3, "test": 7}, (45, 3, 7)),
+])
+def test_local_splits_are_disjoint_and_lose_nothing(files, sizes, tmp_path):
+    for name, count in files.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(count)])
+    found = [texts(open_stream("slim_pj", split, str(tmp_path))) for split in SPLITS]
+    assert tuple(map(len, found)) == sizes
+    assert len({text for split in found for text in split}) == sum(files.values())
+
+
+def test_held_out_file_alone_is_never_trained_on(tmp_path):
+    path = write_jsonl(tmp_path / "test.jsonl", [TEXT] * 40)
+    with pytest.raises(UserError, match="no rows for the train split"):
+        open_rows(DATASETS["slim_pj"], "train", path)
+
+
+def test_file_without_a_split_beside_named_ones_is_an_error(tmp_path):
+    for name in ("train", "test", "extra"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [TEXT])
+    with pytest.raises(UserError, match="extra.jsonl is not"):
+        open_rows(DATASETS["slim_pj"], "train", str(tmp_path))
+
+
+def test_unknown_names_are_named():
+    with pytest.raises(UserError, match="choose one of arithmetic, fineweb, .*, xsum"):
+        open_stream("ultrachat2", "train")
+    with pytest.raises(UserError, match="choose one of train, validation, test"):
+        open_stream("ultrachat", "dev")
+
+
+# ---- streams ----
+
+def take_and_resume(make_stream, before: int, after: int) -> tuple[list[dict], list[dict]]:
+    """`before + after` examples in one go, and the last `after` from a stream that starts at the saved position."""
+    whole = list(islice(iter(make_stream()), before + after))
+    first, second = make_stream(), make_stream()
+    list(islice(iter(first), before))
+    second.position = dict(first.position)
+    return whole[before:], list(islice(iter(second), after))
+
+
+def hub_stream(rows: list[dict]) -> datasets.IterableDataset:
+    return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=3)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("hub", [False, True])
+def test_stream_resumes_exactly_at_any_position(hub, shuffle):
+    rows = [{"text": str(i) if i % 4 else ""} for i in range(12)]
+
+    def make_stream() -> ExampleStream:
+        return ExampleStream(DATASETS["slim_pj"], hub_stream(rows) if hub else rows, seed=3, shuffle=shuffle)
+
+    for before in range(0, 20, 1 if not hub else 3):  # 9 usable examples per epoch
+        continued, resumed = take_and_resume(make_stream, before, 12)
+        assert continued == resumed
+    epoch = texts(make_stream())
+    assert sorted(epoch) == sorted(row["text"] for row in rows if row["text"])
+    assert (epoch == [row["text"] for row in rows if row["text"]]) is not shuffle
+
+
+def test_epochs_are_shuffled_differently():
+    examples = [example["text"] for example in islice(ExampleStream(DATASETS["slim_pj"], [{"text": str(i)} for i in range(30)], seed=0), 60)]
+    assert sorted(examples[:30]) == sorted(examples[30:]) and examples[:30] != examples[30:]
+
+
+@pytest.mark.parametrize("rows", [[], [{"text": ""}] * 3, [None]])
+@pytest.mark.parametrize("position", [{"epoch": 0, "row": 0}, {"epoch": 0, "row": 2}, {"epoch": 5, "row": 0}])
+def test_nothing_usable_is_an_error_and_no_endless_loop(rows, position):
+    stream = ExampleStream(DATASETS["slim_pj"], rows, seed=0)
+    stream.position = position
+    with pytest.raises(UserError, match="--dataset slim_pj: no usable example"):
+        next(iter(stream))
+
+
+def test_hash_of_the_id_cuts_a_hub_stream_that_has_no_held_out_split(monkeypatch):
+    rows = [{"text": str(i), "id": f"<urn:uuid:{i}>"} for i in range(400)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: hub_stream(rows) if split == "train" else None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "README.md")
+    found = {split: texts(open_stream("fineweb", split)) for split in SPLITS}
+    assert sorted(sum(found.values(), [])) == sorted(row["text"] for row in rows)
+    assert all(split_of(f"<urn:uuid:{text}>") == split for split in SPLITS for text in found[split])
+    assert 0 < len(found["validation"]) < 20 and 0 < len(found["test"]) < 20
+
+
+def test_unreachable_hub_is_one_error_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("must not be called: it retries for half a minute"))
+    dataset = TextDataset(name="mine", parse=parse_text, hub_id="nobody/has-such-data")
+    with pytest.raises(UserError, match="--dataset mine: nobody/has-such-data could not be read from the hub .*--dataset_path") as error:
+        open_rows(dataset, "train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [
+    ConnectionError("Couldn't reach it"), ValueError("Bad split: dev"), datasets.exceptions.DatasetNotFoundError("gone"),
+    datasets.exceptions.DatasetGenerationError("no space"), huggingface_hub.errors.HTTPError(""),
+])
+def test_what_the_hub_raises_becomes_a_user_error(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "README.md")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match="could not be read from the hub"):
+        open_rows(DATASETS["ultrachat"], "train")
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="--dataset ultrachat needs datasets, which is not installed; run: pip install datasets"):
+        open_rows(DATASETS["ultrachat"], "train")
+
+
+# ---- arithmetic ----
+
+def test_arithmetic_steps_and_answers_are_right():
+    for index in range(300):
+        problem = arithmetic_dataset.make_problem("train", index)
+        known = set(re.findall(r"\d+", problem["question"]))
+        steps = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", problem["answer"])
+        assert len(steps) == 2
+        for left, operator, right, result in steps:
+            assert {left, right} <= known and eval(f"{left} {operator} {right}") == int(result)
+            known.add(result)
+        assert problem["answer"].endswith(f"#### {steps[-1][-1]}")
+
+
+def test_arithmetic_splits_share_no_question():
+    found = [{row["question"] for row in arithmetic_dataset.make_rows(split)} for split in SPLITS]
+    assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+    assert len(found[1]) > 150 and len(found[2]) > 400
+
+
+# ---- pydoc ----
+
+GOOGLE = '''Adds two numbers and gives their sum back.
+
+Args:
+    a: the first of the two numbers.
+    b: the second of the two numbers.
+
+Returns:
+    The sum of the two numbers.
+
+Raises:
+    ValueError: never.
+'''
+NUMPY = '''Adds two numbers and gives their sum back.
+
+Parameters
+----------
+a : int
+    The first of the two numbers.
+
+Returns
+-------
+int
+    The sum of the two numbers.
+
+See Also
+--------
+subtract
+
+Examples
+--------
+>>> add(1, 2)
+3
+'''
+
+
+def test_google_sections():
+    sections = pydoc_dataset.split_sections(GOOGLE)
+    assert list(sections) == ["summary", "parameters", "returns"]
+    assert sections["parameters"] == "a: the first of the two numbers.\nb: the second of the two numbers."
+    assert "never" not in "".join(sections.values())
+
+
+def test_numpy_sections():
+    sections = pydoc_dataset.split_sections(NUMPY)
+    assert list(sections) == ["summary", "parameters", "returns", "examples"]
+    assert sections["returns"].split() == ["int", *"The sum of the two numbers.".split()]
+    assert sections["examples"] == ">>> add(1, 2)\n3"
+    assert "---" not in "".join(sections.values()) and "subtract" not in "".join(sections.values())
+
+
+def test_near_duplicates_fold_names():
+    duplicates = pydoc_dataset.NearDuplicates()
+    text = "Returns a new {} whose every element is the sum of the elements of the given pair of arrays."
+    assert duplicates.is_new(text.format("FloatTensor"))
+    assert not duplicates.is_new(text.format("LongTensor"))
+    assert duplicates.is_new("Opens the file for reading, and closes it again when the block is left by an exception.")
+
+
+def test_split_of_is_fixed_and_holds_out_its_share():
+    counts = Counter(split_of(f"module.{i}") for i in range(5000))
+    assert 60 < counts["validation"] < 140 and 60 < counts["test"] < 140
+    assert split_of("torch.nn.modules.linear") == split_of("torch.nn.modules.linear")
+
+
+def test_build_rows_from_two_source_files(tmp_path):
+    (tmp_path / "sums.py").write_text(f'"""Sums of numbers, and what can be done with them."""\ndef add(a, b):\n    """{GOOGLE}"""\n')
+    (tmp_path / "twin.py").write_text(f'class Adder:\n    def plus(self):\n        """{GOOGLE}"""\n    def short(self):\n        """Short."""\n')
+    (tmp_path / "broken.py").write_text("def (:")
+    rows = pydoc_dataset.build_rows([(name, tmp_path / f"{name}.py") for name in ("broken", "sums", "twin")])
+    chats = rows[split_of("sums")]
+    assert len(chats) == sum(map(len, rows.values())) == 2  # the twin of `add` is a near-duplicate, "Short." says too little
+    longest = max(chats, key=lambda chat: len(chat["messages"]))
+    assert [message["role"] for message in longest["messages"]] == ["user", "assistant"] * 3
+    assert "sums.add" in longest["prompt"] and longest["prompt"] == longest["messages"][0]["content"]

@@ -1,0 +1,150 @@
+"""Models small enough to know exactly, and the checks of exactness that the tests and the planted bugs share."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from decoding.sampling import SamplingPolicy, policy_probs
+from decoding.state import DecodeStats
+from speculative import DecodeOptions, generate
+from truncated_llama import Exit, TruncatedLlama
+
+TOY_VOCAB = 8
+
+
+class BigramModel(nn.Module):
+    """A first-order language model: the next token's logits are a row of a table. Called as transformers' models are."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.device = table.device
+        self.config = SimpleNamespace(vocab_size=len(table), max_position_embeddings=10**9)
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def bigram_pair(seed: int = 0) -> tuple[BigramModel, BigramModel]:
+    """A target and a draft that differs from it by logit noise, fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    table = 1.5 * torch.randn(TOY_VOCAB, TOY_VOCAB, generator=generator, dtype=torch.float64)
+    noise = torch.randn(TOY_VOCAB, TOY_VOCAB, generator=generator, dtype=torch.float64)
+    return BigramModel(table), BigramModel(table + noise)
+
+
+def context_free_pair(p: list[float], q: list[float]) -> tuple[BigramModel, BigramModel]:
+    """A target and a draft that draw every token from p and from q."""
+    return tuple(BigramModel(torch.tensor([law] * len(law), dtype=torch.float64).log()) for law in (p, q))
+
+
+def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    """A random 4-block Llama with GQA, tied embeddings and Llama-3 RoPE scaling, fp64, peaked enough to disagree with itself."""
+    rope = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128}
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True, "initializer_range": 0.3}
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**shape, "rope_parameters": rope, **overrides})).double().eval().requires_grad_(False)
+
+
+def noisy_exit(target: LlamaForCausalLM, layer: int, own_block: bool = False, scale: float = 0.05) -> TruncatedLlama:
+    """A truncated draft whose exit was disturbed, so that it differs from the target in every tensor that it owns."""
+    exit_ = Exit(target, layer, own_block)
+    generator = torch.Generator().manual_seed(layer)
+    for parameter in exit_.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return TruncatedLlama(target, exit_.requires_grad_(False))
+
+
+def decode(target: nn.Module, draft: nn.Module | None, prompt: list[int], prompt_id: int = 0, **options: object) -> tuple[list[int], DecodeStats]:
+    """Tokens and stats of one generation; speculative where there is a draft."""
+    method = "vanilla" if draft is None else "speculative"
+    generation = generate(target, prompt, DecodeOptions(method=method, **options), draft, prompt_id=prompt_id)
+    return generation.tokens, generation.stats
+
+
+def some_prompts(count: int, vocab_size: int = 64) -> list[list[int]]:
+    """Random prompts of 1 to 12 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 13, (count,), generator=generator).tolist()
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def chi_square_p(observed: torch.Tensor, expected: torch.Tensor) -> float:
+    """p-value of Pearson's test for counts (R, V) against expected ones, rows given; cells expected below 5 are pooled per row.
+
+    Wilson and Hilferty's cube-root normal approximation.
+    """
+    statistic, freedom = 0.0, 0
+    for seen, wanted in zip(observed.double(), expected.double(), strict=True):
+        large = wanted >= 5
+        pairs = [(seen[large], wanted[large]), (seen[~large].sum()[None], wanted[~large].sum()[None])]
+        cells = [(s, w) for ss, ws in pairs for s, w in zip(ss.tolist(), ws.tolist(), strict=True) if w >= 5]
+        statistic += sum((s - w) ** 2 / w for s, w in cells)
+        freedom += max(0, len(cells) - 1)
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+def transition_p(pairs: list[tuple[int, int]], target: BigramModel, policy: SamplingPolicy) -> float:
+    """p-value of observed (token, next token) pairs under the target's law of the next token given the first."""
+    counts = torch.zeros_like(target.table)
+    for first, second in pairs:
+        counts[first, second] += 1
+    assert not counts[policy_probs(target.table, policy) == 0].any(), "a token of probability 0 was emitted"
+    return chi_square_p(counts, counts.sum(1, keepdim=True) * policy_probs(target.table, policy))
+
+
+# ---- checks: each raises AssertionError when a law or an equality does not hold ----
+
+def check_same_text(target: LlamaForCausalLM, draft: nn.Module, policy: SamplingPolicy, verification: str, count: int = 6, gamma: int = 3) -> None:
+    """Speculative text equals vanilla's, token for token, on `count` prompts."""
+    for prompt_id, prompt in enumerate(some_prompts(count)):
+        settings = {"policy": policy, "max_new_tokens": 32, "seed": 5}
+        vanilla, _ = decode(target, None, prompt, prompt_id, **settings)
+        speculated, _ = decode(target, draft, prompt, prompt_id, gamma=gamma, verification=verification, **settings)
+        assert speculated == vanilla
+
+
+def check_all_accepted(target: LlamaForCausalLM, draft: nn.Module, policy: SamplingPolicy, verification: str, count: int = 6) -> None:
+    """A draft that equals the target has every proposal accepted."""
+    for prompt_id, prompt in enumerate(some_prompts(count)):
+        _, stats = decode(target, draft, prompt, prompt_id, policy=policy, verification=verification, max_new_tokens=16)
+        assert all(r.accepted == r.proposed for r in stats.rounds)
+
+
+def check_law(policy: SamplingPolicy, verification: str, tokens: int = 6000, pair: tuple[BigramModel, BigramModel] | None = None) -> None:
+    """In one long generation, tokens behind a round boundary and tokens within a round have the target's law."""
+    target, draft = pair or bigram_pair()
+    text, stats = decode(target, draft, [0], policy=policy, verification=verification, gamma=2, max_new_tokens=tokens, seed=3)
+    assert stats.target_calls == len(stats.rounds)
+    text = [0, *text]
+    boundaries = {0}
+    for r in stats.rounds:
+        boundaries.add(max(boundaries) + len(r.tokens))
+    pairs = list(zip(text[:-1], text[1:], strict=True))
+    across = [pair for i, pair in enumerate(pairs) if i in boundaries]
+    within = [pair for i, pair in enumerate(pairs) if i not in boundaries]
+    assert transition_p(across, target, policy) > 1e-4, "law behind a round boundary"
+    assert transition_p(within, target, policy) > 1e-4, "law within a round"
+
+
+def check_first_two_tokens(policy: SamplingPolicy, verification: str, runs: int = 2000) -> None:
+    """The joint law of the first two tokens after a fixed prompt, over independent generations.
+
+    γ = 1, so the second token is behind a round boundary whenever the first draft was rejected.
+    """
+    target, draft = bigram_pair()
+    counts = torch.zeros(TOY_VOCAB, TOY_VOCAB)
+    for prompt_id in range(runs):
+        (first, second), _ = decode(target, draft, [0], prompt_id, policy=policy, verification=verification, gamma=1, max_new_tokens=2)
+        counts[first, second] += 1
+    p = policy_probs(target.table, policy)
+    joint = p[0][:, None] * p
+    assert chi_square_p(counts.flatten()[None], runs * joint.flatten()[None]) > 1e-4
