@@ -53,8 +53,9 @@ def main() -> None:
     folder = make_output_dir(args.out_dir)
     if read_config(folder) is not None:
         raise UserError(f"{folder} holds an evaluation already; choose another --out_dir")
+    data = args.open_data()
     target = load_target(args.model_path, args)
-    row = evaluate_draft(target, load_draft(args, target), args)
+    row = evaluate_draft(target, load_draft(args, target), args, data)
     record_run(folder, args)
     write_json(folder / "metrics.json", row)
     print(summary_table([row], args.quality_datasets[0]))

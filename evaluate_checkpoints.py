@@ -80,6 +80,7 @@ def main() -> None:
     folder = make_output_dir(args.out_dir)
     results = folder / RESULTS_NAME
     rows = finished_rows(results, args.settings_hash())
+    data = args.open_data()
     target = load_target(args.model_path, args)
     for path, info in checkpoints:
         check_exit_fits(path, info, target)
@@ -89,7 +90,7 @@ def main() -> None:
         record_run(folder, args)
     for number, name in enumerate(missing, start=1):
         print(f"[{number}/{len(missing)}] {name}", flush=True)
-        rows.append(evaluate_draft(target, plan[name](), args))
+        rows.append(evaluate_draft(target, plan[name](), args, data))
         write_csv(results, rows)
     if missing or not (folder / "plots").exists():
         from plots import plot_results  # matplotlib is slow to load, and only needed here

@@ -10,6 +10,7 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 
@@ -25,14 +26,17 @@ from decoding.state import DecodeStats, synchronize
 from decoding.verify import Verification
 from losses import learned_rows, learned_tokens
 from metrics import add_sums, predicted_speedup, quality_means, quality_sums, speculation_metrics, speed_metrics
-from row_files import ExampleStream
+from row_files import ExampleStream, open_rows
 from speculative import DecodeOptions, generate
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config
-from text_datasets import find_dataset, open_stream
+from text_datasets import find_dataset
 from truncated_llama import ExitInfo, TruncatedLlama, module_bytes
 
 STEP_REPEATS = 15
 NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "resume"}
+
+
+EvaluationData = dict[str, Sequence[dict]]
 
 
 @dataclass(kw_only=True)
@@ -81,6 +85,11 @@ class EvaluationArgs(DeviceArgs):
     def prompt_dataset(self) -> str:
         return self.spec_prompt_dataset or self.quality_datasets[0]
 
+    def open_data(self) -> EvaluationData:
+        """The test split of every named data set. Raises UserError; needs no model, so mistakes show early."""
+        names = {*self.quality_datasets, self.prompt_dataset}
+        return {name: open_rows(find_dataset(name), "test", self.dataset_path) for name in sorted(names)}
+
     def policy(self) -> SamplingPolicy:
         return SamplingPolicy(self.spec_temperature, self.spec_top_k, self.spec_top_p)
 
@@ -116,12 +125,17 @@ def model_draft(target: Target, model: nn.Module, path: str) -> Draft:
     return Draft(model, {"checkpoint": path, "kind": "model", "exit_bytes": module_bytes(model), "cost_ratio_bytes": ratio})
 
 
-def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs) -> dict:
-    """One row of results: what the draft is, the settings, its quality per data set, and its speculation figures."""
+def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs, data: EvaluationData) -> dict:
+    """One row of results: what the draft is, the settings, its quality per data set, and its speculation figures.
+
+    `data` is what `args.open_data()` returned.
+    """
     row = {**draft.columns}
     for name in args.quality_datasets:
-        row |= {f"{name}_{metric}": value for metric, value in measure_quality(target, draft.model, name, args).items()}
-    row |= measure_speculation(target, draft.model, args)
+        stream = ExampleStream(find_dataset(name), data[name], args.seed)
+        row |= {f"{name}_{metric}": value for metric, value in measure_quality(target, draft.model, stream, args).items()}
+    prompts = choose_prompts(target, ExampleStream(find_dataset(args.prompt_dataset), data[args.prompt_dataset], args.seed), args)
+    row |= measure_speculation(target, draft.model, prompts, args)
     policy = {"temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k}
     return {**row, "gamma": args.gamma, "verification": args.verification, **policy, "settings_hash": args.settings_hash()}
 
@@ -129,11 +143,11 @@ def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs) -> dict:
 # ---- quality ----
 
 @torch.inference_mode()
-def measure_quality(target: Target, draft: nn.Module, dataset: str, args: EvaluationArgs) -> dict[str, float]:
-    """metrics.QUALITY_COLUMNS of `draft` on the test split of `dataset`."""
+def measure_quality(target: Target, draft: nn.Module, stream: ExampleStream, args: EvaluationArgs) -> dict[str, float]:
+    """metrics.QUALITY_COLUMNS of `draft` on the first batches of `stream`."""
     options = EncodeOptions(target.tokenizer, max_length=args.max_length, batch_size=args.quality_batch_size)
     sums: dict[str, float] = {}
-    for batch in quality_batches(open_stream(dataset, "test", args.dataset_path, args.seed), options, args.quality_max_batches):
+    for batch in quality_batches(stream, options, args.quality_max_batches):
         batch = {name: tensor.to(target.model.device) for name, tensor in batch.items()}
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         teacher, drafted = (learned_rows(model(**inputs).logits, batch["loss_mask"]) for model in (target.model, draft))
@@ -150,12 +164,11 @@ def quality_batches(stream: ExampleStream, options: EncodeOptions, limit: int) -
 
 # ---- speculation ----
 
-def prompts(target: Target, args: EvaluationArgs) -> list[list[int]]:
+def choose_prompts(target: Target, stream: ExampleStream, args: EvaluationArgs) -> list[list[int]]:
     """`spec_num_prompts` prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer.
 
     With length 0 whole prompts, up to where the assistant speaks. Raises UserError where there are too few.
     """
-    stream = open_stream(args.prompt_dataset, "test", args.dataset_path, args.seed)
     longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.gamma
     found: list[list[int]] = []
     for example in stream.rest_of_epoch():
@@ -171,12 +184,11 @@ def prompts(target: Target, args: EvaluationArgs) -> list[list[int]]:
     raise UserError(f"only {len(found)} prompts of {args.spec_prompt_length} tokens in {args.prompt_dataset}: lower --spec_num_prompts or --spec_prompt_length")
 
 
-def measure_speculation(target: Target, draft: nn.Module, args: EvaluationArgs) -> dict[str, float]:
-    """metrics.SPECULATION_COLUMNS: vanilla and speculative decoding of the same prompts, in turn.
+def measure_speculation(target: Target, draft: nn.Module, prompts: list[list[int]], args: EvaluationArgs) -> dict[str, float]:
+    """metrics.SPECULATION_COLUMNS: vanilla and speculative decoding of the same `prompts`, in turn.
 
     One pair is decoded and discarded first; the order within a pair alternates.
     """
-    texts = prompts(target, args)
     shared = {"policy": args.policy(), "max_new_tokens": args.spec_max_new_tokens, "eos_ids": eos_token_ids(target), "seed": args.seed}
     methods = {
         "vanilla": DecodeOptions(method="vanilla", **shared),
@@ -186,13 +198,13 @@ def measure_speculation(target: Target, draft: nn.Module, args: EvaluationArgs) 
     device = target.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for index, prompt in enumerate([texts[0], *texts]):
+    for index, prompt in enumerate([prompts[0], *prompts]):
         for name in sorted(methods, reverse=index % 2 == 0):
             stats = generate(target.model, prompt, methods[name], draft, prompt_id=index).stats
             runs[name] += [stats] if index > 0 else []
     row = {**speculation_metrics(runs["speculative"], args.gamma, args.seed), **speed_metrics(runs["vanilla"], runs["speculative"], args.seed)}
     row["peak_memory_bytes"] = peak_memory_bytes(device)
-    seconds = step_seconds(target.model, draft, texts[0], args)
+    seconds = step_seconds(target.model, draft, prompts[0], args)
     cost, verify = seconds["draft"] / seconds["target"], seconds["verify"] / seconds["target"]
     predicted = predicted_speedup(row["spec_token_accept_rate"], args.gamma, cost, verify)
     return {**row, "spec_cost_ratio": cost, "spec_verify_ratio": verify, "spec_predicted_speedup": predicted}

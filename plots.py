@@ -112,13 +112,18 @@ def read_train_log(path: Path) -> pd.DataFrame:
 
 
 def train_logs_of(table: pd.DataFrame) -> list[Path]:
-    """The training logs that lie beside the checkpoints of `table`."""
-    folders = {Path(checkpoint).parent: None for checkpoint in table["checkpoint"].dropna()}
+    """The training logs that lie beside the checkpoints of `table`'s trained rows."""
+    trained = table[~table["kind"].isin(["target", "untuned"])]
+    folders = dict.fromkeys(Path(checkpoint).parent for checkpoint in trained["checkpoint"].dropna())
     return [folder / "train_log.jsonl" for folder in folders if (folder / "train_log.jsonl").exists()]
 
 
-def dataset_names(table: pd.DataFrame) -> list[str]:
-    return [column.removesuffix("_kl") for column in table if column.endswith("_kl")]
+def dataset_names(table: pd.DataFrame, figure_name: str) -> list[str]:
+    """Names of the quality data sets; a printed line names the figure that has none."""
+    names = [column.removesuffix("_kl") for column in table if column.endswith("_kl")]
+    if not names:
+        print(f"plots: {figure_name}: left out, no column <data set>_kl")
+    return names
 
 
 def numbered_columns(table: pd.DataFrame, prefix: str) -> list[str]:
@@ -131,12 +136,17 @@ def rows_with(table: pd.DataFrame, columns: list[str], panel: str) -> pd.DataFra
     """Rows that have a number in all of `columns`; a printed line names the panel where none or not all drafts do."""
     absent = [column for column in columns if column not in table]
     rows = table[:0] if absent or not columns else table.dropna(subset=columns)
-    lacking = int((table["kind"] != "target").sum() - (rows["kind"] != "target").sum())
+    lacking = len(drafts_of(table)) - len(drafts_of(rows))
     if rows.empty:
         print(f"plots: {panel}: left out, no numbers in {', '.join(absent or columns) or 'such columns'}")
     elif lacking:
         print(f"plots: {panel}: {lacking} drafts left out, without {' or '.join(columns)}")
     return rows
+
+
+def drafts_of(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows without the target, which as a draft of itself has KL 0 and every token accepted by construction."""
+    return table[table["kind"] != "target"]
 
 
 def last_of_layer(rows: pd.DataFrame) -> pd.DataFrame:
@@ -386,12 +396,11 @@ class Panel:
 
 
 def quality_by_layer(table: pd.DataFrame) -> Figure | None:
-    """A row of panels per quality data set: layer against KL to the target, perplexity and top-1 accuracy."""
-    drafts = table[table["kind"] != "target"]  # the target's KL to itself is 0 by definition: no measurement
+    """A row of panels per quality data set: layer against KL to the target, perplexity and top-1 accuracy of the text."""
     grid = []
-    for dataset in dataset_names(table):
+    for dataset in dataset_names(table, "quality_by_layer"):
         panels = [
-            Panel(f"{dataset}_kl", "KL(p‖q) (nats/token)", drafts, dataset, wide_range=True),
+            Panel(f"{dataset}_kl", "KL(p‖q) (nats/token)", drafts_of(table), dataset, wide_range=True),
             Panel(f"{dataset}_ppl", "perplexity", table, dataset, wide_range=True),
             Panel(f"{dataset}_top1", "top-1 accuracy (%)", table, dataset),
         ]
@@ -477,8 +486,8 @@ def draw_points(axis: Axes, rows: pd.DataFrame, at: tuple[pd.Series, str], *, in
 
 def speedup_vs_quality(table: pd.DataFrame) -> Figure | None:
     """KL to the target against measured speedup, a panel per quality data set, with the Pareto front."""
-    drafts = table[table["kind"] != "target"]
-    return point_figure(drafts, [f"{dataset}_kl" for dataset in dataset_names(table)], draw_pareto, "speedup_vs_quality")
+    columns = [f"{dataset}_kl" for dataset in dataset_names(table, "speedup_vs_quality")]
+    return point_figure(drafts_of(table), columns, draw_pareto, "speedup_vs_quality")
 
 
 def predicted_speedup(table: pd.DataFrame) -> Figure | None:
@@ -513,8 +522,9 @@ def point_figure(
 
 
 def point_names(rows: pd.DataFrame, *, with_stage: bool) -> list[str]:
-    """"ℓ3 head" for each row, or "ℓ3"; with the step where a layer and stage has several rows."""
-    names = [f"ℓ{layer} {stage}" if with_stage else f"ℓ{layer}" for layer, stage in zip(rows["target_layer"], rows["kind"], strict=True)]
+    """"ℓ3 head" for each row, or "ℓ3"; with the step where a layer and stage has several rows. The target is "target"."""
+    places = zip(rows["target_layer"], rows["kind"], strict=True)
+    names = ["target" if stage == "target" else f"ℓ{layer} {stage}" if with_stage else f"ℓ{layer}" for layer, stage in places]
     repeated = rows.duplicated(["target_layer", "kind"], keep=False) & rows["step"].notna()
     return [f"{name} @{step:g}" if again else name for name, step, again in zip(names, rows["step"], repeated, strict=True)]
 
@@ -544,7 +554,7 @@ def draw_predicted(axis: Axes, rows: pd.DataFrame, column: str) -> None:
     axis.axline((1, 1), slope=1, color="black", linewidth=0.7, linestyle=(0, (4, 3)), zorder=1)
     axis.set(xlim=limits, ylim=limits, aspect="equal", xlabel="predicted speedup over vanilla (×)", ylabel="measured speedup over vanilla (×)")
     for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(ticker.MaxNLocator(6))
+        side.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
     axis.set_title("dashed: measured = predicted", fontsize=7, color=GREY)
 
 
@@ -553,7 +563,7 @@ def draw_predicted(axis: Axes, rows: pd.DataFrame, column: str) -> None:
 def acceptance_histograms(table: pd.DataFrame) -> Figure | None:
     """A panel per layer: the share of rounds in which 0, 1, ... γ drafted tokens were accepted, stages side by side."""
     columns = numbered_columns(table, "spec_accepted_hist_")
-    rows = rows_with(table, columns[:1], "acceptance_histograms")
+    rows = rows_with(drafts_of(table), columns[:1], "acceptance_histograms")
     rows = rows[rows[columns].sum(axis=1) > 0]
     if rows.empty:
         return None
@@ -585,7 +595,7 @@ def draw_histograms(axis: Axes, rows: pd.DataFrame, columns: list[str], stages: 
 def acceptance_by_position(table: pd.DataFrame) -> Figure | None:
     """A panel per stage, a line per draft: accept rate at draft position 1..γ among the rounds that reach it."""
     columns = numbered_columns(table, "spec_accept_at_")
-    stages = by_stage(rows_with(table, columns[:1], "acceptance_by_position"))
+    stages = by_stage(rows_with(drafts_of(table), columns[:1], "acceptance_by_position"))
     if not stages:
         return None
     figure, axes = panel_grid(row_counts(len(stages), 3), 2.2)

@@ -188,7 +188,7 @@ is_finished() {
   done
 }
 
-child= stopped_by= # process at work; 128 + the signal that ended the sweep
+child='' stopped_by='' # process at work; 128 + the signal that ended the sweep
 
 # request_stop SIGNAL STATUS: pass the signal on to the step at work, which saves and ends; then the sweep does, too.
 request_stop() {

@@ -28,7 +28,7 @@ from data_utils import EncodeOptions, LossOn, PaddedBatches
 from losses import LossType, learned_rows, learned_tokens, training_loss
 from metrics import add_sums, quality_means, quality_sums
 from results import make_output_dir, record_run
-from row_files import describe_skipped
+from row_files import ExampleStream, describe_skipped
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, load_config, load_target, tokenizer_hash, weights_hash
 from text_datasets import find_dataset, fingerprint, open_stream
 from training_loop import TrainingArgs, TrainingTask, is_finished, run_training
@@ -96,13 +96,11 @@ def starting_exit(args: Args, target: Target) -> tuple[Exit, tuple[str, ...]]:
 class Distillation:
     """The callbacks of one run: loss, validation and saving of one exit under the frozen target."""
 
-    def __init__(self, args: Args, target: Target, folder: Path) -> None:
+    def __init__(self, args: Args, target: Target, streams: dict[str, ExampleStream], folder: Path) -> None:
         self.args, self.target, self.folder = args, target, folder
         options = EncodeOptions(target.tokenizer, args.loss_on, args.max_length, args.batch_size)
-        self.stream = open_stream(args.dataset, "train", args.dataset_path, args.seed)
-        self.batches = PaddedBatches(self.stream, options)
-        held_out = open_stream(args.dataset, "validation", args.dataset_path, args.seed)
-        self.validation = list(islice(PaddedBatches(held_out, options), VALIDATION_BATCHES))
+        self.batches = PaddedBatches(streams["train"], options)
+        self.validation = list(islice(PaddedBatches(streams["validation"], options), VALIDATION_BATCHES))
         self.exit, self.tuned = starting_exit(args, target)
         self.model = TunedLlama(target.model, [self.exit])
         self.batch_loss = torch.compile(self._batch_loss) if args.torch_compile else self._batch_loss
@@ -158,11 +156,12 @@ def main() -> int:
     folder = make_output_dir(args.output_dir)
     if is_finished(folder, args):
         return 0
+    streams = {split: open_stream(args.dataset, split, args.dataset_path, args.seed) for split in ("train", "validation")}
     target = load_target(args.model_path, args)
-    distillation = Distillation(args, target, folder)
-    record_run(folder, args, {"data": fingerprint(distillation.stream), "target_hash": weights_hash(target.model)})
+    distillation = Distillation(args, target, streams, folder)
+    record_run(folder, args, {"data": fingerprint(streams["train"]), "target_hash": weights_hash(target.model)})
     status = run_training(distillation.task(), args, folder)
-    print(f"{args.dataset}: {describe_skipped(distillation.stream.skipped)}", file=sys.stderr)
+    print(f"{args.dataset}: {describe_skipped(streams['train'].skipped)}", file=sys.stderr)
     return status
 
 

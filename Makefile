@@ -1,0 +1,58 @@
+# make help    the targets
+# make demo    install, tune exits of the embedded target, measure and plot them: offline but for the installation
+#
+# Variables: SYSTEM_PYTHON (makes the .venv; 3.10 to 3.13), PIP_FLAGS (for every pip install).
+
+SYSTEM_PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Without an NVIDIA driver, Linux takes the CPU build of torch: the usual one brings gigabytes of CUDA packages.
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+ifeq ($(shell uname -sm)$(shell command -v nvidia-smi),Linux x86_64)
+TORCH := $(TORCH)+cpu
+endif
+# Where pip's index has no CPU build: uv knows where PyTorch keeps them.
+TORCH_BY_UV = { $(BIN)/pip install $(PIP_FLAGS) uv && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --torch-backend=cpu $(TORCH); }
+
+# The demo's sweep, made for 2 CPU cores. See `bash run_sweep_ultrachat_two_stage.sh --help`.
+DEMO := env PYTHON=$(BIN)/python HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DEVICE=cpu SEED=0 \
+	MODEL_PATH=assets/pydoc-llama-7m DATASET=pydoc LAYERS="1 3 7 11" OUTPUT_DIR=runs/demo EVAL_DIR=runs/demo/evaluation \
+	MAX_STEPS_HEAD=80   LR_HEAD=1e-3   LR_SCHEDULE_HEAD=cosine   BATCH_SIZE_HEAD=8   GRAD_ACCUM_HEAD=1 \
+	MAX_STEPS_FTLAST=80 LR_FTLAST=5e-4 LR_SCHEDULE_FTLAST=cosine BATCH_SIZE_FTLAST=8 GRAD_ACCUM_FTLAST=1 \
+	MAX_LENGTH=256 WARMUP_RATIO=0.05 SAVE_EVERY=0 EVAL_EVERY=0 QUALITY_DATASETS=pydoc QUALITY_MAX_BATCHES=8 \
+	SPEC_NUM_PROMPTS=16 SPEC_PROMPT_LEN=64 SPEC_MAX_NEW=96 SPEC_T=0.7 SPEC_TOP_P=0.95 SPEC_GAMMA=4
+# The same path through the code in a fraction of the time; its figures mean nothing.
+DEMO_SHORT := $(DEMO) LAYERS=3 MAX_STEPS_HEAD=4 MAX_STEPS_FTLAST=4 QUALITY_MAX_BATCHES=2 SPEC_NUM_PROMPTS=2 SPEC_MAX_NEW=24 \
+	OUTPUT_DIR=runs/demo_short EVAL_DIR=runs/demo_short/evaluation
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-short test check clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: $(VENV)/.installed ## make the .venv with the tested versions; done once
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(TORCH) || $(TORCH_BY_UV)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -r requirements-dev.txt
+	touch $@
+
+demo: setup ## tune and compare 8 exits of the embedded target on 2 CPU cores, in under 10 minutes: runs/demo/evaluation/
+	$(DEMO) bash run_sweep_ultrachat_two_stage.sh
+
+demo-short: setup ## the demo's steps at their smallest, for CI
+	$(DEMO_SHORT) bash run_sweep_ultrachat_two_stage.sh
+
+test: setup ## all tests, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+check: setup ## lint, and the rule of the import levels
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q tests/test_import_layers.py
+
+clean: ## delete the demos' results and the caches of the tools, but no other run and not the .venv
+	rm -rf runs/demo runs/demo_short .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

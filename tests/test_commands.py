@@ -1,0 +1,200 @@
+"""Commands from the command line inwards: a small sweep end to end, and one clear line for every mistake."""
+
+import json
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from toy_models import tiny_llama
+
+import command_line
+import evaluate
+import evaluate_checkpoints
+import pretrain_draft_model
+import train
+
+EVALUATION = ["--quality_datasets", "arithmetic", "--quality_max_batches", "2", "--spec_num_prompts", "3", "--spec_prompt_length", "8",
+              "--spec_max_new_tokens", "12", "--max_length", "64", "--gamma", "2", "--num_threads", "1"]
+
+
+def run_main(module, arguments: list, monkeypatch) -> int:
+    """Exit status of a command's main, as `python module.py arguments` would have."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        command_line.run(module.main)
+    return exit_.value.code or 0
+
+
+def train_arguments(model, output, **changes) -> list[str]:
+    flags = {"model_path": model, "dataset": "arithmetic", "target_layer": 1, "ft_head": "true", "max_steps": 3, "batch_size": 2, "max_length": 64,
+             "output_dir": output, "num_threads": 1}
+    return [text for name, value in {**flags, **changes}.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def exit_path(tiny_target_path, tmp_path_factory):
+    """A trained head of layer 1."""
+    folder = tmp_path_factory.mktemp("sweep") / "head" / "layer1"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_main(train, train_arguments(tiny_target_path, folder), patch) == 0
+    return folder / (folder / "final_checkpoint.txt").read_text().strip()
+
+
+def test_sweep_end_to_end(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys):
+    last = tmp_path / "ftlast" / "layer1"
+    changes = {"ft_last_transformer": "true", "checkpoint_path": exit_path, "loss_type": "combined", "kl_temperature": 2.0}
+    assert run_main(train, train_arguments(tiny_target_path, last, **changes), monkeypatch) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(last / "model_000003.safetensors")
+    command = ["--model_path", tiny_target_path, "--checkpoint_glob", exit_path, last / "model_*.safetensors", "--out_dir", tmp_path / "out", *EVALUATION]
+    assert run_main(evaluate_checkpoints, command, monkeypatch) == 0
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert list(table["kind"]) == ["target", "untuned", "head", "head+last_block"]
+    assert table["spec_accept_rate"][0] == 1 and table["arithmetic_kl"][0] == pytest.approx(0, abs=1e-6)
+    assert table["arithmetic_kl"][1] > table["arithmetic_kl"][2] > table["arithmetic_kl"][3] > 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"cmd.txt", "config.json", "manifest.json", "plots"}
+
+    monkeypatch.setattr(evaluate_checkpoints, "evaluate_draft", lambda *_: pytest.fail("a finished row was measured again"))
+    assert run_main(evaluate_checkpoints, command, monkeypatch) == 0
+    assert run_main(evaluate_checkpoints, [*command, "--seed", "1"], monkeypatch) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_interrupted_evaluation_measures_only_what_is_missing(tiny_target_path, exit_path, tmp_path, monkeypatch):
+    command = ["--model_path", tiny_target_path, "--checkpoint_glob", exit_path, "--out_dir", tmp_path, *EVALUATION]
+    assert run_main(evaluate_checkpoints, command, monkeypatch) == 0
+    whole = pd.read_csv(tmp_path / "results.csv")
+    whole[:1].to_csv(tmp_path / "results.csv", index=False)
+    assert run_main(evaluate_checkpoints, command, monkeypatch) == 0
+    again = pd.read_csv(tmp_path / "results.csv")
+    timing = [name for name in whole if name.endswith("_s") or "speedup" in name or "ratio" in name or "memory" in name]
+    pd.testing.assert_frame_equal(whole.drop(columns=timing), again.drop(columns=timing))
+
+
+@pytest.mark.parametrize("verification", ["rejection", "coupled"])
+def test_evaluate_an_exit_and_an_independent_draft(tiny_target_path, exit_path, tmp_path, monkeypatch, verification):
+    for name, draft in (("exit", ["--checkpoint", exit_path]), ("model", ["--draft_model_path", tiny_target_path])):
+        out = tmp_path / name
+        command = ["--model_path", tiny_target_path, *draft, "--out_dir", out, "--verification", verification, *EVALUATION]
+        assert run_main(evaluate, command, monkeypatch) == 0
+        row = json.loads((out / "metrics.json").read_text())
+        assert row["verification"] == verification and row["spec_emitted"] > 0
+        assert (row["spec_accept_rate"] == 1) == (name == "model")
+
+
+def test_pretraining_makes_a_loadable_model(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    command = ["--output_dir", tmp_path / "run", "--dataset", "arithmetic", "--train_tokenizer_size", 300, "--hidden_size", 16, "--intermediate_size", 32,
+               "--num_attention_heads", 2, "--num_key_value_heads", 1, "--tie_word_embeddings", "--rope_scaling_factor", 4, "--max_steps", 8,
+               "--batch_size", 2, "--max_length", 32, "--learning_rate", "1e-2", "--num_threads", 1]
+    assert run_main(pretrain_draft_model, command, monkeypatch) == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
+    validation = [row["validation_loss"] for row in log if "validation_loss" in row]
+    assert validation[-1] < validation[0] - 0.1
+    path = tmp_path / "run" / "model_000008"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 2
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(model.generation_config.eos_token_id) == 2 and AutoTokenizer.from_pretrained(path).chat_template
+    grown = ["--output_dir", tmp_path / "grown", "--init", "first_blocks", "--init_from", path, "--num_hidden_layers", 1, "--dataset", "arithmetic",
+             "--max_steps", 1, "--batch_size", 1, "--max_length", 16]
+    assert run_main(pretrain_draft_model, grown, monkeypatch) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "grown" / "model_000001").config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_layer": 4}, "--target_layer 4: .* choose 0 to 3"),
+        ({"target_layer": -1}, "choose 0 to 3"),
+        ({"dataset": "ultrachatt"}, "unknown data set 'ultrachatt': choose one of arithmetic"),
+        ({"dataset_path": "/no/such/file.jsonl"}, "--dataset_path /no/such/file.jsonl"),
+        ({"ft_head": None}, "nothing to train: give --ft_head"),
+        ({"checkpoint_path": "/no/such/model.safetensors"}, "no checkpoint at /no/such/model.safetensors"),
+        ({"model_path": "/no/such/model"}, "no model at /no/such/model"),
+        ({"attn_implementation": "flash_attention_2"}, "flash-attn package is not installed"),
+        ({"max_length": 100_000}, "--max_length 100000: the context of"),
+        ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
+        ({"learning_rate": -1}, "--learning_rate -1.0: must be positive"),
+        ({"kl_temperature": 0}, "--kl_temperature 0.0: must be positive"),
+        ({"learning_rte": 1}, "unknown argument --learning_rte: did you mean --learning_rate"),
+    ],
+)
+def test_training_mistakes_get_one_line(tiny_target_path, tmp_path, monkeypatch, capsys, changes, message):
+    assert run_main(train, train_arguments(tiny_target_path, tmp_path / "run", **changes), monkeypatch) == 2
+    check_one_line(capsys, message)
+
+
+def check_one_line(capsys, message: str) -> None:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert pytest.importorskip("re").search(message, lines[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"question": "a", "answer": "b"}\n{"question": "a", \n', "first is line 2"), ("", "no rows"), ('{"other": 1}\n' * 40, "no usable example")],
+)
+def test_bad_files_get_one_line(tiny_target_path, tmp_path, monkeypatch, capsys, content, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    assert run_main(train, train_arguments(tiny_target_path, tmp_path / "run", dataset_path=path), monkeypatch) == 2
+    check_one_line(capsys, message)
+
+
+def test_unwritable_output_gets_one_line(tiny_target_path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert run_main(train, train_arguments(tiny_target_path, tmp_path / "file" / "run"), monkeypatch) == 2
+    check_one_line(capsys, "cannot write to .* choose another output directory")
+
+
+def test_a_run_is_never_written_over(tiny_target_path, exit_path, monkeypatch, capsys):
+    assert run_main(train, train_arguments(tiny_target_path, exit_path.parent), monkeypatch) == 2
+    check_one_line(capsys, "holds a run already; .* --resume")
+    assert run_main(train, [*train_arguments(tiny_target_path, exit_path.parent, max_steps=4), "--resume"], monkeypatch) == 2
+    check_one_line(capsys, "--max_steps 3 -> 4")
+    assert run_main(train, [*train_arguments(tiny_target_path, exit_path.parent), "--resume"], monkeypatch) == 0
+    assert capsys.readouterr().out.splitlines() == ["finished already", str(exit_path)]
+
+
+def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys, tokenizer):
+    other = tmp_path / "other"
+    tiny_llama(seed=5, vocab_size=len(tokenizer)).float().save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    foreign = tmp_path / "foreign"
+    tiny_llama(vocab_size=len(tokenizer)).float().save_pretrained(foreign)
+    renamed = tokenizer.from_pretrained(other)
+    renamed.add_tokens(["<|new|>"])
+    renamed.save_pretrained(foreign)
+    corrupt = tmp_path / "corrupt.safetensors"
+    corrupt.write_bytes(exit_path.read_bytes()[:-40])
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    checkpoint = ["--checkpoint", exit_path]
+    for model, arguments, message in (
+        (other, checkpoint, "belongs to another target"),
+        (tiny_target_path, ["--draft_model_path", foreign], "have different tokenizers"),
+        (tiny_target_path, ["--checkpoint", corrupt], "is broken"),
+        (tiny_target_path, [*checkpoint, "--draft_model_path", other], "give either --checkpoint"),
+        (tiny_target_path, [*checkpoint, "--spec_prompt_length", 510], "context of .* is 512 tokens"),
+        (tiny_target_path, [*checkpoint, "--spec_top_p", 0], "--spec_top_p 0.0 must lie in"),
+        (tiny_target_path, [*checkpoint, "--spec_num_prompts", 5000], "only .* prompts of 8 tokens"),
+        (tiny_target_path, [*checkpoint, "--dataset_path", empty], "no rows"),
+        (tiny_target_path, [*checkpoint, "--gamma", 0], "--gamma 0: must be at least 1"),
+    ):
+        assert run_main(evaluate, ["--model_path", model, "--out_dir", tmp_path / "out", *EVALUATION, *arguments], monkeypatch) == 2
+        check_one_line(capsys, message)
+    command = ["--model_path", tiny_target_path, "--checkpoint_glob", "/no/such/*", "--out_dir", tmp_path / "out", *EVALUATION]
+    assert run_main(evaluate_checkpoints, command, monkeypatch) == 2
+    check_one_line(capsys, "no checkpoint matches")
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "good"),
+    [("torch", "2.6.0", True), ("torch", "2.13.0+cpu", True), ("torch", "2.5.1", False), ("torch", "2.14.0", False), ("transformers", "5.17.0.dev0", True),
+     ("transformers", "4.57.3", False), ("transformers", "6.0", False), ("python", "3.9.18", False), ("python", "3.13.1", True), ("python", "3.14.0", False)],
+)
+def test_versions_outside_the_range_are_named(package, version, good):
+    complaint = command_line.version_complaint(package, version)
+    assert complaint is None if good else f"{package} {version} is not supported" in complaint

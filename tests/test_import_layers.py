@@ -1,0 +1,68 @@
+"""Imports go to lower levels only, so commands never import commands nor rounds rounds; `decoding/` imports only itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# The tens are the tiers, from what everything stands on to what a user starts; the ones order a tier within itself.
+LEVELS = {
+    0: "command_line decoding.sampling decoding.kv_cache",
+    1: "row_files results decoding.state decoding.verify",
+    2: "data_utils",
+    10: "target_model training_loop losses plots arithmetic_dataset fineweb_dataset gsm8k_dataset mt_bench_dataset pydoc_dataset"
+        " share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
+    11: "metrics",
+    20: "text_datasets truncated_llama decoding.vanilla decoding.chain",
+    21: "tuned_llama",
+    30: "speculative",
+    40: "evaluation",
+    50: "train evaluate evaluate_checkpoints pretrain_draft_model",
+}
+LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Dotted names that `path` imports anywhere, inside functions too; of `from a import b` both `a` and `a.b`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, [path.parent.name if node.level else "", node.module]))
+            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
+
+
+def broken_rules(root: Path) -> list[str]:
+    """One sentence for every import in `root` that breaks the rule, and for every module that has no level."""
+    files = {path.stem: path for path in root.glob("*.py")}
+    files |= {f"decoding.{path.stem}": path for path in root.glob("decoding/*.py") if path.stem != "__init__"}
+    found = [f"{module} has no level: add it to LEVELS in {Path(__file__).name}" for module in sorted(files.keys() - LEVEL_OF.keys())]
+    for module in files.keys() & LEVEL_OF.keys():
+        for imported in files.keys() & LEVEL_OF.keys() & set(imported_names(files[module])):
+            if LEVEL_OF[imported] >= LEVEL_OF[module]:
+                found.append(f"{module} (level {LEVEL_OF[module]}) imports {imported} (level {LEVEL_OF[imported]})")
+            if module.startswith("decoding.") and not imported.startswith("decoding."):
+                found.append(f"{module} imports {imported}, which lies above decoding/")
+    return found
+
+
+def test_imports_go_to_lower_levels():
+    assert not broken_rules(ROOT)
+
+
+def test_decoding_package_is_empty_of_code():
+    assert not (ROOT / "decoding" / "__init__.py").read_text().strip()
+
+
+def test_every_kind_of_breach_is_found(tmp_path: Path):
+    (tmp_path / "decoding").mkdir()
+    for name, text in {"train": "def f():\n    import evaluate", "evaluate": "", "unheard_of": "", "command_line": "", "results": "from train import x",
+                       "decoding/chain": "from . import vanilla", "decoding/vanilla": "from command_line import UserError"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    found = " | ".join(broken_rules(tmp_path))
+    for breach in ("train (level 50) imports evaluate", "unheard_of has no level", "results (level 1) imports train", "decoding.chain (level 20) imports decoding.vanilla",
+                   "decoding.vanilla imports command_line, which lies above"):
+        assert breach in found
+    assert len(broken_rules(tmp_path)) == 5

@@ -1,0 +1,100 @@
+"""One step is one step however the batch is cut; an interrupted run continues to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from training_loop import StopRequest, TrainingArgs, TrainingTask, lr_factor, train_step
+
+ROOT = Path(__file__).parent.parent
+MAX_STEPS = 120
+
+
+def train_command(model: Path, output: Path) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), "--model_path", str(model), "--dataset", "arithmetic", "--target_layer", "1", "--ft_head",
+            "--ft_last_transformer", "--max_steps", str(MAX_STEPS), "--batch_size", "2", "--grad_accumulate_steps", "2", "--max_length", "64",
+            "--learning_rate", "1e-3", "--save_every_steps", "7", "--num_threads", "1", "--output_dir", str(output), "--resume"]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def steps_logged(folder: Path) -> list[dict]:
+    log = folder / "train_log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}") and '"loss"' in line]
+
+
+def interrupt(command: list[str], folder: Path, after_step: int, number: int) -> int:
+    """Start `command`, send it the signal once it has logged `after_step`, and return its exit status."""
+    process = start(command)
+    while process.poll() is None and not (logged := steps_logged(folder)) or logged[-1]["step"] < after_step:
+        time.sleep(0.005)
+        logged = logged if process.poll() is None else pytest.fail(f"ended early: {process.stdout.read()}")
+    process.send_signal(number)
+    process.communicate()
+    return process.returncode
+
+
+def test_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_one(tiny_target_path, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    uninterrupted = start(train_command(tiny_target_path, whole))
+    command = train_command(tiny_target_path, broken)
+    assert interrupt(command, broken, 10, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(command, broken, 40, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert not (broken / "final_checkpoint.txt").exists()
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert uninterrupted.wait() == 0
+    assert [row["step"] for row in steps_logged(broken)] == list(range(1, MAX_STEPS + 1))
+    assert [row["loss"] for row in steps_logged(broken)] == [row["loss"] for row in steps_logged(whole)]
+    final = Path(finished.stdout.splitlines()[-1])
+    assert final == broken / (broken / "final_checkpoint.txt").read_text().strip()
+    tensors, wanted = load_file(final), load_file(whole / final.name)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors.items())
+
+
+class OneWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+
+
+def step_on(batches: list[torch.Tensor]) -> tuple[dict, torch.Tensor]:
+    module = OneWeight()
+    task = TrainingTask(
+        module, torch.optim.SGD(module.parameters(), lr=1.0), batches=None, count=lambda b: len(b["x"]),
+        loss=lambda b: ((b["x"] @ module.weight).square().sum(), {}), validate=dict, save=None,
+    )
+    return train_step(task, [{"x": x} for x in batches], 0.01), module.weight.detach()
+
+
+def test_step_does_not_depend_on_how_the_batch_is_cut():
+    """Means of micro-batch means weigh tokens of short batches more; sums over the whole batch do not."""
+    x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
+    whole, weight = step_on([x])
+    cut, weight_cut = step_on([x[:1], x[1:3], x[3:]])
+    assert whole["loss"] == pytest.approx(cut["loss"]) and torch.allclose(weight, weight_cut)
+
+
+@pytest.mark.parametrize(("schedule", "middle", "end"), [("constant", 1.0, 1.0), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.0003)])
+def test_schedules(schedule, middle, end):
+    args = TrainingArgs(output_dir="unused", max_steps=110, warmup_ratio=10 / 110, lr_schedule=schedule)
+    assert [lr_factor(step, args) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert lr_factor(60, args) == pytest.approx(middle) and lr_factor(109, args) == pytest.approx(end, abs=1e-3)
+
+
+def test_second_signal_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
