@@ -158,8 +158,9 @@ def measure_quality(target: Target, draft: nn.Module, stream: ExampleStream, arg
 
 def quality_batches(stream: ExampleStream, options: EncodeOptions, limit: int) -> list[dict[str, torch.Tensor]]:
     """Up to `limit` batches that use no example twice."""
-    available = None if not hasattr(stream.rows, "__len__") else -(-len(stream.rows) // options.batch_size)
-    return list(islice(PaddedBatches(stream, options), limit if available is None else min(limit, available)))
+    if stream.num_rows is not None:
+        limit = min(limit, -(-stream.num_rows // options.batch_size))
+    return list(islice(PaddedBatches(stream, options), limit))
 
 
 # ---- speculation ----

@@ -72,10 +72,9 @@ STAGES = {  # colours of Okabe and Ito, which colour-blind readers can tell apar
     "head": _look("#0072B2", "o"),
     "last_block": _look("#D55E00", "s"),
     "head+last_block": _look("#009E73", "D"),
-    "exit_block": _look("#CC79A7", "v"),
     "target": _look("#000000", "*"),
 }
-RUN_LOOKS = [STAGES[stage] for stage in ("head", "last_block", "head+last_block", "untuned", "exit_block", "target")]
+RUN_LOOKS = [*(STAGES[stage] for stage in ("head", "last_block", "head+last_block", "untuned", "target")), _look("#CC79A7", "v")]
 
 
 # ---- tables ----
@@ -167,9 +166,12 @@ def interval_lengths(rows: pd.DataFrame, column: str) -> np.ndarray:
     return np.where(lengths < 0, 0.0, lengths)
 
 
-def warn_without_interval(rows: pd.DataFrame, column: str, panel: str) -> None:
-    if np.isnan(interval_lengths(rows, column)).all():
-        print(f"plots: {panel}: drawn without intervals, no numbers in {column}_ci_low and {column}_ci_high")
+def interval_note(rows: pd.DataFrame, column: str, panel: str) -> str:
+    """What a figure's head says of the intervals of `column`; nothing, and a printed line, where there are none."""
+    if not np.isnan(interval_lengths(rows, column)).all():
+        return "bars: 95 % intervals"
+    print(f"plots: {panel}: drawn without intervals, no numbers in {column}_ci_low and {column}_ci_high")
+    return ""
 
 
 def pareto_front(rows: pd.DataFrame, cost: str, gain: str) -> pd.DataFrame:
@@ -178,8 +180,8 @@ def pareto_front(rows: pd.DataFrame, cost: str, gain: str) -> pd.DataFrame:
     return ordered[ordered[gain] > ordered[gain].cummax().shift(fill_value=-np.inf)]
 
 
-def settings_line(table: pd.DataFrame) -> str:
-    """How drafts were verified, for a figure's head: "γ = 4, rejection, temperature 1"."""
+def settings_line(table: pd.DataFrame, note: str = "") -> str:
+    """How drafts were verified and a note, for a figure's head: "γ = 4, rejection, temperature 1; bars: ..."."""
     names = {"gamma": "γ = {}", "verification": "{}", "temperature": "temperature {}", "top_p": "top-p {}", "top_k": "top-k {}"}
     without_effect = {"top_p": 1, "top_k": 0}
     parts = []
@@ -187,7 +189,7 @@ def settings_line(table: pd.DataFrame) -> str:
         values = table[column].dropna().unique().tolist() if column in table else []
         if values and values != [without_effect.get(column)]:
             parts.append(text.format(" / ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)))
-    return ", ".join(parts)
+    return "; ".join(filter(None, [", ".join(parts), note]))
 
 
 # ---- figures and axes ----
@@ -415,9 +417,8 @@ def acceptance_by_layer(table: pd.DataFrame) -> Figure | None:
         Panel("spec_token_accept_rate", "accept rate per token (%)", table),
         Panel("spec_tv", "TV distance of p and q", table),
     ], "acceptance_by_layer")
-    for panel in panels:
-        warn_without_interval(panel.rows, panel.column, "acceptance_by_layer")
-    return layer_figure([panels], draw_acceptance, f"{settings_line(table)}; bars: 95 % intervals")
+    notes = [interval_note(panel.rows, panel.column, "acceptance_by_layer") for panel in panels]
+    return layer_figure([panels], draw_acceptance, settings_line(table, max(notes, default="")))
 
 
 def panels_with_numbers(panels: list[Panel], figure_name: str) -> list[Panel]:
@@ -507,12 +508,11 @@ def point_figure(
     figure, axes = panel_grid(row_counts(len(panels), 2), 3.1)
     if len(panels) == 1 and len(panels[0][1]) > MAX_POINTS_IN_COLUMN:
         figure.set_size_inches(WIDE_INCHES, 4)
-    warn_without_interval(panels[0][1], "spec_speedup", name)
     for axis, (column, rows) in zip(itertools.chain(*axes), panels, strict=True):
         for _, points in by_stage(rows):
             draw_points(axis, points, (points[column], "spec_speedup"), interval=True)
         draw(axis, rows, column)
-    head_line(figure, f"{settings_line(table)}; bars: 95 % intervals")
+    head_line(figure, settings_line(table, interval_note(panels[0][1], "spec_speedup", name)))
     if not with_stage:
         stage_legend(figure, [stage for stage, _ in by_stage(pd.concat([rows for _, rows in panels]))])
     settle(figure)
@@ -587,7 +587,8 @@ def draw_histograms(axis: Axes, rows: pd.DataFrame, columns: list[str], stages: 
         look, counts = STAGES[stage], points[columns].iloc[-1].dropna().to_numpy(float)
         places = np.arange(len(counts)) + width * (stages.index(stage) - (len(stages) - 1) / 2)
         axis.bar(places, counts / counts.sum(), width=0.85 * width, color=look.color)
-        axis.plot(places[counts > 0], counts[counts > 0] / counts.sum(), look.marker, color=look.color, markersize=2.5)
+        tip = {"color": look.color, "markersize": 3.5, "markeredgecolor": "white", "markeredgewidth": 0.4}  # the bar's end stays visible
+        axis.plot(places[counts > 0], counts[counts > 0] / counts.sum(), look.marker, **tip)
     axis.xaxis.set_major_locator(ticker.MaxNLocator(9, integer=True))
     axis.grid(visible=False, axis="x")
 

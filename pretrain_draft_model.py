@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from command_line import UserError, parse_args, run
-from data_utils import EncodeOptions, PackedBatches, encode_prompt, render_chat
+from data_utils import EncodeOptions, PackedBatches, encode_prompt
 from results import make_output_dir, record_run
 from row_files import describe_skipped
 from target_model import DeviceArgs, load_config, load_tokenizer, tokenizer_hash
@@ -40,6 +40,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 VALIDATION_BATCHES = 40
+MAX_TOKENIZER_EXAMPLES = 200_000  # of each data set; hub streams have no end
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 64
 
 
@@ -85,7 +86,8 @@ def train_tokenizer(args: Args) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=args.train_tokenizer_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    examples = (example for name in args.dataset for example in open_stream(name, "train", args.dataset_path, shuffle=False).rest_of_epoch())
+    streams = [open_stream(name, "train", args.dataset_path, shuffle=False) for name in args.dataset]
+    examples = (example for stream in streams for example in islice(stream.rest_of_epoch(), MAX_TOKENIZER_EXAMPLES))
     tokenizer.train_from_iterator((text for example in examples for text in _texts(example)), trainer)
     bos, eos, pad, end = (SPECIAL_TOKENS[i] for i in (0, 1, 2, 6))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])

@@ -19,6 +19,7 @@ import platform
 import re
 import sys
 import sysconfig
+import textwrap
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +32,7 @@ from row_files import SPLITS, TextDataset, parse_messages, split_of
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "datasets", "accelerate", "huggingface_hub")
 CACHE_DIR = Path(__file__).parent / ".cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor"}
 MIN_ANSWER_CHARS, MAX_ANSWER_CHARS = 24, 2400
 SHINGLE_WORDS, MAX_SEEN_SHARE = 6, 0.7
@@ -137,7 +138,7 @@ def split_sections(text: str) -> dict[str, str]:
             kept = []
         elif not re.fullmatch(r"\s*-{3,}\s*", line):
             kept.append(line)
-    return {kind: _clip(inspect.cleandoc("\n".join(body))) for kind, body in sections.items()}
+    return {kind: _clip(textwrap.dedent("\n".join(body))) for kind, body in sections.items()}
 
 
 def _clip(text: str) -> str:

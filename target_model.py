@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from command_line import UserError
+from command_line import UserError, first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMBEDDED_TARGET = Path(__file__).parent / "assets" / "pydoc-llama-7m"
@@ -63,7 +63,7 @@ def load_config(path: str) -> object:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"no model at {path} ({str(error).splitlines()[0]}); give a Hugging Face id or a folder with config.json") from error
+        raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
     if config.model_type != "llama":
         raise UserError(f"{path} is a {config.model_type} model; this suite exits early from Llama models only")
     return config
@@ -74,7 +74,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer at {path} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"no tokenizer at {path} ({first_line(error)})") from error
 
 
 def load_target(path: str, args: DeviceArgs) -> Target:

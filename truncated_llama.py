@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from command_line import UserError
+from command_line import UserError, first_line
 from target_model import Target, tokenizer_hash, weights_hash
 
 FORMAT = "early-exit-1"
@@ -185,5 +185,5 @@ def load_exit(path: str | Path, target: Target) -> tuple[Exit, ExitInfo]:
         with safe_open(path, framework="pt") as file:
             exit_.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} is broken ({str(error).splitlines()[0]}); train it again, or give an earlier checkpoint") from error
+        raise UserError(f"{path} is broken ({first_line(error)}); train it again, or give an earlier checkpoint") from error
     return exit_.to(target.model.device), info

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from toy_models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from pretrain_draft_model import Args, train_tokenizer
+from toy_models import tiny_llama
 
 SENTENCES = (
     "What does the function do?", "It adds two numbers and returns their sum.", "Show me an example, please.",

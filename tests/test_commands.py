@@ -1,18 +1,20 @@
 """Commands from the command line inwards: a small sweep end to end, and one clear line for every mistake."""
 
 import json
+import re
 import sys
 
 import pandas as pd
 import pytest
 import torch
-from toy_models import tiny_llama
 
 import command_line
 import evaluate
 import evaluate_checkpoints
+import plots
 import pretrain_draft_model
 import train
+from toy_models import tiny_llama
 
 EVALUATION = ["--quality_datasets", "arithmetic", "--quality_max_batches", "2", "--spec_num_prompts", "3", "--spec_prompt_length", "8",
               "--spec_max_new_tokens", "12", "--max_length", "64", "--gamma", "2", "--num_threads", "1"]
@@ -61,6 +63,7 @@ def test_sweep_end_to_end(tiny_target_path, exit_path, tmp_path, monkeypatch, ca
 
 
 def test_interrupted_evaluation_measures_only_what_is_missing(tiny_target_path, exit_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "plot_results", lambda *_: None)
     command = ["--model_path", tiny_target_path, "--checkpoint_glob", exit_path, "--out_dir", tmp_path, *EVALUATION]
     assert run_main(evaluate_checkpoints, command, monkeypatch) == 0
     whole = pd.read_csv(tmp_path / "results.csv")
@@ -129,7 +132,7 @@ def test_training_mistakes_get_one_line(tiny_target_path, tmp_path, monkeypatch,
 def check_one_line(capsys, message: str) -> None:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert pytest.importorskip("re").search(message, lines[0])
+    assert re.search(message, lines[0])
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from test_verify import check_enumeration
-from toy_models import check_all_accepted, check_first_two_tokens, check_law, check_same_text, context_free_pair, noisy_exit, tiny_llama
 
 import decoding.chain as chain
 import decoding.kv_cache as kv_cache
@@ -11,6 +9,8 @@ import decoding.sampling as sampling
 import decoding.verify as verify
 import truncated_llama
 from decoding.sampling import Purpose, SamplingPolicy
+from test_verify import check_enumeration
+from toy_models import check_all_accepted, check_first_two_tokens, check_law, check_same_text, context_free_pair, noisy_exit, tiny_llama
 from truncated_llama import Exit, TruncatedLlama
 
 SAMPLED = SamplingPolicy(0.7, top_p=0.95)

@@ -131,7 +131,9 @@ def test_missing_numbers_are_never_drawn_as_zero() -> None:
 def test_missing_intervals_are_said_and_half_ones_not_drawn(capsys: pytest.CaptureFixture) -> None:
     table = synthetic_table().drop(columns="spec_tv_ci_low")
     assert np.isnan(plots.interval_lengths(table, "spec_tv")).all()
-    assert plots.acceptance_by_layer(table) is not None
+    assert plots.acceptance_by_layer(table).get_suptitle().endswith("temperature 1; bars: 95 % intervals")
+    table = table[[column for column in table if "_ci_" not in column]]
+    assert plots.acceptance_by_layer(table).get_suptitle().endswith("temperature 1")
     assert "drawn without intervals, no numbers in spec_tv_ci_low" in capsys.readouterr().out
 
 
@@ -226,7 +228,11 @@ def test_runs_as_a_command_without_torch(tmp_path: Path) -> None:
     """The module draws on machines without a model stack: a failing `torch` stands in its way."""
     (tmp_path / "torch.py").write_text("raise ImportError('plots must not import torch')")
     folder = write_synthetic(tmp_path / "synthetic", synthetic_table(kinds=()))
-    code = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['plots.py', {str(folder)!r}]; runpy.run_path({str(ROOT / 'plots.py')!r}, run_name='__main__')"
+    arguments = ["plots.py", str(folder)]
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = {arguments!r}; "
+        f"runpy.run_path({str(ROOT / 'plots.py')!r}, run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(folder / "plots/quality_by_layer.png") in done.stdout

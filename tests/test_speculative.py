@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+
+import metrics
+from decoding.kv_cache import CachedModel
+from decoding.sampling import SamplingPolicy
+from speculative import DecodeOptions, generate
 from toy_models import (
     bigram_pair,
     check_all_accepted,
@@ -13,11 +18,6 @@ from toy_models import (
     some_prompts,
     tiny_llama,
 )
-
-import metrics
-from decoding.kv_cache import CachedModel
-from decoding.sampling import SamplingPolicy
-from speculative import DecodeOptions, generate
 from truncated_llama import Exit, TruncatedLlama
 
 SAMPLED = [SamplingPolicy(0.7, top_p=0.95), SamplingPolicy(1.0), SamplingPolicy(1.2, top_k=7)]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from toy_models import noisy_exit, tiny_llama
 
 from command_line import UserError
 from losses import kl_divergence, learned_rows, learned_tokens, training_loss
 from target_model import Target, tokenizer_hash, weights_hash
+from toy_models import noisy_exit, tiny_llama
 from truncated_llama import Exit, ExitInfo, TruncatedLlama, load_exit, read_exit_info, save_exit
 from tuned_llama import TunedLlama
 
