@@ -40,65 +40,81 @@ EvaluationData = dict[str, Sequence[dict]]
 
 
 @dataclass(kw_only=True)
-class EvaluationArgs(DeviceArgs):
-    """Flags that both evaluators have."""
+class SpeculationArgs(DeviceArgs):
+    """Flags of every command that decodes prompts with a target."""
 
     model_path: str = field(metadata={"help": f"the target: a Hugging Face id or folder ({EMBEDDED_TARGET.name} lies in assets/)"})
     out_dir: str = field(metadata={"help": "folder for results; made where missing"})
-    quality_datasets: list[str] = field(default_factory=lambda: ["ultrachat"], metadata={"help": "data sets for KL, perplexity, agreement"})
-    quality_max_batches: int = field(default=50, metadata={"help": "batches per data set, taken from its test split"})
-    quality_batch_size: int = field(default=8, metadata={"help": "examples per batch"})
-    max_length: int = field(default=512, metadata={"help": "longest sequence of the quality batches, in tokens"})
-    kl_temperature: float = field(default=1.0, metadata={"help": "the training temperature, for <dataset>_kl_at_train_temperature"})
     spec_prompt_dataset: str | None = field(default=None, metadata={"help": "data set of the prompts (default: the first of quality_datasets)"})
     dataset_path: str | None = field(default=None, metadata={"help": "local files; then only one data set may be named"})
     spec_num_prompts: int = field(default=32, metadata={"help": "prompts, from the test split"})
     spec_prompt_length: int = field(default=64, metadata={"help": "tokens kept of each prompt; 0: all, up to where the assistant speaks"})
     spec_max_new_tokens: int = field(default=128, metadata={"help": "new tokens per prompt"})
-    spec_temperature: float = field(default=0.7, metadata={"help": "0: greedy"})
-    spec_top_p: float = field(default=1.0, metadata={"help": "1: off"})
-    spec_top_k: int = field(default=0, metadata={"help": "0: off"})
     gamma: int = field(default=4, metadata={"help": "drafted tokens per round", "aliases": ["--speculate_len", "--k"]})
-    verification: Verification = field(default="rejection", metadata={"help": "coupled returns vanilla's own tokens for the seed"})
     seed: int = field(default=0, metadata={"help": "seed of data order, noise and bootstrap"})
+
+    def dataset_names(self) -> list[str]:
+        """The data sets that are read; the first is the prompts' own."""
+        return [self.spec_prompt_dataset or "ultrachat"]
 
     def check(self) -> None:
         """Raise UserError for flags that cannot work, before anything is loaded."""
-        for name in ("quality_max_batches", "quality_batch_size", "spec_num_prompts", "spec_max_new_tokens", "gamma"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        names = {*self.quality_datasets, self.prompt_dataset}
-        for name in names:
-            find_dataset(name)
+        for name in ("spec_num_prompts", "spec_max_new_tokens", "gamma"):
+            self.check_positive(name)
+        names = {find_dataset(name).name for name in self.dataset_names()}
         if self.dataset_path is not None and len(names) > 1:
             raise UserError(f"--dataset_path holds one data set, but {', '.join(sorted(names))} are named")
+        context = load_config(self.model_path).max_position_embeddings
+        if self.spec_prompt_length + self.spec_max_new_tokens + self.gamma > context:
+            raise UserError(f"the context of {self.model_path} is {context} tokens: lower --spec_prompt_length, --spec_max_new_tokens or --gamma")
+
+    def check_positive(self, name: str) -> None:
+        if getattr(self, name) < 1:
+            raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+    def open_data(self) -> EvaluationData:
+        """The test split of every named data set. Raises UserError; needs no model, so mistakes show early."""
+        return {name: open_rows(find_dataset(name), "test", self.dataset_path) for name in sorted(set(self.dataset_names()))}
+
+
+@dataclass(kw_only=True)
+class EvaluationArgs(SpeculationArgs):
+    """Flags that both evaluators have."""
+
+    quality_datasets: list[str] = field(default_factory=lambda: ["ultrachat"], metadata={"help": "data sets for KL, perplexity, agreement"})
+    quality_max_batches: int = field(default=50, metadata={"help": "batches per data set, taken from its test split"})
+    quality_batch_size: int = field(default=8, metadata={"help": "examples per batch"})
+    max_length: int = field(default=512, metadata={"help": "longest sequence of the quality batches, in tokens"})
+    kl_temperature: float = field(default=1.0, metadata={"help": "the training temperature, for <dataset>_kl_at_train_temperature"})
+    spec_temperature: float = field(default=0.7, metadata={"help": "0: greedy"})
+    spec_top_p: float = field(default=1.0, metadata={"help": "1: off"})
+    spec_top_k: int = field(default=0, metadata={"help": "0: off"})
+    verification: Verification = field(default="rejection", metadata={"help": "coupled returns vanilla's own tokens for the seed"})
+
+    def dataset_names(self) -> list[str]:
+        return [self.spec_prompt_dataset or self.quality_datasets[0], *self.quality_datasets]
+
+    def check(self) -> None:
+        super().check()
+        for name in ("quality_max_batches", "quality_batch_size"):
+            self.check_positive(name)
+        if self.kl_temperature <= 0:
+            raise UserError(f"--kl_temperature {self.kl_temperature}: must be positive")
         try:
             self.policy()
         except ValueError as error:
             raise UserError(f"--spec_{error}") from error
         context = load_config(self.model_path).max_position_embeddings
-        needed = self.spec_prompt_length + self.spec_max_new_tokens + self.gamma
-        if needed > context or self.max_length > context:
-            raise UserError(f"the context of {self.model_path} is {context} tokens: lower --spec_prompt_length, --spec_max_new_tokens or --max_length")
-
-    @property
-    def prompt_dataset(self) -> str:
-        return self.spec_prompt_dataset or self.quality_datasets[0]
-
-    def open_data(self) -> EvaluationData:
-        """The test split of every named data set. Raises UserError; needs no model, so mistakes show early."""
-        names = {*self.quality_datasets, self.prompt_dataset}
-        return {name: open_rows(find_dataset(name), "test", self.dataset_path) for name in sorted(names)}
+        if not 2 <= self.max_length <= context:
+            raise UserError(f"--max_length {self.max_length}: must lie between 2 and the context of {self.model_path}, {context}")
 
     def policy(self) -> SamplingPolicy:
         return SamplingPolicy(self.spec_temperature, self.spec_top_k, self.spec_top_p)
 
-    def settings(self) -> dict:
-        """The flags that figures depend on; a results file holds rows of one set of them."""
-        return {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
-
     def settings_hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+        """Identifies the flags that figures depend on; a results file holds rows of one set of them."""
+        settings = {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -134,8 +150,7 @@ def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs, data: Eva
     for name in args.quality_datasets:
         stream = ExampleStream(find_dataset(name), data[name], args.seed)
         row |= {f"{name}_{metric}": value for metric, value in measure_quality(target, draft.model, stream, args).items()}
-    prompts = choose_prompts(target, ExampleStream(find_dataset(args.prompt_dataset), data[args.prompt_dataset], args.seed), args)
-    row |= measure_speculation(target, draft.model, prompts, args)
+    row |= measure_speculation(target, draft.model, choose_prompts(target, args, data), args)
     policy = {"temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k}
     return {**row, "gamma": args.gamma, "verification": args.verification, **policy, "settings_hash": args.settings_hash()}
 
@@ -165,11 +180,13 @@ def quality_batches(stream: ExampleStream, options: EncodeOptions, limit: int) -
 
 # ---- speculation ----
 
-def choose_prompts(target: Target, stream: ExampleStream, args: EvaluationArgs) -> list[list[int]]:
+def choose_prompts(target: Target, args: SpeculationArgs, data: EvaluationData) -> list[list[int]]:
     """`spec_num_prompts` prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer.
 
     With length 0 whole prompts, up to where the assistant speaks. Raises UserError where there are too few.
     """
+    name = args.dataset_names()[0]
+    stream = ExampleStream(find_dataset(name), data[name], args.seed)
     longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.gamma
     found: list[list[int]] = []
     for example in stream.rest_of_epoch():
@@ -182,7 +199,7 @@ def choose_prompts(target: Target, stream: ExampleStream, args: EvaluationArgs) 
         found += [ids] if fits else []
         if len(found) == args.spec_num_prompts:
             return found
-    raise UserError(f"only {len(found)} prompts of {args.spec_prompt_length} tokens in {args.prompt_dataset}: lower --spec_num_prompts or --spec_prompt_length")
+    raise UserError(f"only {len(found)} prompts of {args.spec_prompt_length} tokens in {name}: lower --spec_num_prompts or --spec_prompt_length")
 
 
 def measure_speculation(target: Target, draft: nn.Module, prompts: list[list[int]], args: EvaluationArgs) -> dict[str, float]:

@@ -93,7 +93,8 @@ def test_two_stages_chain_their_checkpoints_and_end_in_one_evaluation(shell: She
     assert flag(ftlast, "--output_dir") == str(shell.out / "ftlast/layer7")
     assert (flag(head, "--learning_rate"), flag(ftlast, "--learning_rate")) == ("5e-5", "2e-5")
     evaluated = calls[-1][2:calls[-1].index("--quality_datasets")]
-    assert evaluated == [str(shell.out / stage / layer / "model_000005.safetensors") for layer in ("layer3", "layer7") for stage in ("head", "ftlast")]
+    runs = ("head/layer3", "ftlast/layer3", "head/layer7", "ftlast/layer7")
+    assert evaluated == [str(shell.out / run / "model_000005.safetensors") for run in runs]
     assert "output of train.py" in (shell.out / "logs/ftlast_layer7.log").read_text()
 
 
@@ -124,7 +125,8 @@ def test_failing_step_stops_the_sweep_and_names_its_log(shell: Shell):
     log = shell.out / "logs/ftlast_layer3.log"
     assert str(log) in output.splitlines()[-1] and log.exists()
     assert shell.run(TWO_STAGE, LAYERS="3 7")[0] == 0
-    assert [flag(call, "--output_dir") for call in shell.calls()[:-1]] == [str(shell.out / run) for run in ("ftlast/layer3", "head/layer7", "ftlast/layer7")]
+    remaining = [str(shell.out / run) for run in ("ftlast/layer3", "head/layer7", "ftlast/layer7")]
+    assert [flag(call, "--output_dir") for call in shell.calls()[:-1]] == remaining
 
 
 def test_second_start_skips_what_is_finished(shell: Shell):
