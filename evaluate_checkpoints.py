@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pandas as pd
 
 from command_line import UserError, parse_args, run
 from evaluation import Draft, EvaluationArgs, evaluate_draft, exit_draft, summary_table
-from results import make_output_dir, record_run, write_csv
+from results import file_hash, make_output_dir, record_run, write_csv
 from target_model import Target, load_target
 from truncated_llama import Exit, ExitInfo, TruncatedLlama, check_exit_fits, load_exit, read_exit_info
 
@@ -52,6 +52,11 @@ def finished_rows(path: Path, settings_hash: str) -> list[dict]:
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
+def is_current(row: dict) -> bool:
+    """Whether the checkpoint of a finished row is still the file that was measured."""
+    return "checkpoint_hash" not in row or row["checkpoint_hash"] == file_hash(row["checkpoint"])
+
+
 def untuned(target: Target, layer: int, kind: str) -> Draft:
     """The exit at `layer` before any training; at the last layer that is the target itself."""
     return exit_draft(target, TruncatedLlama(target.model, Exit(target.model, layer)), None, f"{kind}@{layer}", kind)
@@ -59,7 +64,8 @@ def untuned(target: Target, layer: int, kind: str) -> Draft:
 
 def tuned(target: Target, path: str, kind: str) -> Draft:
     exit_, info = load_exit(path, target)
-    return exit_draft(target, TruncatedLlama(target.model, exit_), info, path, kind)
+    draft = exit_draft(target, TruncatedLlama(target.model, exit_), info, path, kind)
+    return replace(draft, columns={**draft.columns, "checkpoint_hash": file_hash(path)})
 
 
 def planned_drafts(target: Target, checkpoints: list[tuple[str, ExitInfo]]) -> dict[str, Callable[[], Draft]]:
@@ -85,6 +91,7 @@ def main() -> None:
     for path, info in checkpoints:
         check_exit_fits(path, info, target)
     plan = planned_drafts(target, checkpoints)
+    rows = [row for row in rows if row["checkpoint"] not in plan or is_current(row)]
     missing = [name for name in plan if name not in {row["checkpoint"] for row in rows}]
     if missing:
         record_run(folder, args)

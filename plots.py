@@ -11,7 +11,6 @@ line says so.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import re
 import textwrap
@@ -30,6 +29,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from command_line import UserError, run
+from results import read_jsonl
 
 COLUMN_INCHES, WIDE_INCHES, PAGE_INCHES = 3.5, 5.0, 7.0  # one, one and a half and two columns of a paper
 POINTS_PER_INCH = 72
@@ -100,13 +100,9 @@ def read_results(path: Path) -> pd.DataFrame:
 
 def read_train_log(path: Path) -> pd.DataFrame:
     """The rows of a train_log.jsonl by step; a torn last line is left out. Raises UserError with the remedy."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = pd.read_json(io.StringIO(text[: text.rfind("\n") + 1]), lines=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the train_log.jsonl of a run") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON lines ({error}); mend or delete the broken line") from error
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give the train_log.jsonl of a run")
+    rows = pd.DataFrame(read_jsonl(path))
     return rows.sort_values("step", kind="stable") if "step" in rows else pd.DataFrame({"step": []})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +19,6 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from command_line import UserError
 
@@ -74,19 +74,30 @@ def make_output_dir(path: str) -> Path:
     return folder
 
 
-def record_run(folder: Path, args: object, settings: dict | None = None) -> None:
+def record_run(folder: Path, args: object, facts: dict | None = None) -> None:
     """Write how this run was made into `folder`: `cmd.txt` (appended on resume), `config.json` and `manifest.json`.
 
-    `settings` are facts beside the flags (a data set's fingerprint, a tokenizer's hash).
+    `facts` stand beside the flags in config.json: what identifies the inputs (hashes, a data set's fingerprint).
     """
     with (folder / "cmd.txt").open("a", encoding="utf-8") as file:
         file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
-    write_json(folder / "config.json", dataclasses.asdict(args))
-    write_json(folder / "manifest.json", {**environment(), **(settings or {})})
+    write_json(folder / "config.json", {**dataclasses.asdict(args), **(facts or {})})
+    write_json(folder / "manifest.json", environment())
+
+
+def file_hash(path: str | Path) -> str:
+    """Identifies a file by its bytes."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def environment() -> dict:
     """Date, git revision, library versions and device of this process."""
+    import torch  # not needed by those who only read results
+
     manifest = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_sha": _git("rev-parse", "HEAD"),

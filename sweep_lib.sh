@@ -78,7 +78,7 @@ begin_sweep() {
   mkdir -p "$OUTPUT_DIR/logs"
   exec {lock}>"$OUTPUT_DIR/logs/.lock"
   flock --nonblock "$lock" || user_error "another sweep is at work in $OUTPUT_DIR; wait for it, or give another OUTPUT_DIR"
-  export PYTHONUNBUFFERED=1 # logs grow line by line
+  export PYTHONUNBUFFERED=1 TQDM_DISABLE=1 # logs grow line by line, and hold no bars
   trap 'request_stop INT 130' INT
   trap 'request_stop TERM 143' TERM
   trap 'request_stop TERM 129' HUP

@@ -27,7 +27,7 @@ from command_line import UserError, parse_args, run
 from data_utils import EncodeOptions, LossOn, PaddedBatches
 from losses import LossType, learned_rows, learned_tokens, training_loss
 from metrics import add_sums, quality_means, quality_sums
-from results import make_output_dir, record_run
+from results import file_hash, make_output_dir, record_run
 from row_files import ExampleStream, describe_skipped
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, load_config, load_target, tokenizer_hash, weights_hash
 from text_datasets import find_dataset, fingerprint, open_stream
@@ -154,12 +154,13 @@ def main() -> int:
     args = parse_args(Args)
     args.check()
     folder = make_output_dir(args.output_dir)
-    if is_finished(folder, args):
+    start = {"checkpoint_hash": file_hash(args.checkpoint_path) if args.checkpoint_path else None}
+    if is_finished(folder, args, start):
         return 0
     streams = {split: open_stream(args.dataset, split, args.dataset_path, args.seed) for split in ("train", "validation")}
     target = load_target(args.model_path, args)
     distillation = Distillation(args, target, streams, folder)
-    record_run(folder, args, {"data": fingerprint(streams["train"]), "target_hash": weights_hash(target.model)})
+    record_run(folder, args, {**start, "data": fingerprint(streams["train"]), "target_hash": weights_hash(target.model)})
     status = run_training(distillation.task(), args, folder)
     print(f"{args.dataset}: {describe_skipped(streams['train'].skipped)}", file=sys.stderr)
     return status

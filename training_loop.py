@@ -122,17 +122,18 @@ class StopRequest:
 
 # ---- the run's folder: new, continued or finished ----
 
-def is_finished(folder: Path, args: TrainingArgs) -> bool:
+def is_finished(folder: Path, args: TrainingArgs, facts: dict | None = None) -> bool:
     """Whether the run in `folder` needs no more work; then its final checkpoint is printed, as a fresh run would.
 
-    Raises UserError when the folder holds a run and --resume is not given, or when its settings differ from `args`.
+    Raises UserError when the folder holds a run and --resume is not given, or when its flags or those of its recorded
+    `facts` that are named here differ.
     """
     previous = read_config(folder)
     if previous is None:
         return False
     if not args.resume:
         raise UserError(f"{folder} holds a run already; choose another --output_dir, or continue it with --resume")
-    changed = [f"--{name} {previous.get(name)} -> {value}" for name, value in vars(args).items()
+    changed = [f"--{name} {previous.get(name)} -> {value}" for name, value in {**vars(args), **(facts or {})}.items()
                if name not in FREE_ON_RESUME and previous.get(name) != value]
     if changed:
         raise UserError(f"{folder} was started with other settings ({', '.join(changed)}); use those, or another --output_dir")
