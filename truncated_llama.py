@@ -35,9 +35,11 @@ def prepare_pass(
     hidden = target.model.embed_tokens(input_ids)
     start = cache.get_seq_length() if cache is not None else 0
     position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
-    mask = create_causal_mask(
-        config=target.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache, position_ids=position_ids
-    )
+    mask = None  # a single token sees everything before it
+    if attention_mask is not None or input_ids.shape[1] > 1:
+        mask = create_causal_mask(
+            config=target.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache, position_ids=position_ids
+        )
     rotary = target.model.rotary_emb(hidden, position_ids=position_ids)
     return hidden, {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": rotary, "past_key_values": cache,
                     "use_cache": cache is not None}

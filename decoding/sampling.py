@@ -104,11 +104,11 @@ class Noise:
         """Uniforms (N,) in (0, 1), fp64, for int64 `positions` (N,)."""
         return self._uniform(self._row_keys(positions, purpose))
 
-    def gumbel(self, positions: torch.Tensor, vocab_size: int, purpose: Purpose) -> torch.Tensor:
-        """Independent standard Gumbel values (N, V), fp64, for int64 `positions` (N,)."""
+    def exponential(self, positions: torch.Tensor, vocab_size: int, purpose: Purpose) -> torch.Tensor:
+        """Independent standard exponential values (N, V), fp64, for int64 `positions` (N,); −log of one is a Gumbel value."""
         tokens = torch.arange(1, vocab_size + 1, device=self.device) * _signed(_GOLDEN)
         keys = self._row_keys(positions, purpose)[:, None] ^ tokens
-        return -torch.log(-torch.log(self._uniform(keys)))
+        return self._uniform(keys).log_().neg_()
 
     def _row_keys(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
         counters = (positions.to(self.device) * len(Purpose) + int(purpose) + 1) * _signed(_GOLDEN)
@@ -119,8 +119,9 @@ class Noise:
 
 
 def draw(probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose = Purpose.TOKEN) -> torch.Tensor:
-    """One token per row of `probs` (N, V), int64 (N,): argmax of log-probability plus that position's Gumbel noise.
+    """One token per row of `probs` (N, V), int64 (N,), by the Gumbel-max rule argmax(log p + g) of that position's noise.
 
-    Tokens of probability 0 have score -inf and are never drawn; ties go to the lowest index.
+    Computed as argmax p/e with e = exp(−g) exponential, which orders the tokens alike and needs no logarithm of p. A
+    token of probability 0 has score 0 and is never drawn; ties go to the lowest index.
     """
-    return (probs.double().log() + noise.gumbel(positions, probs.shape[-1], purpose)).argmax(-1)
+    return (probs.double() / noise.exponential(positions, probs.shape[-1], purpose)).argmax(-1)

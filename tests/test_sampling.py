@@ -37,9 +37,9 @@ def test_bad_policies_are_refused(bad):
 
 def test_noise_does_not_depend_on_who_asks_for_what_else():
     noise = Noise(seed=7, prompt_id=3)
-    together = noise.gumbel(torch.arange(20), 33, Purpose.TOKEN)
-    assert torch.equal(together[11:12], Noise(7, 3).gumbel(torch.tensor([11]), 33, Purpose.TOKEN))
-    assert torch.equal(together[:, :9], noise.gumbel(torch.arange(20), 9, Purpose.TOKEN))
+    together = noise.exponential(torch.arange(20), 33, Purpose.TOKEN)
+    assert torch.equal(together[11:12], Noise(7, 3).exponential(torch.tensor([11]), 33, Purpose.TOKEN))
+    assert torch.equal(together[:, :9], noise.exponential(torch.arange(20), 9, Purpose.TOKEN))
 
 
 @pytest.mark.parametrize("change", [{"seed": 8}, {"prompt_id": 4}, {"position": 12}, {"purpose": Purpose.DRAFT}])
@@ -47,7 +47,7 @@ def test_noise_changes_with_each_of_its_keys(change):
     keys = {"seed": 7, "prompt_id": 3, "position": 11, "purpose": Purpose.TOKEN}
 
     def values(seed, prompt_id, position, purpose):
-        return Noise(seed, prompt_id).gumbel(torch.tensor([position]), 4096, purpose)[0]
+        return Noise(seed, prompt_id).exponential(torch.tensor([position]), 4096, purpose)[0]
 
     correlation = torch.corrcoef(torch.stack([values(**keys), values(**{**keys, **change})]))[0, 1]
     assert abs(correlation) < 5 / 4096**0.5
