@@ -72,7 +72,11 @@ def parse_args(args_class: type[Args], argv: list[str] | None = None) -> Args:
     """An `args_class` (a dataclass whose fields carry their help) from `argv`; unknown flags are errors."""
     from transformers import HfArgumentParser
 
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; --help lists the flags")
+
     parser = HfArgumentParser(args_class, allow_abbrev=False)
+    parser.error = refuse
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
+
+from command_line import UserError
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from command_line import UserError
-from row_files import ExampleStream
+from row_files import ExampleStream, describe_skipped
 
 # Llama-3 templates print today's date; a fixed one keeps token sequences equal from run to run.
 DATE_STRING = "26 Jul 2024"
@@ -161,6 +163,19 @@ class PaddedBatches:
     def load_state_dict(self, state: dict) -> None:
         self.bucket_start, self.emitted, self.bucket = dict(state["position"]), state["emitted"], []
         self.stream.position = dict(self.bucket_start)
+
+
+def held_out_batches(stream: ExampleStream, options: EncodeOptions, limit: int) -> list[dict[str, torch.Tensor]]:
+    """Up to `limit` padded batches from one epoch of `stream`, no example twice, sorted by length.
+
+    Raises UserError where not one example has anything to learn.
+    """
+    encoded = (options.encode(example) for example in stream.rest_of_epoch())
+    kept = list(islice((e for e in encoded if any(e.loss_mask)), limit * options.batch_size))
+    if not kept:
+        raise UserError(f"--dataset {stream.dataset.name}: no usable example in the held-out split; {describe_skipped(stream.skipped)}")
+    kept.sort(key=lambda e: len(e.input_ids))
+    return [options.collate(kept[i : i + options.batch_size]) for i in range(0, len(kept), options.batch_size)]
 
 
 class PackedBatches:

@@ -13,10 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from command_line import UserError, parse_args, run
+
 from evaluation import Draft, EvaluationArgs, evaluate_draft, exit_draft, model_draft, summary_table
-from results import make_output_dir, read_config, record_run, write_json
+from results import make_output_dir, record_run, write_json
 from target_model import Target, load_config, load_target, load_tokenizer, tokenizer_hash
 from truncated_llama import TruncatedLlama, load_exit, read_exit_info
+
+RESULTS_NAME = "metrics.json"
 
 
 @dataclass(kw_only=True)
@@ -51,15 +54,16 @@ def main() -> None:
     args = parse_args(Args)
     args.check()
     folder = make_output_dir(args.out_dir)
-    if read_config(folder) is not None:
+    if (folder / RESULTS_NAME).exists():
         raise UserError(f"{folder} holds an evaluation already; choose another --out_dir")
     data = args.open_data()
     target = load_target(args.model_path, args)
-    row = evaluate_draft(target, load_draft(args, target), args, data)
-    record_run(folder, args)
-    write_json(folder / "metrics.json", row)
+    facts = args.facts(target, data)
+    record_run(folder, args, facts)
+    row = {**evaluate_draft(target, load_draft(args, target), args, data), "settings_hash": args.settings_hash(facts)}
+    write_json(folder / RESULTS_NAME, row)
     print(summary_table([row], args.quality_datasets[0]))
-    print(folder / "metrics.json")
+    print(folder / RESULTS_NAME)
 
 
 if __name__ == "__main__":

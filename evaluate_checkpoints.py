@@ -9,19 +9,19 @@ what is missing.
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from command_line import UserError, first_line, parse_args, run
+
 import pandas as pd
 
-from command_line import UserError, parse_args, run
 from evaluation import Draft, EvaluationArgs, evaluate_draft, exit_draft, summary_table
 from results import file_hash, make_output_dir, record_run, write_csv
 from target_model import Target, load_target
-from truncated_llama import Exit, ExitInfo, TruncatedLlama, check_exit_fits, load_exit, read_exit_info
+from truncated_llama import Exit, ExitInfo, TruncatedLlama, check_exit_fits, find_checkpoints, load_exit, read_exit_info
 
 RESULTS_NAME = "results.csv"
 
@@ -34,10 +34,7 @@ class Args(EvaluationArgs):
 
     def checkpoints(self) -> list[tuple[str, ExitInfo]]:
         """(path, header) of every checkpoint, by layer and kind. Raises UserError for none, and for a broken one."""
-        paths = sorted({path for pattern in self.checkpoint_glob for path in glob.glob(pattern)})
-        if not paths:
-            raise UserError(f"no checkpoint matches {' '.join(self.checkpoint_glob)}; train.py prints each checkpoint's path")
-        found = [(path, read_exit_info(path)) for path in paths]
+        found = [(path, read_exit_info(path)) for path in find_checkpoints(self.checkpoint_glob)]
         return sorted(found, key=lambda item: (item[1].target_layer, item[1].kind, item[1].step, item[0]))
 
 
@@ -45,9 +42,12 @@ def finished_rows(path: Path, settings_hash: str) -> list[dict]:
     """Rows already in results.csv. Raises UserError when they were measured with other settings."""
     if not path.exists():
         return []
-    table = pd.read_csv(path)
-    if set(table["settings_hash"]) != {settings_hash}:
-        raise UserError(f"{path} was measured with other settings; choose another --out_dir, or delete it")
+    try:
+        table = pd.read_csv(path, dtype={"settings_hash": str, "checkpoint_hash": str})
+    except ValueError as error:  # pandas' errors for an empty or broken file are ValueErrors
+        raise UserError(f"{path} is no table ({first_line(error)}); delete it, or choose another --out_dir") from error
+    if set(table.get("settings_hash", [])) != {settings_hash}:
+        raise UserError(f"{path} was measured with other settings, or another target or data; choose another --out_dir, or delete it")
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
@@ -85,19 +85,21 @@ def main() -> None:
     checkpoints = args.checkpoints()
     folder = make_output_dir(args.out_dir)
     results = folder / RESULTS_NAME
-    rows = finished_rows(results, args.settings_hash())
     data = args.open_data()
     target = load_target(args.model_path, args)
+    facts = args.facts(target, data)
+    settings = {"settings_hash": args.settings_hash(facts)}
+    rows = finished_rows(results, settings["settings_hash"])
     for path, info in checkpoints:
         check_exit_fits(path, info, target)
     plan = planned_drafts(target, checkpoints)
     rows = [row for row in rows if row["checkpoint"] not in plan or is_current(row)]
     missing = [name for name in plan if name not in {row["checkpoint"] for row in rows}]
     if missing:
-        record_run(folder, args)
+        record_run(folder, args, facts)
     for number, name in enumerate(missing, start=1):
         print(f"[{number}/{len(missing)}] {name}", flush=True)
-        rows.append(evaluate_draft(target, plan[name](), args, data))
+        rows.append({**evaluate_draft(target, plan[name](), args, data), **settings})
         write_csv(results, rows)
     if missing or not (folder / "plots").exists():
         from plots import plot_results  # matplotlib is slow to load, and only needed here

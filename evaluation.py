@@ -7,33 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+
+from command_line import UserError
 
 import pandas as pd
 import torch
 from torch import nn
 
-from command_line import UserError
-from data_utils import EncodeOptions, PaddedBatches, encode_example, encode_prompt
+from data_utils import EncodeOptions, encode_example, encode_prompt, held_out_batches
 from decoding.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy, draw, policy_probs
 from decoding.state import DecodeStats, synchronize
-from decoding.verify import Verification
+from decoding.verify import Verification, verify_chain
 from losses import learned_rows, learned_tokens
 from metrics import add_sums, predicted_speedup, quality_means, quality_sums, speculation_metrics, speed_metrics
 from row_files import ExampleStream, open_rows
 from speculative import DecodeOptions, generate
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config
-from text_datasets import find_dataset
-from truncated_llama import ExitInfo, TruncatedLlama, module_bytes
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, weights_hash
+from text_datasets import find_dataset, fingerprint
+from truncated_llama import ExitInfo, TruncatedLlama, module_bytes, step_bytes
 
 STEP_REPEATS = 15
-NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "resume"}
+NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "model_path", "dataset_path"}
 
 
 EvaluationData = dict[str, Sequence[dict]]
@@ -45,7 +44,7 @@ class SpeculationArgs(DeviceArgs):
 
     model_path: str = field(metadata={"help": f"the target: a Hugging Face id or folder ({EMBEDDED_TARGET.name} lies in assets/)"})
     out_dir: str = field(metadata={"help": "folder for results; made where missing"})
-    spec_prompt_dataset: str | None = field(default=None, metadata={"help": "data set of the prompts (default: the first of quality_datasets)"})
+    spec_prompt_dataset: str | None = field(default=None, metadata={"help": "data set of the prompts (default: the first quality data set, or ultrachat)"})
     dataset_path: str | None = field(default=None, metadata={"help": "local files; then only one data set may be named"})
     spec_num_prompts: int = field(default=32, metadata={"help": "prompts, from the test split"})
     spec_prompt_length: int = field(default=64, metadata={"help": "tokens kept of each prompt; 0: all, up to where the assistant speaks"})
@@ -59,6 +58,10 @@ class SpeculationArgs(DeviceArgs):
 
     def check(self) -> None:
         """Raise UserError for flags that cannot work, before anything is loaded."""
+        self.check_device()
+        for name in ("spec_prompt_length", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         for name in ("spec_num_prompts", "spec_max_new_tokens", "gamma"):
             self.check_positive(name)
         names = {find_dataset(name).name for name in self.dataset_names()}
@@ -76,6 +79,14 @@ class SpeculationArgs(DeviceArgs):
         """The test split of every named data set. Raises UserError; needs no model, so mistakes show early."""
         return {name: open_rows(find_dataset(name), "test", self.dataset_path) for name in sorted(set(self.dataset_names()))}
 
+    def stream(self, data: EvaluationData, name: str) -> ExampleStream:
+        """The examples of `name`, from the start."""
+        return ExampleStream(find_dataset(name), data[name], self.seed)
+
+    def facts(self, target: Target, data: EvaluationData) -> dict:
+        """What identifies the inputs beside the flags: hashes of target and data."""
+        return {"target_hash": weights_hash(target.model), "data": [fingerprint(self.stream(data, name)) for name in data]}
+
 
 @dataclass(kw_only=True)
 class EvaluationArgs(SpeculationArgs):
@@ -85,7 +96,7 @@ class EvaluationArgs(SpeculationArgs):
     quality_max_batches: int = field(default=50, metadata={"help": "batches per data set, taken from its test split"})
     quality_batch_size: int = field(default=8, metadata={"help": "examples per batch"})
     max_length: int = field(default=512, metadata={"help": "longest sequence of the quality batches, in tokens"})
-    kl_temperature: float = field(default=1.0, metadata={"help": "the training temperature, for <dataset>_kl_at_train_temperature"})
+    kl_temperature: float | None = field(default=None, metadata={"help": "for <dataset>_kl_at_train_temperature (default: the exit's own)"})
     spec_temperature: float = field(default=0.7, metadata={"help": "0: greedy"})
     spec_top_p: float = field(default=1.0, metadata={"help": "1: off"})
     spec_top_k: int = field(default=0, metadata={"help": "0: off"})
@@ -98,7 +109,7 @@ class EvaluationArgs(SpeculationArgs):
         super().check()
         for name in ("quality_max_batches", "quality_batch_size"):
             self.check_positive(name)
-        if self.kl_temperature <= 0:
+        if self.kl_temperature is not None and self.kl_temperature <= 0:
             raise UserError(f"--kl_temperature {self.kl_temperature}: must be positive")
         try:
             self.policy()
@@ -111,18 +122,19 @@ class EvaluationArgs(SpeculationArgs):
     def policy(self) -> SamplingPolicy:
         return SamplingPolicy(self.spec_temperature, self.spec_top_k, self.spec_top_p)
 
-    def settings_hash(self) -> str:
-        """Identifies the flags that figures depend on; a results file holds rows of one set of them."""
+    def settings_hash(self, facts: dict) -> str:
+        """Identifies all that figures depend on, the draft apart; a results file holds rows of one such hash."""
         settings = {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps({**settings, **facts}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft model and the columns that say what it is."""
+    """A draft model, the columns that say what it is, and the KL temperature that it was trained with."""
 
     model: nn.Module
     columns: dict
+    train_temperature: float = 1.0
 
 
 def exit_draft(target: Target, draft: TruncatedLlama, info: ExitInfo | None, checkpoint: str, kind: str) -> Draft:
@@ -132,12 +144,12 @@ def exit_draft(target: Target, draft: TruncatedLlama, info: ExitInfo | None, che
         "checkpoint": checkpoint, "kind": kind, "target_layer": exit_.target_layer, "blocks": exit_.target_layer + 1,
         "step": info.step if info else 0, "exit_bytes": exit_.own_bytes(), "cost_ratio_bytes": exit_.cost_ratio(target.model),
     }
-    return Draft(draft, columns)
+    return Draft(draft, columns, info.flags.get("kl_temperature", 1.0) if info else 1.0)
 
 
 def model_draft(target: Target, model: nn.Module, path: str) -> Draft:
     """An independent model as a Draft."""
-    ratio = module_bytes(model) / module_bytes(target.model)
+    ratio = step_bytes(model) / step_bytes(target.model)
     return Draft(model, {"checkpoint": path, "kind": "model", "exit_bytes": module_bytes(model), "cost_ratio_bytes": ratio})
 
 
@@ -148,34 +160,28 @@ def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs, data: Eva
     """
     row = {**draft.columns}
     for name in args.quality_datasets:
-        stream = ExampleStream(find_dataset(name), data[name], args.seed)
-        row |= {f"{name}_{metric}": value for metric, value in measure_quality(target, draft.model, stream, args).items()}
+        quality = measure_quality(target, draft, args.stream(data, name), args)
+        row |= {f"{name}_{metric}": value for metric, value in quality.items()}
     row |= measure_speculation(target, draft.model, choose_prompts(target, args, data), args)
     policy = {"temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k}
-    return {**row, "gamma": args.gamma, "verification": args.verification, **policy, "settings_hash": args.settings_hash()}
+    return {**row, "gamma": args.gamma, "verification": args.verification, **policy}
 
 
 # ---- quality ----
 
 @torch.inference_mode()
-def measure_quality(target: Target, draft: nn.Module, stream: ExampleStream, args: EvaluationArgs) -> dict[str, float]:
-    """metrics.QUALITY_COLUMNS of `draft` on the first batches of `stream`."""
+def measure_quality(target: Target, draft: Draft, stream: ExampleStream, args: EvaluationArgs) -> dict[str, float]:
+    """metrics.QUALITY_COLUMNS of `draft` on the first examples of `stream`."""
+    temperature = args.kl_temperature or draft.train_temperature
     options = EncodeOptions(target.tokenizer, max_length=args.max_length, batch_size=args.quality_batch_size)
     sums: dict[str, float] = {}
-    for batch in quality_batches(stream, options, args.quality_max_batches):
+    for batch in held_out_batches(stream, options, args.quality_max_batches):
         batch = {name: tensor.to(target.model.device) for name, tensor in batch.items()}
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        teacher, drafted = (learned_rows(model(**inputs).logits, batch["loss_mask"]) for model in (target.model, draft))
+        teacher, drafted = (learned_rows(model(**inputs).logits, batch["loss_mask"]) for model in (target.model, draft.model))
         tokens = learned_tokens(batch["input_ids"], batch["loss_mask"])
-        sums = add_sums(sums, quality_sums(teacher, drafted, tokens, args.kl_temperature))
+        sums = add_sums(sums, quality_sums(teacher, drafted, tokens, temperature))
     return quality_means(sums)
-
-
-def quality_batches(stream: ExampleStream, options: EncodeOptions, limit: int) -> list[dict[str, torch.Tensor]]:
-    """Up to `limit` batches that use no example twice."""
-    if stream.num_rows is not None:
-        limit = min(limit, -(-stream.num_rows // options.batch_size))
-    return list(islice(PaddedBatches(stream, options), limit))
 
 
 # ---- speculation ----
@@ -186,10 +192,9 @@ def choose_prompts(target: Target, args: SpeculationArgs, data: EvaluationData) 
     With length 0 whole prompts, up to where the assistant speaks. Raises UserError where there are too few.
     """
     name = args.dataset_names()[0]
-    stream = ExampleStream(find_dataset(name), data[name], args.seed)
     longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.gamma
     found: list[list[int]] = []
-    for example in stream.rest_of_epoch():
+    for example in args.stream(data, name).rest_of_epoch():
         if args.spec_prompt_length == 0:
             ids = encode_prompt(target.tokenizer, example)
             fits = len(ids) <= longest
@@ -221,7 +226,8 @@ def measure_speculation(target: Target, draft: nn.Module, prompts: list[list[int
             stats = generate(target.model, prompt, methods[name], draft, prompt_id=index).stats
             runs[name] += [stats] if index > 0 else []
     row = {**speculation_metrics(runs["speculative"], args.gamma, args.seed), **speed_metrics(runs["vanilla"], runs["speculative"], args.seed)}
-    row["peak_memory_bytes"] = peak_memory_bytes(device)
+    if device.type == "cuda":
+        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     seconds = step_seconds(target.model, draft, prompts[0], args)
     cost, verify = seconds["draft"] / seconds["target"], seconds["verify"] / seconds["target"]
     predicted = predicted_speedup(row["spec_token_accept_rate"], args.gamma, cost, verify)
@@ -235,6 +241,8 @@ def step_seconds(target: nn.Module, draft: nn.Module, prompt: list[int], args: E
     The three take turns STEP_REPEATS times behind the same prompt, after as many rounds that are not counted.
     """
     noise = Noise(args.seed, device=target.device)
+    positions = torch.arange(args.gamma + 1, device=target.device)
+    drafted = torch.tensor(prompt[:1] * args.gamma, device=target.device)
     models = {"target": (CachedModel(target), 1), "verify": (CachedModel(target), args.gamma + 1), "draft": (CachedModel(draft), 1)}
     for model, _ in models.values():
         model.prefill(torch.tensor(prompt))
@@ -244,17 +252,13 @@ def step_seconds(target: nn.Module, draft: nn.Module, prompt: list[int], args: E
             synchronize(target.device)
             start = time.perf_counter()
             p = policy_probs(model.forward(torch.tensor(prompt[:1] * width)), args.policy())
-            draw(p, noise, torch.arange(width)).tolist()
+            if name == "verify":
+                torch.stack(verify_chain(args.verification, p, p[1:], drafted, noise, positions)).tolist()
+            else:
+                draw(p, noise, positions[:1]).tolist()
             timed[name].append(time.perf_counter() - start)
             model.crop(len(prompt))
     return {name: statistics.median(times[STEP_REPEATS:]) for name, times in timed.items()}
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes that torch held on the GPU since the last reset; on the CPU the process's peak so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---- the printed table ----

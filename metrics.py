@@ -1,7 +1,6 @@
 """What is measured and how it is computed: quality against the teacher, speculation counts, intervals, cost model.
 
-Every column of `results.csv` is one key of the dictionaries made here (prefixed by the data set's name or `spec_`);
-COLUMNS says what each means.
+The columns of `results.csv` are DRAFT_COLUMNS, QUALITY_COLUMNS (each behind `<dataset>_`) and SPECULATION_COLUMNS.
 """
 
 from __future__ import annotations
@@ -15,6 +14,15 @@ from torch.nn.functional import log_softmax
 from decoding.state import PHASES, DecodeStats
 from decoding.verify import overlap
 
+DRAFT_COLUMNS = {
+    "checkpoint, checkpoint_hash": "path of the draft (`untuned@<layer>`, `target@<layer>`: made on the spot) and hash of its bytes",
+    "kind": "which parts were tuned: untuned, head, last_block, head+last_block; target: the last layer; model: an independent one",
+    "target_layer, blocks, step": "ℓ, 0-based and inclusive; E = ℓ + 1; training steps of the last stage",
+    "exit_bytes": "bytes of the draft's own tensors",
+    "cost_ratio_bytes": "bytes that a draft step reads / bytes that a target step reads",
+    "gamma, verification, temperature, top_p, top_k, settings_hash": "how speculation was measured; hash of all settings, target and data",
+    "peak_memory_bytes": "most bytes that torch held on the GPU while decoding (absent on the CPU)",
+}
 QUALITY_COLUMNS = {
     "kl": "KL(p‖q) to the teacher at temperature 1, nats per token",
     "kl_at_train_temperature": "KL(p‖q) with both softened by the training temperature, without the factor T², nats per token",
@@ -37,7 +45,7 @@ SPECULATION_COLUMNS = {
     "spec_overlap": "mean Σ min(p, q) over tested positions, under the sampling policy",
     "spec_tv": "1 − spec_overlap",
     "spec_expected_accept": "mean chance of keeping a drafted token at tested positions (= spec_overlap under rejection)",
-    "spec_accept_z": "z of accepted − expected over tested positions; |z| < 4 unless counters or rule are wrong",
+    "spec_accept_z": "z of accepted − expected over tested positions; |z| < 4 unless counters or rule are wrong; absent if nothing varies",
     "spec_accept_at_<i>": "share of the rounds that reached drafted position i in which it was accepted",
     "spec_accepted_hist_<n>": "number of rounds with n accepted tokens",
     "spec_prompts, spec_rounds, spec_proposed, spec_tested, spec_accepted, spec_emitted": "counts",
@@ -46,9 +54,11 @@ SPECULATION_COLUMNS = {
     "spec_predicted_speedup": "E[τ](α, γ) / (γ·c + v), from α and separately measured step times",
     "spec_cost_ratio, spec_verify_ratio": "c = t_draft(1) / t_target(1); v = t_target(γ+1) / t_target(1)",
     "vanilla_<phase>_s, spec_<phase>_s": "seconds of prefill, decode, draft, verify, sampling and host",
-    "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over prompts",
+    "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over prompts (absent for one prompt)",
 }
 TOP_K = 5
+CHUNK_ROWS = 2048  # rows of V logits in fp32 at a time: 1 GB at V = 128k
+ROUNDING = 1e-3  # what fp32 probabilities may be off in a sum over one evaluation
 NUM_RESAMPLES, INTERVAL = 2000, (2.5, 97.5)
 
 
@@ -56,8 +66,17 @@ NUM_RESAMPLES, INTERVAL = 2000, (2.5, 97.5)
 
 def quality_sums(teacher: torch.Tensor, draft: torch.Tensor, tokens: torch.Tensor, temperature: float) -> dict[str, float]:
     """Sums over rows of teacher and draft logits (N, V) that predict `tokens` (N,); keys as QUALITY_COLUMNS'."""
+    sums: dict[str, float] = {}
+    for rows in zip(teacher.split(CHUNK_ROWS), draft.split(CHUNK_ROWS), tokens.split(CHUNK_ROWS), strict=True):
+        sums = add_sums(sums, _chunk_sums(*rows, temperature))
+    return sums
+
+
+def _chunk_sums(teacher: torch.Tensor, draft: torch.Tensor, tokens: torch.Tensor, temperature: float) -> dict[str, float]:
     log_p, log_q = log_softmax(teacher.float(), -1), log_softmax(draft.float(), -1)
-    soft_p, soft_q = log_softmax(teacher.float() / temperature, -1), log_softmax(draft.float() / temperature, -1)
+    soft_p, soft_q = log_p, log_q
+    if temperature != 1:
+        soft_p, soft_q = log_softmax(teacher.float() / temperature, -1), log_softmax(draft.float() / temperature, -1)
     top = draft.topk(TOP_K, -1).indices
     sums = {
         "kl": _kl(log_p, log_q),
@@ -103,14 +122,16 @@ def speculation_metrics(runs: list[DecodeStats], gamma: int, seed: int = 0) -> d
     row: dict[str, float] = {
         "spec_prompts": len(runs), "spec_rounds": len(rounds), "spec_proposed": int(proposed.sum()), "spec_tested": int(tested.sum()),
         "spec_accepted": int(accepted.sum()), "spec_emitted": int(emitted.sum()),
-        "spec_target_calls_per_token": calls.sum() / emitted.sum(), "spec_accept_z": acceptance_z(runs),
-        "spec_expected_accept": expected.sum() / tested.sum(), "spec_overlap": overlaps.sum() / tested.sum(),
+        "spec_target_calls_per_token": calls.sum() / emitted.sum(), "spec_expected_accept": expected.sum() / tested.sum(),
     }
+    z = acceptance_z(runs)
+    row |= {} if z is None else {"spec_accept_z": z}
     for name, numerator, denominator in (
         ("spec_mean_accepted", accepted, num_rounds),
         ("spec_accept_rate", accepted, num_rounds * gamma),
         ("spec_token_accept_rate", accepted, tested),
         ("spec_tokens_per_call", emitted, calls),
+        ("spec_overlap", overlaps, tested),
         ("spec_tv", tested - overlaps, tested),
     ):
         row |= with_interval(name, numerator, denominator, seed)
@@ -123,14 +144,19 @@ def speculation_metrics(runs: list[DecodeStats], gamma: int, seed: int = 0) -> d
     return row
 
 
-def acceptance_z(runs: list[DecodeStats]) -> float:
-    """z of Σ (accepted − expected) over tested positions, each a Bernoulli draw with its expected chance; 0 if none varies."""
+def acceptance_z(runs: list[DecodeStats]) -> float | None:
+    """z of Σ (accepted − expected) over tested positions, each a Bernoulli draw with its expected chance.
+
+    Where every chance is 0 or 1 (T = 0, or draft = target) nothing varies: None if the counts agree, else infinite.
+    """
     difference = variance = 0.0
     for run in runs:
         for r in run.rounds:
             difference += r.accepted - sum(r.expected)
             variance += sum(chance * (1 - chance) for chance in r.expected)
-    return difference / math.sqrt(variance) if variance > 1e-9 else 0.0
+    if variance > ROUNDING:
+        return difference / math.sqrt(variance)
+    return None if abs(difference) < ROUNDING else math.copysign(math.inf, difference)
 
 
 def speed_metrics(vanilla: list[DecodeStats], speculative: list[DecodeStats], seed: int = 0) -> dict[str, float]:
@@ -140,7 +166,7 @@ def speed_metrics(vanilla: list[DecodeStats], speculative: list[DecodeStats], se
     for name, runs in (("vanilla", vanilla), ("spec", speculative)):
         seconds, emitted = np.array([run.decode_s for run in runs]), np.array([run.emitted for run in runs])
         per_token.append((seconds, emitted))
-        row[f"{name}_tokens_per_s"] = emitted.sum() / seconds.sum()
+        row |= with_interval(f"{name}_tokens_per_s", emitted, seconds, seed)
         row[f"{name}_decode_s"], row[f"{name}_host_s"] = seconds.sum(), sum(run.host_s for run in runs)
         row |= {f"{name}_{phase}_s": sum(run.seconds[phase] for run in runs) for phase in PHASES if phase != "record"}
     (vanilla_s, vanilla_n), (spec_s, spec_n) = per_token
@@ -148,15 +174,23 @@ def speed_metrics(vanilla: list[DecodeStats], speculative: list[DecodeStats], se
     def speedup(pick: np.ndarray) -> np.ndarray:
         return (vanilla_s[pick].sum(-1) / vanilla_n[pick].sum(-1)) / (spec_s[pick].sum(-1) / spec_n[pick].sum(-1))
 
-    low, high = np.percentile(speedup(_resamples(len(vanilla), seed)), INTERVAL)
-    return {**row, "spec_speedup": float(speedup(np.arange(len(vanilla)))), "spec_speedup_ci_low": float(low), "spec_speedup_ci_high": float(high)}
+    row["spec_speedup"] = float(speedup(np.arange(len(vanilla))))
+    return {**row, **_interval("spec_speedup", speedup(_resamples(len(vanilla), seed)), len(vanilla))}
 
 
 def with_interval(name: str, numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> dict[str, float]:
     """{name, name_ci_low, name_ci_high} of Σ numerator / Σ denominator over prompts (arrays (P,)), bootstrapped."""
     pick = _resamples(len(numerator), seed)
-    low, high = np.percentile(numerator[pick].sum(-1) / denominator[pick].sum(-1), INTERVAL)
-    return {name: float(numerator.sum() / denominator.sum()), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
+    resampled = numerator[pick].sum(-1) / denominator[pick].sum(-1)
+    return {name: float(numerator.sum() / denominator.sum()), **_interval(name, resampled, len(numerator))}
+
+
+def _interval(name: str, resampled: np.ndarray, prompts: int) -> dict[str, float]:
+    """The two interval columns of `name`; none for a single prompt, which says nothing about others."""
+    if prompts < 2:
+        return {}
+    low, high = np.percentile(resampled, INTERVAL)
+    return {f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
 
 
 def _resamples(count: int, seed: int) -> np.ndarray:

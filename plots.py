@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from command_line import UserError, run
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -28,7 +30,6 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import ScaledTranslation, Transform
 
-from command_line import UserError, run
 from results import read_jsonl
 
 COLUMN_INCHES, WIDE_INCHES, PAGE_INCHES = 3.5, 5.0, 7.0  # one, one and a half and two columns of a paper

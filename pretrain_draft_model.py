@@ -21,18 +21,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from command_line import UserError, parse_args, run
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from command_line import UserError, parse_args, run
 from data_utils import EncodeOptions, PackedBatches, encode_prompt
-from results import make_output_dir, record_run
+from results import make_output_dir, read_config, record_run
 from row_files import describe_skipped
 from target_model import DeviceArgs, load_config, load_tokenizer, tokenizer_hash
 from text_datasets import find_dataset, fingerprint, open_stream
-from training_loop import TrainingArgs, TrainingTask, is_finished, run_training
+from training_loop import TrainingArgs, TrainingTask, check_same_run, print_if_finished, run_training
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -66,6 +67,7 @@ class Args(TrainingArgs, DeviceArgs):
 
     def check(self) -> None:
         super().check()
+        self.check_device()
         if (self.init == "scratch") != (self.init_from is None):
             raise UserError(f"--init {self.init} {'takes no' if self.init_from else 'needs'} --init_from")
         if (self.tokenizer_path or self.init_from) is None and self.train_tokenizer_size is None:
@@ -74,8 +76,16 @@ class Args(TrainingArgs, DeviceArgs):
             raise UserError("--dataset_path goes with one --dataset")
         for name in self.dataset:
             find_dataset(name)
-        if self.init == "scratch" and self.hidden_size % self.num_attention_heads:
+        if self.init == "scratch":
+            self._check_shape()
+
+    def _check_shape(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
             raise UserError(f"--hidden_size {self.hidden_size} is no multiple of --num_attention_heads {self.num_attention_heads}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"--num_attention_heads {self.num_attention_heads} is no multiple of --num_key_value_heads {self.num_key_value_heads}")
+        if self.max_length > self.max_position_embeddings:
+            raise UserError(f"--max_length {self.max_length} exceeds --max_position_embeddings {self.max_position_embeddings}")
 
 
 def train_tokenizer(args: Args) -> PreTrainedTokenizerFast:
@@ -107,9 +117,14 @@ def make_tokenizer(args: Args, folder: Path) -> PreTrainedTokenizerBase:
     """The run's tokenizer: given, or trained once and kept in the run's folder."""
     kept = folder / "tokenizer"
     if args.train_tokenizer_size is None:
-        return load_tokenizer(args.tokenizer_path or args.init_from)
+        tokenizer = load_tokenizer(args.tokenizer_path or args.init_from)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer {tokenizer.name_or_path} has no EOS token, which separates packed texts; choose another")
+        return tokenizer
     if not kept.exists():
-        train_tokenizer(args).save_pretrained(kept)
+        partial = folder / "tokenizer.partial"
+        train_tokenizer(args).save_pretrained(partial)
+        partial.rename(kept)
     return load_tokenizer(str(kept))
 
 
@@ -217,13 +232,16 @@ def main() -> int:
     args = parse_args(Args)
     args.check()
     folder = make_output_dir(args.output_dir)
-    if is_finished(folder, args):
+    check_same_run(folder, args, {})
+    if print_if_finished(folder):
         return 0
+    if read_config(folder) is None and (folder / "tokenizer").exists():
+        raise UserError(f"{folder} holds a tokenizer but no run; choose another --output_dir, or delete it")
     tokenizer = make_tokenizer(args, folder)
     pretraining = Pretraining(args, folder, tokenizer)
-    parameters = sum(p.numel() for p in pretraining.model.parameters())
-    data = [fingerprint(stream) for stream in pretraining.streams]
-    record_run(folder, args, {"data": data, "parameters": parameters, "tokenizer_hash": tokenizer_hash(tokenizer)})
+    facts = {"data": [fingerprint(stream) for stream in pretraining.streams], "tokenizer_hash": tokenizer_hash(tokenizer)}
+    check_same_run(folder, args, facts)
+    record_run(folder, args, {**facts, "parameters": sum(p.numel() for p in pretraining.model.parameters())})
     status = run_training(pretraining.task(), args, folder)
     for stream in pretraining.streams:
         print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {describe_skipped(stream.skipped)}", file=sys.stderr)

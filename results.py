@@ -18,9 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
-
 from command_line import UserError
+
+import pandas as pd
 
 MANIFEST_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy", "pandas")
 
@@ -75,14 +75,18 @@ def make_output_dir(path: str) -> Path:
 
 
 def record_run(folder: Path, args: object, facts: dict | None = None) -> None:
-    """Write how this run was made into `folder`: `cmd.txt` (appended on resume), `config.json` and `manifest.json`.
+    """Write how this run was made into `folder`: `cmd.txt`, `config.json` and `manifest.json`.
 
-    `facts` stand beside the flags in config.json: what identifies the inputs (hashes, a data set's fingerprint).
+    `facts` identify the inputs beside the flags (hashes, a data set's fingerprint). cmd.txt and manifest.json get an
+    entry for every start of a run that is resumed.
     """
     with (folder / "cmd.txt").open("a", encoding="utf-8") as file:
         file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
-    write_json(folder / "config.json", {**dataclasses.asdict(args), **(facts or {})})
-    write_json(folder / "manifest.json", environment())
+    flags = {**dataclasses.asdict(args), **(facts or {})}
+    write_json(folder / "config.json", flags)
+    manifest = folder / "manifest.json"
+    starts = json.loads(manifest.read_text()) if manifest.exists() else []
+    write_json(manifest, [*starts, {**environment(), "seed": flags.get("seed"), **(facts or {})}])
 
 
 def file_hash(path: str | Path) -> str:
@@ -95,22 +99,22 @@ def file_hash(path: str | Path) -> str:
 
 
 def environment() -> dict:
-    """Date, git revision, library versions and device of this process."""
+    """Date, git revision, library versions and the machine of this process."""
     import torch  # not needed by those who only read results
 
+    status = _git("status", "--porcelain")
     manifest = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_sha": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
+        "git_dirty": None if status is None else bool(status),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in MANIFEST_LIBRARIES},
-        "device": "cpu",
     }
     if torch.cuda.is_available():
-        manifest |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver_version()}
+        manifest |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": _driver_version()}
     return manifest
 
 

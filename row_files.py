@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-import torch
-
 from command_line import UserError, first_line, import_optional
+
+import torch
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from decoding.chain import chain_round
 from decoding.kv_cache import CachedModel
@@ -25,16 +24,12 @@ from decoding.state import DecodeState, DecodeStats, RoundResult, synchronize
 from decoding.vanilla import vanilla_round
 from decoding.verify import VERIFICATIONS, Verification
 
-Stop = Callable[[list[int]], int | None]
+Stop = Callable[[list[int]], bool]
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How to decode.
-
-    `stop(tokens)` may end a generation: it gets the new tokens so far, each time one is added, and returns how many to
-    keep, or None to go on. Tokens of earlier rounds stay: they were handed out already.
-    """
+    """How to decode. `stop(tokens)` may end it: asked with the new tokens so far, true leaves the last of them out."""
 
     method: str = "vanilla"
     policy: SamplingPolicy = field(default_factory=SamplingPolicy)
@@ -131,19 +126,9 @@ def _cut(generated: list[int], new: list[int], options: DecodeOptions) -> tuple[
     for i, token in enumerate(kept):
         if token in options.eos_ids:
             return kept[: i + 1], True
-        keep = options.stop([*generated, *kept[: i + 1]]) if options.stop is not None else None
-        if keep is not None:
-            return kept[: max(0, keep - len(generated))], True
+        if options.stop is not None and options.stop([*generated, *kept[: i + 1]]):
+            return kept[:i], True
     return kept, len(generated) + len(kept) >= options.max_new_tokens
-
-
-def stop_at_strings(tokenizer: PreTrainedTokenizerBase, strings: list[str]) -> Stop:
-    """A `stop` that ends the text before the first token with which one of `strings` is complete."""
-    def stop(tokens: list[int]) -> int | None:
-        text = tokenizer.decode(tokens)
-        return len(tokens) - 1 if any(string in text for string in strings) else None
-
-    return stop
 
 
 def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None) -> None:
@@ -153,6 +138,7 @@ def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: 
         raise ValueError(f"method {options.method!r} drafts with a model: pass draft=")
     if draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(f"draft and target have different vocabularies ({draft.config.vocab_size} and {target.config.vocab_size} tokens)")
-    needed, context = len(prompt) + options.max_new_tokens + options.gamma, target.config.max_position_embeddings
-    if needed > context:
-        raise ValueError(f"prompt ({len(prompt)}), new tokens ({options.max_new_tokens}) and gamma ({options.gamma}) exceed the context of {context}")
+    ahead = options.gamma if METHODS[options.method].needs_draft else 0
+    context = min(model.config.max_position_embeddings for model in (target, draft))
+    if len(prompt) + options.max_new_tokens + ahead > context:
+        raise ValueError(f"prompt ({len(prompt)}), new tokens ({options.max_new_tokens}) and gamma ({ahead}) exceed the context of {context}")

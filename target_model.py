@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
 from command_line import UserError, first_line
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMBEDDED_TARGET = Path(__file__).parent / "assets" / "pydoc-llama-7m"
@@ -28,25 +29,32 @@ class DeviceArgs:
     tf32: bool = field(default=True, metadata={"help": "TF32 for fp32 matrix products on cuda"})
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch (default: torch's own choice)"})
 
-    def resolve(self) -> tuple[torch.device, torch.dtype, str]:
-        """(device, dtype, attention implementation) for these flags; sets torch's threads and TF32. Raises UserError."""
+    def check_device(self) -> None:
+        """Raise UserError for flags that this machine cannot meet."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise UserError(f"--num_threads {self.num_threads}: must be at least 1")
+        if self.attn_implementation == "flash_attention_2":
+            self._check_flash_attention()
+
+    def resolve(self) -> tuple[torch.device, torch.dtype, str]:
+        """(device, dtype, attention implementation) for these flags; sets torch's threads and TF32."""
         device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
-        automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
-        attention = "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
-        if attention == "flash_attention_2":
-            self._check_flash_attention(device, DTYPES.get(self.torch_dtype, automatic))
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-        return device, DTYPES.get(self.torch_dtype, automatic), attention
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = automatic if self.torch_dtype == "auto" else DTYPES[self.torch_dtype]
+        return device, dtype, "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
 
-    def _check_flash_attention(self, device: torch.device, dtype: torch.dtype) -> None:
+    def _check_flash_attention(self) -> None:
         if importlib.util.find_spec("flash_attn") is None:
             raise UserError("--attn_implementation flash_attention_2: the flash-attn package is not installed; use sdpa, or pip install flash-attn")
-        if device.type != "cuda" or dtype == torch.float32:
-            raise UserError("--attn_implementation flash_attention_2 needs cuda and bf16 or fp16; use sdpa")
+        device, dtype, _ = self.resolve()
+        if device.type != "cuda" or dtype != torch.bfloat16:
+            raise UserError("--attn_implementation flash_attention_2 needs cuda and bf16; use sdpa")
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,10 @@ def load_target(path: str, args: DeviceArgs) -> Target:
     device, dtype, attention = args.resolve()
     load_config(path)
     tokenizer = load_tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
     return Target(model.to(device).eval().requires_grad_(False), tokenizer, path)
 
 
@@ -94,7 +105,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def weights_hash(model: PreTrainedModel) -> str:
     """Identifies the target's architecture and weights by its shape-giving settings and a few values of every tensor.
 
-    Independent of the dtype the model was loaded in where that dtype holds bf16 values exactly (bf16, fp32).
+    A bf16 checkpoint has one hash in bf16, fp16 and fp32: values too small for fp16's normal range count as 0.
     """
     config = model.config
     shape = [config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
@@ -103,6 +114,7 @@ def weights_hash(model: PreTrainedModel) -> str:
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
+        sample[sample.abs() < torch.finfo(torch.float16).smallest_normal] = 0
         digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 from itertools import islice
 
+from command_line import UserError
+
 import arithmetic_dataset
 import fineweb_dataset
 import gsm8k_dataset
@@ -15,7 +17,6 @@ import share_gpt_dataset
 import slim_pj_dataset
 import ultrachat_dataset
 import xsum_dataset
-from command_line import UserError
 from row_files import ExampleStream, TextDataset, open_rows
 
 _MODULES = (
@@ -40,7 +41,12 @@ def open_stream(name: str, split: str, path: str | None = None, seed: int = 0, s
 
 
 def fingerprint(stream: ExampleStream) -> dict:
-    """Name, number of rows (None for a stream) and a hash of the first rows, for manifests."""
-    first = list(islice(iter(stream.rows), FINGERPRINT_ROWS))
-    digest = hashlib.sha256(json.dumps(first, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return {"dataset": stream.dataset.name, "rows": stream.num_rows, "sha256_of_first_rows": digest}
+    """What identifies the data: name, number of rows (None for a hub stream), and a hash.
+
+    The hash is of all rows that are in memory (made by the suite, local files), of the hub's first FINGERPRINT_ROWS.
+    """
+    rows = stream.rows if isinstance(stream.rows, list) else islice(iter(stream.rows), FINGERPRINT_ROWS)
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return {"dataset": stream.dataset.name, "rows": stream.num_rows, "sha256": digest.hexdigest()[:16]}

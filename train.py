@@ -18,20 +18,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
+
+from command_line import UserError, parse_args, run
 
 import torch
 
-from command_line import UserError, parse_args, run
-from data_utils import EncodeOptions, LossOn, PaddedBatches
+from data_utils import EncodeOptions, LossOn, PaddedBatches, held_out_batches
 from losses import LossType, learned_rows, learned_tokens, training_loss
 from metrics import add_sums, quality_means, quality_sums
 from results import file_hash, make_output_dir, record_run
 from row_files import ExampleStream, describe_skipped
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, load_config, load_target, tokenizer_hash, weights_hash
 from text_datasets import find_dataset, fingerprint, open_stream
-from training_loop import TrainingArgs, TrainingTask, is_finished, run_training
+from training_loop import TrainingArgs, TrainingTask, check_same_run, print_if_finished, run_training
 from truncated_llama import Exit, ExitInfo, load_exit, read_exit_info, save_exit
 from tuned_llama import TunedLlama
 
@@ -57,6 +57,7 @@ class Args(TrainingArgs, DeviceArgs):
     def check(self) -> None:
         """Raise UserError for flags that cannot work, before anything is loaded."""
         super().check()
+        self.check_device()
         if not (self.ft_head or self.ft_last_transformer):
             raise UserError("nothing to train: give --ft_head, --ft_last_transformer, or both")
         if self.kl_temperature <= 0:
@@ -100,7 +101,7 @@ class Distillation:
         self.args, self.target, self.folder = args, target, folder
         options = EncodeOptions(target.tokenizer, args.loss_on, args.max_length, args.batch_size)
         self.batches = PaddedBatches(streams["train"], options)
-        self.validation = list(islice(PaddedBatches(streams["validation"], options), VALIDATION_BATCHES))
+        self.validation = held_out_batches(streams["validation"], options, VALIDATION_BATCHES)
         self.exit, self.tuned = starting_exit(args, target)
         self.model = TunedLlama(target.model, [self.exit])
         self.batch_loss = torch.compile(self._batch_loss) if args.torch_compile else self._batch_loss
@@ -117,8 +118,8 @@ class Distillation:
     def _rows(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Teacher and draft logits (N, V) and tokens (N,) of the batch's N learned positions."""
         batch = {name: tensor.to(self.target.model.device) for name, tensor in batch.items()}
-        half = self.target.model.dtype == torch.bfloat16
-        with torch.autocast(self.target.model.device.type, torch.bfloat16, enabled=half):
+        in_bf16 = self.target.model.dtype == torch.bfloat16  # under fp16, gradients would underflow: the exit stays in fp32
+        with torch.autocast(self.target.model.device.type, torch.bfloat16, enabled=in_bf16):
             teacher, (draft,) = self.model(batch["input_ids"], batch["attention_mask"])
         mask = batch["loss_mask"]
         return learned_rows(teacher, mask), learned_rows(draft, mask), learned_tokens(batch["input_ids"], mask)
@@ -155,12 +156,15 @@ def main() -> int:
     args.check()
     folder = make_output_dir(args.output_dir)
     start = {"checkpoint_hash": file_hash(args.checkpoint_path) if args.checkpoint_path else None}
-    if is_finished(folder, args, start):
+    check_same_run(folder, args, start)
+    if print_if_finished(folder):
         return 0
     streams = {split: open_stream(args.dataset, split, args.dataset_path, args.seed) for split in ("train", "validation")}
     target = load_target(args.model_path, args)
+    facts = {**start, "data": fingerprint(streams["train"]), "target_hash": weights_hash(target.model)}
+    check_same_run(folder, args, facts)
     distillation = Distillation(args, target, streams, folder)
-    record_run(folder, args, {**start, "data": fingerprint(streams["train"]), "target_hash": weights_hash(target.model)})
+    record_run(folder, args, facts)
     status = run_training(distillation.task(), args, folder)
     print(f"{args.dataset}: {describe_skipped(streams['train'].skipped)}", file=sys.stderr)
     return status

@@ -7,8 +7,10 @@ was cut into micro-batches.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -17,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from command_line import UserError, first_line, import_optional
+
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from command_line import UserError
 from results import append_jsonl, read_config, read_jsonl, write_json, write_text
 
 LOG_NAME, STATE_NAME, FINAL_NAME = "train_log.jsonl", "state.pt", "final_checkpoint.txt"
@@ -62,6 +65,8 @@ class TrainingArgs:
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: must lie between 0 and 1")
         if self.learning_rate <= 0:
             raise UserError(f"--learning_rate {self.learning_rate}: must be positive")
+        if self.tracker != "none":
+            import_optional(self.tracker, self.tracker, f"--tracker {self.tracker}")
 
 
 class Batches(Protocol):
@@ -122,53 +127,54 @@ class StopRequest:
 
 # ---- the run's folder: new, continued or finished ----
 
-def is_finished(folder: Path, args: TrainingArgs, facts: dict | None = None) -> bool:
-    """Whether the run in `folder` needs no more work; then its final checkpoint is printed, as a fresh run would.
-
-    Raises UserError when the folder holds a run and --resume is not given, or when its flags or those of its recorded
-    `facts` that are named here differ.
-    """
+def check_same_run(folder: Path, args: TrainingArgs, facts: dict) -> None:
+    """Raise UserError when `folder` holds a run and --resume is not given, or one with other flags or recorded `facts`."""
     previous = read_config(folder)
     if previous is None:
-        return False
+        return
     if not args.resume:
         raise UserError(f"{folder} holds a run already; choose another --output_dir, or continue it with --resume")
-    changed = [f"--{name} {previous.get(name)} -> {value}" for name, value in {**vars(args), **(facts or {})}.items()
+    changed = [f"--{name} {previous.get(name)} -> {value}" for name, value in {**vars(args), **facts}.items()
                if name not in FREE_ON_RESUME and previous.get(name) != value]
     if changed:
         raise UserError(f"{folder} was started with other settings ({', '.join(changed)}); use those, or another --output_dir")
+
+
+def print_if_finished(folder: Path) -> bool:
+    """Whether the run in `folder` needs no more work; then its final checkpoint is printed, as a fresh run would."""
     marker = folder / FINAL_NAME
     if marker.exists():
         print(f"finished already\n{folder / marker.read_text().strip()}")
     return marker.exists()
 
 
-def save_state(folder: Path, step: int, task: TrainingTask) -> None:
-    """Everything that resuming after `step` needs, replaced atomically."""
+def save_state(folder: Path, step: int, losses: dict[str, float], task: TrainingTask) -> None:
+    """Everything that resuming after `step` needs, `losses` being the last validation's; replaced atomically."""
     partial = folder / f"{STATE_NAME}.{os.getpid()}.partial"
-    state = {"step": step, "module": task.module.state_dict(), "optimizer": task.optimizer.state_dict(), "batches": task.batches.state_dict()}
+    state = {"step": step, "losses": losses, "module": task.module.state_dict(), "optimizer": task.optimizer.state_dict(), "batches": task.batches.state_dict()}
     torch.save(state, partial)
     partial.replace(folder / STATE_NAME)
 
 
-def load_state(folder: Path, task: TrainingTask) -> int:
-    """Restore the last saved state into `task` and return its step; 0 where nothing was saved."""
+def load_state(folder: Path, task: TrainingTask) -> tuple[int, dict[str, float]]:
+    """Restore the last saved state into `task`; returns its step and last validation, (0, {}) where nothing was saved."""
     path = folder / STATE_NAME
     if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True, map_location="cpu")
+        return 0, {}
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is broken ({first_line(error)}); start the run again in another --output_dir") from error
     task.module.load_state_dict(state["module"])
     task.optimizer.load_state_dict(state["optimizer"])
     task.batches.load_state_dict(state["batches"])
-    return state["step"]
+    return state["step"], state["losses"]
 
 
 def drop_later_rows(folder: Path, step: int) -> None:
     """Cut the log back to `step`: what a killed run logged after its last save will be logged again."""
     rows = [row for row in read_jsonl(folder / LOG_NAME) if 0 < step and row["step"] <= step]
-    write_text(folder / LOG_NAME, "")
-    for row in rows:
-        append_jsonl(folder / LOG_NAME, row)
+    write_text(folder / LOG_NAME, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- the loop ----
@@ -197,7 +203,7 @@ class RunLog:
     def __init__(self, folder: Path, args: TrainingArgs, start: int) -> None:
         self.folder, self.args = folder, args
         self.bar = tqdm(total=args.max_steps, initial=start, desc=args.run_name or folder.name, disable=not sys.stderr.isatty())
-        self.clock, self.tokens_since = time.perf_counter(), 0
+        self.clock, self.tokens_since, self.steps_since = time.perf_counter(), 0, 0
         self.tracker = self._open_tracker()
 
     def _open_tracker(self) -> object | None:
@@ -218,14 +224,15 @@ class RunLog:
     def step(self, step: int, learning_rate: float, figures: dict[str, float]) -> None:
         """Log one optimizer step; the rate is written at every LOG_EVERY_STEPS-th."""
         self.tokens_since += figures["tokens"]
+        self.steps_since += 1
         row = {"step": step, "learning_rate": learning_rate, **figures}
         if step % LOG_EVERY_STEPS == 0 or step == self.args.max_steps:
             elapsed = time.perf_counter() - self.clock
             row["tokens_per_s"] = self.tokens_since / elapsed
-            self.clock, self.tokens_since = time.perf_counter(), 0
             if self.bar.disable:
-                eta = (self.args.max_steps - step) * elapsed / LOG_EVERY_STEPS
+                eta = (self.args.max_steps - step) * elapsed / self.steps_since
                 print(f"step {step}/{self.args.max_steps} loss {row['loss']:.4f} {row['tokens_per_s']:.0f} tokens/s, {eta:.0f} s left", flush=True)
+            self.restart_clock()
         self.write(row)
         self.bar.set_postfix(loss=f"{figures['loss']:.4f}")
         self.bar.update()
@@ -235,7 +242,10 @@ class RunLog:
         described = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.bar.write(f"step {step} validation: {described}", file=sys.stdout)
         sys.stdout.flush()
-        self.clock, self.tokens_since = time.perf_counter(), 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.clock, self.tokens_since, self.steps_since = time.perf_counter(), 0, 0
 
     def close(self) -> None:
         self.bar.close()
@@ -248,11 +258,11 @@ def run_training(task: TrainingTask, args: TrainingArgs, folder: Path) -> int:
 
     The last line printed on success is the path of the final checkpoint, which `final_checkpoint.txt` names too.
     """
-    step = load_state(folder, task)
+    step, losses = load_state(folder, task)
     drop_later_rows(folder, step)
     log = RunLog(folder, args, step)
-    losses = task.validate() if step == 0 else {}
     if step == 0:
+        losses = task.validate()
         log.validation(0, losses)
     batches, checkpoint = iter(task.batches), None
     with StopRequest() as stop:
@@ -266,7 +276,7 @@ def run_training(task: TrainingTask, args: TrainingArgs, folder: Path) -> int:
                 log.validation(step, losses)
             if _is_due(step, args.save_every_steps) or step == args.max_steps or stop.signal is not None:
                 checkpoint = task.save(step, losses)
-                save_state(folder, step, task)
+                save_state(folder, step, losses, task)
         log.close()
         if step < args.max_steps:
             print(f"stopped at step {step}; continue with the same command and --resume", file=sys.stderr)

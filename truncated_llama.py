@@ -7,11 +7,14 @@ rotary tables stay the target's own tensors; only the exit's are new, and only t
 from __future__ import annotations
 
 import copy
+import glob
 import json
 import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from command_line import UserError, first_line
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +25,6 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from command_line import UserError, first_line
 from target_model import Target, tokenizer_hash, weights_hash
 
 FORMAT = "early-exit-1"
@@ -69,8 +71,7 @@ class Exit(nn.Module):
         self.prefix = target_layer if own_block else target_layer + 1
         self.block: LlamaDecoderLayer | None = copy.deepcopy(target.model.layers[target_layer]) if own_block else None
         self.norm = copy.deepcopy(target.model.norm)
-        self.head = copy.deepcopy(target.lm_head)
-        self.head.weight = nn.Parameter(target.lm_head.weight.detach().clone())
+        self.head = copy.deepcopy(target.lm_head)  # untied by the copy
 
     def forward(self, hidden: torch.Tensor, pass_inputs: dict, logits_to_keep: int = 0) -> torch.Tensor:
         """Logits (B, T, V) from `hidden` (B, T, D) behind the prefix; with `logits_to_keep`, of the last positions only."""
@@ -87,8 +88,12 @@ class Exit(nn.Module):
         """c = (E·l + h_d) / (L·l + h): bytes that a draft step reads, over those of a target step."""
         itemsize = target.lm_head.weight.element_size() / self.head.weight.element_size()
         draft = sum(module_bytes(block) for block in target.model.layers[: self.prefix]) + self.own_bytes() * itemsize
-        full = module_bytes(target.model.layers) + module_bytes(target.model.norm) + module_bytes(target.lm_head)
-        return draft / full
+        return draft / step_bytes(target)
+
+
+def step_bytes(model: LlamaForCausalLM) -> int:
+    """Bytes that a decoding step reads: blocks, norm and head, but of the embeddings one row only."""
+    return sum(module_bytes(module) for module in (model.model.layers, model.model.norm, model.lm_head))
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -97,11 +102,15 @@ def module_bytes(module: nn.Module) -> int:
 
 
 class TruncatedLlama(nn.Module):
-    """The target's blocks 0..prefix−1 with an exit on top, called as transformers' causal models are."""
+    """The target's blocks 0..prefix−1 with an exit on top, called as transformers' causal models are.
+
+    An exit in another dtype or place than the target's is copied there and stays as it is.
+    """
 
     def __init__(self, target: LlamaForCausalLM, exit_: Exit) -> None:
         super().__init__()
-        self.target, self.exit = target, exit_.to(target.device, target.dtype)
+        fits = exit_.head.weight.dtype == target.dtype and exit_.head.weight.device == target.device
+        self.target, self.exit = target, exit_ if fits else copy.deepcopy(exit_).to(target.device, target.dtype)
         self.config = target.config
 
     @property
@@ -153,6 +162,14 @@ def save_exit(path: Path, exit_: Exit, info: ExitInfo) -> None:
     partial.replace(path)
 
 
+def find_checkpoints(patterns: list[str]) -> list[str]:
+    """The paths that match globs, sorted. Raises UserError for none."""
+    paths = sorted({path for pattern in patterns for path in glob.glob(pattern)})
+    if not paths:
+        raise UserError(f"no checkpoint matches {' '.join(patterns)}; train.py prints each checkpoint's path")
+    return paths
+
+
 def read_exit_info(path: str | Path) -> ExitInfo:
     """The header of a checkpoint. Raises UserError for a file that is missing, broken, or no exit's."""
     try:
@@ -164,8 +181,11 @@ def read_exit_info(path: str | Path) -> ExitInfo:
         raise UserError(f"{path} is broken or no .safetensors file ({error}); train it again, or give an earlier checkpoint") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not an exit's checkpoint of this suite (format {metadata.get('format')!r}, expected {FORMAT!r})")
-    info = json.loads(metadata["info"])
-    return ExitInfo(**{**info, "tuned": tuple(info["tuned"])})
+    try:
+        info = json.loads(metadata["info"])
+        return ExitInfo(**{**info, "tuned": tuple(info["tuned"])})
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is broken: its header cannot be read ({first_line(error)}); train it again, or give an earlier checkpoint") from error
 
 
 def check_exit_fits(path: str | Path, info: ExitInfo, target: Target) -> None:

@@ -25,9 +25,11 @@ class TunedLlama(nn.Module):
         """Teacher logits (B, T, V) and one draft logits (B, T, V) per exit, in their own dtypes."""
         with torch.no_grad():
             hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask)
+            wanted = {exit_.prefix for exit_ in self.exits}
             at_prefix = {0: hidden}
             for count, block in enumerate(self.target.model.layers, start=1):
                 hidden = block(hidden, **pass_inputs)
-                at_prefix[count] = hidden
+                if count in wanted:
+                    at_prefix[count] = hidden
             teacher = self.target.lm_head(self.target.model.norm(hidden))
         return teacher, [exit_(at_prefix[exit_.prefix], pass_inputs) for exit_ in self.exits]

@@ -1,7 +1,8 @@
 """Speculative sampling with a chain of drafted tokens (Leviathan et al. 2211.17192; Chen et al. 2302.01318).
 
 Lossless with both verifications. Deviation from the papers: the last drafted token is fed to the draft only in the
-next round, and only if it was kept.
+next round, and only if it was kept. γ is not cut near the length limit, so that every round counts alike; surplus tokens
+are cut after verification.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 from decoding.sampling import Purpose, draw, policy_probs
 from decoding.state import DecodeState, RoundResult
-from decoding.verify import Verification, expected_acceptance, overlap, verify_coupled, verify_rejection
+from decoding.verify import Verification, expected_acceptance, overlap, verify_chain
 
 
 def chain_round(state: DecodeState, gamma: int, verification: Verification) -> RoundResult:
@@ -22,11 +23,8 @@ def chain_round(state: DecodeState, gamma: int, verification: Verification) -> R
     with state.clock("sampling"):
         p = policy_probs(logits, state.policy)
         positions = torch.arange(start, start + len(p), device=p.device)
-        if verification == "coupled":
-            accepted, next_token = verify_coupled(p, drafted, state.noise, positions)
-        else:
-            accepted, next_token = verify_rejection(p, q, drafted, state.noise, positions)
-        accepted, next_token = torch.stack([accepted, next_token]).tolist()
+        outcome = verify_chain(verification, p, q, drafted, state.noise, positions)
+        accepted, next_token = torch.stack(outcome).tolist()
     for model in (state.target, state.draft):
         model.crop(start + accepted)
     result = RoundResult([*drafted[:accepted].tolist(), next_token], proposed=len(drafted), accepted=accepted)

@@ -33,7 +33,7 @@ class CachedModel:
         return self._pass(tokens)
 
     def prefill(self, tokens: torch.Tensor) -> None:
-        """Append `tokens` (T,) without computing their logits; none is no change."""
+        """Append `tokens` (T,) without returning logits; none is no change."""
         if len(tokens):
             self._pass(tokens, logits_to_keep=1)
 

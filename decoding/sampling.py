@@ -50,7 +50,7 @@ def policy_probs(logits: torch.Tensor, policy: SamplingPolicy) -> torch.Tensor:
 
 def _keep_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """`logits` (..., V) with -inf outside the smallest head whose mass reaches `top_p` (at least one token)."""
-    ascending, order = logits.sort(-1)
+    ascending, order = logits.sort(dim=-1, stable=True)  # ties alike in every pass, whatever its number of rows
     outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     outside[..., -1] = False
     return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
@@ -65,6 +65,7 @@ class Purpose(IntEnum):
     RESIDUAL = 3
 
 
+_PURPOSES = 16  # room for more, so that a new one changes no text of today's seeds
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _U64 = (1 << 64) - 1
@@ -111,7 +112,7 @@ class Noise:
         return self._uniform(keys).log_().neg_()
 
     def _row_keys(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
-        counters = (positions.to(self.device) * len(Purpose) + int(purpose) + 1) * _signed(_GOLDEN)
+        counters = (positions.to(self.device) * _PURPOSES + int(purpose) + 1) * _signed(_GOLDEN)
         return _mix(self._key ^ counters)
 
     def _uniform(self, keys: torch.Tensor) -> torch.Tensor:

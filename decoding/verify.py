@@ -6,14 +6,23 @@ each drafted one, q (γ, V) those that the drafted tokens came from.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from decoding.sampling import Noise, Purpose, draw
 
 Verification = Literal["rejection", "coupled"]
-VERIFICATIONS: tuple[Verification, ...] = ("rejection", "coupled")
+VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
+
+
+def verify_chain(
+    verification: Verification, p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of `drafted` (γ,) `verification` keeps, and the token that follows them (two int64 scalars)."""
+    if verification == "coupled":
+        return verify_coupled(p, drafted, noise, positions)
+    return verify_rejection(p, q, drafted, noise, positions)
 
 
 def verify_rejection(

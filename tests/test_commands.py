@@ -4,15 +4,18 @@ import json
 import re
 import sys
 
+import command_line
+
 import pandas as pd
 import pytest
 import torch
 
-import command_line
+import decoding.chain as chain
 import evaluate
 import evaluate_checkpoints
 import plots
 import pretrain_draft_model
+import prove
 import train
 from toy_models import tiny_llama
 
@@ -52,7 +55,7 @@ def test_sweep_end_to_end(tiny_target_path, exit_path, tmp_path, monkeypatch, ca
     assert run_main(evaluate_checkpoints, command, monkeypatch) == 0
     table = pd.read_csv(tmp_path / "out" / "results.csv")
     assert list(table["kind"]) == ["target", "untuned", "head", "head+last_block"]
-    assert table["spec_accept_rate"][0] == 1 and table["arithmetic_kl"][0] == pytest.approx(0, abs=1e-6)
+    assert table["spec_accepted"][0] == table["spec_proposed"][0] and table["arithmetic_kl"][0] == pytest.approx(0, abs=1e-6)
     assert table["arithmetic_kl"][1] > table["arithmetic_kl"][2] > table["arithmetic_kl"][3] > 0
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"cmd.txt", "config.json", "manifest.json", "plots"}
 
@@ -70,7 +73,7 @@ def test_interrupted_evaluation_measures_only_what_is_missing(tiny_target_path, 
     whole[:1].to_csv(tmp_path / "results.csv", index=False)
     assert run_main(evaluate_checkpoints, command, monkeypatch) == 0
     again = pd.read_csv(tmp_path / "results.csv")
-    timing = [name for name in whole if name.endswith("_s") or "speedup" in name or "ratio" in name or "memory" in name]
+    timing = [name for name in whole if re.search("_s(_ci_.*)?$|speedup|spec_cost_ratio|spec_verify_ratio", name)]
     pd.testing.assert_frame_equal(whole.drop(columns=timing), again.drop(columns=timing))
 
 
@@ -82,7 +85,7 @@ def test_evaluate_an_exit_and_an_independent_draft(tiny_target_path, exit_path, 
         assert run_main(evaluate, command, monkeypatch) == 0
         row = json.loads((out / "metrics.json").read_text())
         assert row["verification"] == verification and row["spec_emitted"] > 0
-        assert (row["spec_accept_rate"] == 1) == (name == "model")
+        assert (row["spec_accepted"] == row["spec_proposed"]) == (name == "model")
 
 
 def test_pretraining_makes_a_loadable_model(tmp_path, monkeypatch):
@@ -121,6 +124,10 @@ def test_pretraining_makes_a_loadable_model(tmp_path, monkeypatch):
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
         ({"learning_rate": -1}, "--learning_rate -1.0: must be positive"),
         ({"kl_temperature": 0}, "--kl_temperature 0.0: must be positive"),
+        ({"loss_type": "kl"}, "invalid choice: 'kl'"),
+        ({"max_steps": "many"}, "invalid int value: 'many'"),
+        ({"num_threads": 0}, "--num_threads 0: must be at least 1"),
+        ({"tracker": "wandb"}, "--tracker wandb needs wandb, which is not installed; run: pip install wandb"),
         ({"learning_rte": 1}, "unknown argument --learning_rte: did you mean --learning_rate"),
     ],
 )
@@ -184,6 +191,7 @@ def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path,
         (tiny_target_path, [*checkpoint, "--spec_top_p", 0], "--spec_top_p 0.0 must lie in"),
         (tiny_target_path, [*checkpoint, "--spec_num_prompts", 5000], "only .* prompts of 8 tokens"),
         (tiny_target_path, [*checkpoint, "--dataset_path", empty], "no rows"),
+        (tiny_target_path, [*checkpoint, "--spec_prompt_length", -5], "--spec_prompt_length -5: must not be negative"),
         (tiny_target_path, [*checkpoint, "--gamma", 0], "--gamma 0: must be at least 1"),
     ):
         assert run_main(evaluate, ["--model_path", model, "--out_dir", tmp_path / "out", *EVALUATION, *arguments], monkeypatch) == 2
@@ -191,6 +199,17 @@ def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path,
     command = ["--model_path", tiny_target_path, "--checkpoint_glob", "/no/such/*", "--out_dir", tmp_path / "out", *EVALUATION]
     assert run_main(evaluate_checkpoints, command, monkeypatch) == 2
     check_one_line(capsys, "no checkpoint matches")
+
+
+def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys):
+    command = ["--model_path", tiny_target_path, "--checkpoint_glob", exit_path, "--spec_prompt_dataset", "arithmetic", "--spec_num_prompts", 3,
+               "--spec_prompt_length", 8, "--spec_max_new_tokens", 16, "--num_threads", 1]
+    assert run_main(prove, [*command, "--out_dir", tmp_path / "real"], monkeypatch) == 0
+    assert all(row["passed"] for row in json.loads((tmp_path / "real" / "proof.json").read_text()))
+    exact = chain.verify_chain
+    monkeypatch.setattr(chain, "verify_chain", lambda v, p, q, drafted, noise, positions: exact(v, p, q, drafted, noise, positions + 1))
+    assert run_main(prove, [*command, "--out_dir", tmp_path / "bug"], monkeypatch) == 1
+    assert "FAIL  coupled" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

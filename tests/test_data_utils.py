@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from itertools import islice
 
+from command_line import UserError
+
 import pytest
 import torch
 
-from command_line import UserError
 from data_utils import DATE_STRING, EncodeOptions, PackedBatches, PaddedBatches, collate, encode_example, encode_prompt, render_chat
 from row_files import ExampleStream, one_turn
 from text_datasets import DATASETS

@@ -9,6 +9,8 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+from command_line import UserError
+
 import datasets
 import huggingface_hub
 import pyarrow
@@ -17,7 +19,6 @@ import pytest
 
 import arithmetic_dataset
 import pydoc_dataset
-from command_line import UserError
 from data_utils import encode_example
 from row_files import SPLITS, ExampleStream, TextDataset, describe_skipped, open_rows, parse_text, split_of
 from text_datasets import DATASETS, fingerprint, open_stream

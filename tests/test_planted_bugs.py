@@ -9,7 +9,7 @@ import decoding.sampling as sampling
 import decoding.verify as verify
 import truncated_llama
 from decoding.sampling import Purpose, SamplingPolicy
-from test_verify import check_enumeration
+from test_verify import check_enumeration, check_zero_is_never_accepted
 from toy_models import check_all_accepted, check_first_two_tokens, check_law, check_same_text, context_free_pair, noisy_exit, tiny_llama
 from truncated_llama import Exit, TruncatedLlama
 
@@ -17,16 +17,25 @@ SAMPLED = SamplingPolicy(0.7, top_p=0.95)
 
 
 def test_bonus_from_p_after_a_rejection(monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        check_enumeration(SAMPLED, patch)
     monkeypatch.setattr(verify, "residual", lambda p, q: p)
     with pytest.raises(AssertionError):
         check_enumeration(SAMPLED, monkeypatch)
 
 
-def test_accepting_a_tie_at_zero(monkeypatch):
-    """`>=` instead of `<`, with the ratio the wrong way round."""
+def test_accept_ratio_upside_down(monkeypatch):
     monkeypatch.setattr(verify, "accepts", lambda p, q, x, u: u * p[range(len(x)), x] < q[range(len(x)), x])
     with pytest.raises(AssertionError):
         check_enumeration(SAMPLED, monkeypatch)
+
+
+def test_accepting_a_tie(monkeypatch):
+    """`<=` instead of `<` keeps a token that the target cannot emit when u is 0."""
+    check_zero_is_never_accepted()
+    monkeypatch.setattr(verify, "accepts", lambda p, q, x, u: u * q[range(len(x)), x] <= p[range(len(x)), x])
+    with pytest.raises(AssertionError):
+        check_zero_is_never_accepted()
 
 
 def test_draft_distribution_that_is_not_renormalised(monkeypatch):
@@ -96,8 +105,8 @@ def test_positions_of_the_draft_off_by_one(monkeypatch):
 
 
 def test_verification_noise_off_by_one_position(monkeypatch):
-    exact = chain.verify_coupled
-    monkeypatch.setattr(chain, "verify_coupled", lambda p, drafted, noise, positions: exact(p, drafted, noise, positions + 1))
+    exact = verify.verify_coupled
+    monkeypatch.setattr(verify, "verify_coupled", lambda p, drafted, noise, positions: exact(p, drafted, noise, positions + 1))
     target = tiny_llama()
     with pytest.raises(AssertionError):
         check_same_text(target, noisy_exit(target, 2), SAMPLED, "coupled")

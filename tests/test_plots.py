@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_line import UserError
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -16,7 +18,6 @@ from matplotlib.text import Text
 from PIL import Image
 
 import plots
-from command_line import UserError
 
 ROOT = Path(__file__).parent.parent
 GAMMA = 4

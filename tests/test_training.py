@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from training_loop import StopRequest, TrainingArgs, TrainingTask, lr_factor, train_step
+from truncated_llama import read_exit_info
 
 ROOT = Path(__file__).parent.parent
 MAX_STEPS = 120
@@ -38,9 +39,10 @@ def steps_logged(folder: Path) -> list[dict]:
 def interrupt(command: list[str], folder: Path, after_step: int, number: int) -> int:
     """Start `command`, send it the signal once it has logged `after_step`, and return its exit status."""
     process = start(command)
-    while process.poll() is None and not (logged := steps_logged(folder)) or logged[-1]["step"] < after_step:
+    while max((row["step"] for row in steps_logged(folder)), default=0) < after_step:
+        if process.poll() is not None:
+            pytest.fail(f"ended early: {process.stdout.read()}")
         time.sleep(0.005)
-        logged = logged if process.poll() is None else pytest.fail(f"ended early: {process.stdout.read()}")
     process.send_signal(number)
     process.communicate()
     return process.returncode
@@ -61,6 +63,7 @@ def test_killed_and_resumed_run_has_the_losses_of_an_uninterrupted_one(tiny_targ
     assert final == broken / (broken / "final_checkpoint.txt").read_text().strip()
     tensors, wanted = load_file(final), load_file(whole / final.name)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors.items())
+    assert read_exit_info(final).losses == read_exit_info(whole / final.name).losses
 
 
 class OneWeight(nn.Module):

@@ -1,9 +1,10 @@
 """Exits and the models around them: equal to the target where they should be, saved alone, refused where they don't fit."""
 
+from command_line import UserError
+
 import pytest
 import torch
 
-from command_line import UserError
 from losses import kl_divergence, learned_rows, learned_tokens, training_loss
 from target_model import Target, tokenizer_hash, weights_hash
 from toy_models import noisy_exit, tiny_llama

@@ -97,9 +97,13 @@ def test_greedy_target_with_soft_draft_and_the_reverse(monkeypatch):
         assert (law - wanted).abs().max() < 1e-12
 
 
-def test_token_of_target_probability_zero_is_never_accepted():
+def check_zero_is_never_accepted() -> None:
     p, q = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]])
     assert not verify.accepts(p, q, torch.tensor([0]), torch.tensor([0.0]))
+
+
+def test_token_of_target_probability_zero_is_never_accepted():
+    check_zero_is_never_accepted()
 
 
 def test_residual_of_equal_distributions_is_the_distribution():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -119,20 +120,19 @@ def check_all_accepted(target: LlamaForCausalLM, draft: nn.Module, policy: Sampl
         assert all(r.accepted == r.proposed for r in stats.rounds)
 
 
-def check_law(policy: SamplingPolicy, verification: str, tokens: int = 6000, pair: tuple[BigramModel, BigramModel] | None = None) -> None:
+def check_law(policy: SamplingPolicy, verification: str, tokens: int = 6000, pair: tuple[BigramModel, BigramModel] | None = None) -> DecodeStats:
     """In one long generation, tokens behind a round boundary and tokens within a round have the target's law."""
     target, draft = pair or bigram_pair()
-    text, stats = decode(target, draft, [0], policy=policy, verification=verification, gamma=2, max_new_tokens=tokens, seed=3)
+    text, stats = decode(target, draft, [0], policy=policy, verification=verification, gamma=2, max_new_tokens=tokens, seed=3, record_overlap=True)
     assert stats.target_calls == len(stats.rounds)
     text = [0, *text]
-    boundaries = {0}
-    for r in stats.rounds:
-        boundaries.add(max(boundaries) + len(r.tokens))
+    boundaries = set(accumulate((len(r.tokens) for r in stats.rounds), initial=0))
     pairs = list(zip(text[:-1], text[1:], strict=True))
     across = [pair for i, pair in enumerate(pairs) if i in boundaries]
     within = [pair for i, pair in enumerate(pairs) if i not in boundaries]
     assert transition_p(across, target, policy) > 1e-4, "law behind a round boundary"
     assert transition_p(within, target, policy) > 1e-4, "law within a round"
+    return stats
 
 
 def check_first_two_tokens(policy: SamplingPolicy, verification: str, runs: int = 2000) -> None:
