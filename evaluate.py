@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from command_line import UserError, parse_args, run
 
+from transformers import PretrainedConfig
+
 from evaluation import Draft, EvaluationArgs, evaluate_draft, exit_draft, model_draft, summary_table
 from results import make_output_dir, record_run, write_json
 from target_model import Target, load_config, load_target, load_tokenizer, tokenizer_hash
@@ -36,10 +38,15 @@ class Args(EvaluationArgs):
         if self.checkpoint is not None:
             read_exit_info(self.checkpoint)
             return
-        target_size, draft_size = (load_config(path).vocab_size for path in (self.model_path, self.draft_model_path))
+        self._check_draft_model(load_config(self.draft_model_path))
+
+    def _check_draft_model(self, config: PretrainedConfig) -> None:
         hashes = {tokenizer_hash(load_tokenizer(path)) for path in (self.model_path, self.draft_model_path)}
-        if len(hashes) > 1 or target_size != draft_size:
+        if len(hashes) > 1 or config.vocab_size != load_config(self.model_path).vocab_size:
             raise UserError(f"{self.draft_model_path} and {self.model_path} have different tokenizers; a draft needs the target's own")
+        if max(self.spec_prompt_length + self.spec_max_new_tokens + self.gamma, self.max_length) > config.max_position_embeddings:
+            raise UserError(f"the context of {self.draft_model_path} is {config.max_position_embeddings} tokens: lower --spec_prompt_length, "
+                            f"--spec_max_new_tokens or --max_length")
 
 
 def load_draft(args: Args, target: Target) -> Draft:

@@ -13,7 +13,7 @@ from command_line import UserError, first_line
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMBEDDED_TARGET = Path(__file__).parent / "assets" / "pydoc-llama-7m"
@@ -66,7 +66,7 @@ class Target:
     name: str
 
 
-def load_config(path: str) -> object:
+def load_config(path: str) -> PretrainedConfig:
     """The configuration of the model at `path`, a Llama. Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(path)
