@@ -134,7 +134,7 @@ def check_same_run(folder: Path, args: TrainingArgs, facts: dict) -> None:
         return
     if not args.resume:
         raise UserError(f"{folder} holds a run already; choose another --output_dir, or continue it with --resume")
-    changed = [f"--{name} {previous.get(name)} -> {value}" for name, value in {**vars(args), **facts}.items()
+    changed = [f"{'--' if hasattr(args, name) else ''}{name} {previous.get(name)} -> {value}" for name, value in {**vars(args), **facts}.items()
                if name not in FREE_ON_RESUME and previous.get(name) != value]
     if changed:
         raise UserError(f"{folder} was started with other settings ({', '.join(changed)}); use those, or another --output_dir")
