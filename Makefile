@@ -47,7 +47,7 @@ demo-short: setup ## the demo's steps at their smallest, for CI
 	$(DEMO_SHORT) bash run_sweep_ultrachat_two_stage.sh
 
 test: setup ## all tests, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 check: setup ## lint, and the rule of the import levels
 	$(BIN)/ruff check .

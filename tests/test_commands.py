@@ -202,8 +202,8 @@ def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path,
 
 
 def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys):
-    command = ["--model_path", tiny_target_path, "--checkpoint_glob", exit_path, "--spec_prompt_dataset", "arithmetic", "--spec_num_prompts", 3,
-               "--spec_prompt_length", 8, "--spec_max_new_tokens", 16, "--num_threads", 1]
+    command = ["--model_path", tiny_target_path, "--checkpoint_glob", exit_path, "--spec_prompt_dataset", "arithmetic", "--spec_num_prompts", 2,
+               "--spec_prompt_length", 8, "--spec_max_new_tokens", 10, "--num_threads", 1]
     assert run_main(prove, [*command, "--out_dir", tmp_path / "real"], monkeypatch) == 0
     assert all(row["passed"] for row in json.loads((tmp_path / "real" / "proof.json").read_text()))
     exact = chain.verify_chain

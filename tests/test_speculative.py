@@ -66,12 +66,12 @@ def test_joint_law_of_the_first_two_tokens(verification, runs):
     check_first_two_tokens(SamplingPolicy(1.0), verification, runs)
 
 
-@pytest.mark.parametrize("verification", ["rejection", "coupled"])
-def test_law_and_acceptance_of_a_long_text(verification):
+@pytest.mark.parametrize(("verification", "tested"), [("rejection", 20_000), ("coupled", 8000)])
+def test_law_and_acceptance_of_a_long_text(verification, tested):
     """Tokens within and behind rounds have the target's law; acceptance has its closed form (Σ min(p, q); P-MinHash)."""
-    stats = check_law(SamplingPolicy(0.7, top_p=0.95), verification, tokens=26_000)
+    stats = check_law(SamplingPolicy(0.7, top_p=0.95), verification, tokens=int(1.3 * tested))
     row = metrics.speculation_metrics([stats], gamma=2)
-    assert row["spec_tested"] >= 20_000 and abs(row["spec_accept_z"]) < 4
+    assert row["spec_tested"] >= tested and abs(row["spec_accept_z"]) < 4
 
 
 @pytest.mark.parametrize("verification", ["rejection", "coupled"])
