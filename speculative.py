@@ -1,69 +1,90 @@
 """The one public door to decoding: `generate(target, prompt, options, draft)` with any method of METHODS.
 
     from speculative import DecodeOptions, generate
-    options = DecodeOptions(method="speculative", policy=SamplingPolicy(0.7, top_p=0.95), gamma=4, verification="coupled")
+    options = DecodeOptions(method="self_speculative", policy=SamplingPolicy(0.7, top_p=0.95), gamma=4, verification="coupled")
     generation = generate(target, prompt_ids, options, draft)
 
 Symbols: p target distribution, q draft distribution (Leviathan et al.; Chen et al. swap them), γ = `gamma` drafted
-tokens per round. Shapes: T tokens, V vocabulary.
+tokens per round. Shapes: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from decoding.chain import chain_round
+from decoding.draft_length import DraftLength, FixedLength
 from decoding.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy
-from decoding.state import DecodeState, DecodeStats, RoundResult, synchronize
+from decoding.self_speculation import SharedExit, self_speculation_round
+from decoding.state import DecodeState, DecodeStats, Model, RoundResult, synchronize
+from decoding.static_llama import KEPT_WIDTHS, StaticLlama, why_unsupported
 from decoding.vanilla import vanilla_round
 from decoding.verify import VERIFICATIONS, Verification
+from truncated_llama import TruncatedLlama
 
 Stop = Callable[[list[int]], bool]
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How to decode. `stop(tokens)` may end it: asked with the new tokens so far, true leaves the last of them out."""
+    """How to decode. `stop(tokens)` may end it: asked with the new tokens so far, true leaves the last of them out.
+
+    `gamma` is a number or a rule (decoding/draft_length.py). `engine` "static" is the suite's own forward pass, where it can run the
+    models; "transformers" is theirs.
+    """
 
     method: str = "vanilla"
     policy: SamplingPolicy = field(default_factory=SamplingPolicy)
-    gamma: int = 4
+    gamma: int | DraftLength = 4
     verification: Verification = "rejection"
     max_new_tokens: int = 128
     eos_ids: frozenset[int] = frozenset()
     stop: Stop | None = None
     seed: int = 0
     record_overlap: bool = False
+    engine: Literal["static", "transformers"] = "static"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
         if self.verification not in VERIFICATIONS:
             raise ValueError(f"unknown verification {self.verification!r}: choose one of {', '.join(VERIFICATIONS)}")
-        if self.gamma < 1:
-            raise ValueError(f"gamma {self.gamma} must be at least 1")
+        if not 1 <= self.length().longest < KEPT_WIDTHS:
+            raise ValueError(f"gamma {self.gamma} must lie between 1 and {KEPT_WIDTHS - 1}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+
+    def length(self) -> DraftLength:
+        """The rule that `gamma` stands for."""
+        return FixedLength(self.gamma) if isinstance(self.gamma, int) else self.gamma
 
 
 @dataclass(frozen=True)
 class Method:
-    """One round of a decoding method, whether its output has the target's law, and whether it drafts with a model."""
+    """One round of a decoding method, whether its output has the target's law, and what it drafts with.
 
-    round: Callable[[DecodeState, DecodeOptions], RoundResult]
+    `draft`: "none", "model" (any with the target's vocabulary) or "exit" (a TruncatedLlama of this very target).
+    """
+
+    round: Callable[[DecodeState, DecodeOptions], list[RoundResult]]
     lossless: bool
-    needs_draft: bool
+    draft: Literal["none", "model", "exit"]
 
 
 METHODS = {
-    "vanilla": Method(lambda state, options: vanilla_round(state), lossless=True, needs_draft=False),
-    "speculative": Method(lambda state, options: chain_round(state, options.gamma, options.verification), lossless=True, needs_draft=True),
+    "vanilla": Method(lambda state, options: vanilla_round(state), lossless=True, draft="none"),
+    "speculative": Method(lambda state, options: chain_round(state, options.length(), options.verification), lossless=True, draft="model"),
+    "self_speculative": Method(lambda state, options: self_speculation_round(state, options.length(), options.verification), lossless=True, draft="exit"),
 }
 
 
@@ -75,7 +96,6 @@ class Generation:
     stats: DecodeStats
 
 
-@torch.inference_mode()
 def generate(
     target: nn.Module,
     prompt: list[int],
@@ -89,35 +109,50 @@ def generate(
 
     `target` and `draft` are called as transformers' causal models are (a TruncatedLlama is too) and must share their
     token ids; `prompt_id` keys the noise beside `options.seed`. `on_tokens` gets each round's tokens as they are
-    committed. Raises ValueError for an empty prompt, a missing draft, or a prompt that does not fit the context.
+    committed. Raises ValueError for an empty prompt, a missing or unfit draft, or a prompt that does not fit the context.
+    """
+    report = None if on_tokens is None else lambda row, tokens: on_tokens(tokens)
+    return generate_batch(target, [prompt], options, draft, prompt_ids=[prompt_id], on_tokens=report)[0]
+
+
+@torch.inference_mode()
+def generate_batch(
+    target: nn.Module,
+    prompts: list[list[int]],
+    options: DecodeOptions,
+    draft: nn.Module | None = None,
+    *,
+    prompt_ids: list[int] | None = None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+) -> list[Generation]:
+    """Continue several prompts together: each text is what `generate` makes of its prompt alone (up to rounding).
+
+    Texts may be of any length, accept different numbers of drafted tokens and end at different times; one that has
+    ended takes part in the passes, unused, until the last ends. `on_tokens(row, tokens)` gets what is committed.
     """
     method = METHODS[options.method]
-    _check(target, prompt, options, draft if method.needs_draft else target)
-    start = time.perf_counter()
-    state = DecodeState(
-        target=CachedModel(target), draft=CachedModel(draft) if method.needs_draft else None, policy=options.policy,
-        noise=Noise(options.seed, prompt_id, target.device), committed=list(prompt), eos_ids=options.eos_ids,
-        record_overlap=options.record_overlap,
-    )
-    with state.clock("prefill"):
-        for model in filter(None, (state.target, state.draft)):
-            model.prefill(torch.tensor(prompt[:-1], dtype=torch.int64))
-    calls_of_prefill = {id(model): model.calls for model in filter(None, (state.target, state.draft))}
-    finished = False
-    while not finished:
-        result = method.round(state, options)
-        state.stats.rounds.append(result)
-        kept, finished = _cut(state.committed[len(prompt) :], result.tokens, options)
-        state.committed += kept
-        if on_tokens is not None:
-            on_tokens(kept)
+    for prompt in prompts:
+        _check(target, prompt, options, draft if method.draft != "none" else target)
     synchronize(target.device)
-    state.stats.wall_s = time.perf_counter() - start
-    state.stats.prompt_tokens, state.stats.emitted = len(prompt), len(state.committed) - len(prompt)
-    state.stats.target_calls = state.target.calls - calls_of_prefill[id(state.target)]
-    if state.draft is not None:
-        state.stats.draft_calls = state.draft.calls - calls_of_prefill[id(state.draft)]
-    return Generation(state.committed[len(prompt) :], state.stats)
+    start = time.perf_counter()
+    state = _prepare(target, prompts, options, draft, prompt_ids or list(range(len(prompts))))
+    with state.clock("prefill"):
+        _prefill(state, [prompt[:-1] for prompt in prompts])
+    stats = [DecodeStats(prompt_tokens=len(prompt)) for prompt in prompts]
+    running = set(range(len(prompts)))
+    while running:
+        results = method.round(state, options)
+        for row in sorted(running):
+            stats[row].rounds.append(results[row])
+            kept, finished = _cut(state.committed[row][len(prompts[row]) :], results[row].tokens, options)
+            state.committed[row] += kept
+            running -= {row} if finished else set()
+            if on_tokens is not None:
+                on_tokens(row, kept)
+        state.roll_back()
+    synchronize(target.device)
+    wall_s = time.perf_counter() - start
+    return [_finish(state, row, stats[row], wall_s) for row in range(len(prompts))]
 
 
 def _cut(generated: list[int], new: list[int], options: DecodeOptions) -> tuple[list[int], bool]:
@@ -131,6 +166,16 @@ def _cut(generated: list[int], new: list[int], options: DecodeOptions) -> tuple[
     return kept, len(generated) + len(kept) >= options.max_new_tokens
 
 
+def _finish(state: DecodeState, row: int, stats: DecodeStats, wall_s: float) -> Generation:
+    """The generation of text `row`, with the counts of the models and clocks that all texts share."""
+    tokens = state.committed[row][stats.prompt_tokens :]
+    stats.emitted, stats.wall_s, stats.seconds = len(tokens), wall_s, state.clock.seconds()
+    stats.target_calls, stats.target_tokens = state.target.calls, state.target.tokens
+    if state.draft is not None:
+        stats.draft_calls, stats.draft_tokens = state.draft.calls, state.draft.tokens
+    return Generation(tokens, stats)
+
+
 def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None) -> None:
     if not prompt:
         raise ValueError("the prompt is empty; give at least the BOS token")
@@ -138,7 +183,90 @@ def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: 
         raise ValueError(f"method {options.method!r} drafts with a model: pass draft=")
     if draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(f"draft and target have different vocabularies ({draft.config.vocab_size} and {target.config.vocab_size} tokens)")
-    ahead = options.gamma if METHODS[options.method].needs_draft else 0
-    context = min(model.config.max_position_embeddings for model in (target, draft))
+    if METHODS[options.method].draft == "exit":
+        _check_exit(target, draft, options)
+    ahead = options.length().longest if METHODS[options.method].draft != "none" else 0
+    context = min(context_length(model.config) for model in (target, draft))
     if len(prompt) + options.max_new_tokens + ahead > context:
         raise ValueError(f"prompt ({len(prompt)}), new tokens ({options.max_new_tokens}) and gamma ({ahead}) exceed the context of {context}")
+
+
+def _check_exit(target: nn.Module, draft: nn.Module, options: DecodeOptions) -> None:
+    if not isinstance(draft, TruncatedLlama) or draft.target is not target:
+        raise ValueError(f"method {options.method!r} drafts with an exit of the target itself: pass a TruncatedLlama of it, or use method 'speculative'")
+    reason = why_unsupported(target) if options.engine == "static" else "with transformers' forward pass (engine='transformers')"
+    if reason is not None:
+        raise ValueError(f"method {options.method!r} cannot share blocks {reason if options.engine != 'static' else 'of ' + reason}; use method 'speculative'")
+
+
+def context_length(config: object) -> int:
+    """Positions that a model can have: without a limit where dynamic NTK scaling stretches them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return sys.maxsize if rope.get("rope_type") == "dynamic" else config.max_position_embeddings
+
+
+# ---- the models in the form that decoding runs them: made once, kept with the target ----
+
+@dataclass
+class Engines:
+    """A target's forward pass with its cache, and those of the drafts that were used with it."""
+
+    target: Model
+    drafts: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
+
+
+_engines: WeakKeyDictionary[nn.Module, Engines] = WeakKeyDictionary()
+
+
+def _prepare(target: nn.Module, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int]) -> DecodeState:
+    """Empty caches of sufficient capacity for target and draft, and all else that a generation starts with."""
+    kind = METHODS[options.method].draft
+    capacity = max(len(prompt) for prompt in prompts) + options.max_new_tokens + options.length().longest + 1
+    engines = _engines_for(target, capacity, len(prompts), options.engine)
+    drafter = None if kind == "none" else _draft_for(engines, draft, kind, capacity, options.engine)
+    for model in filter(None, (engines.target, drafter)):
+        model.start(len(prompts[0]))
+    return DecodeState(
+        target=engines.target, draft=drafter, policy=options.policy, noise=Noise.of(options.seed, prompt_ids, target.device),
+        committed=[list(prompt) for prompt in prompts], eos_ids=options.eos_ids, record_overlap=options.record_overlap,
+    )
+
+
+def _engines_for(target: nn.Module, capacity: int, batch: int, engine: str) -> Engines:
+    """The target's engines, made anew where they are too small, for another batch or engine, or the weights have moved."""
+    known = _engines.get(target)
+    if known is None or not known.target.serves(capacity, batch, engine):
+        known = Engines(_new_engine(target, capacity, batch, engine))
+        if isinstance(known.target, StaticLlama):  # a CachedModel holds the model, and would keep it alive here
+            _engines[target] = known
+    return known
+
+
+def _draft_for(engines: Engines, draft: nn.Module, kind: str, capacity: int, engine: str) -> Model | SharedExit:
+    known = engines.drafts.get(draft)
+    fits = isinstance(known, SharedExit) == (kind == "exit") and known.serves(capacity, engines.target.batch, engine) if known else False
+    if not fits:
+        known = SharedExit(engines.target, draft.exit) if kind == "exit" else _new_engine(draft, capacity, engines.target.batch, engine)
+        engines.drafts[draft] = known
+    return known
+
+
+def _new_engine(model: nn.Module, capacity: int, batch: int, engine: str) -> Model:
+    """StaticLlama where it can run `model` and is wanted; else transformers' own forward pass, said once."""
+    target, parts = (model.target, model.parts()) if isinstance(model, TruncatedLlama) else (model, {})
+    reason = why_unsupported(target)
+    if engine == "static" and reason is None:
+        return StaticLlama(target, capacity, batch, **parts)
+    if batch > 1:
+        raise ValueError(f"only StaticLlama decodes several texts together, and it cannot run {reason or 'engine=transformers'}")
+    if engine == "static" and isinstance(target, PreTrainedModel):
+        print(f"decoding with transformers' own forward pass, which is slower: StaticLlama cannot run {reason}", file=sys.stderr)
+    return CachedModel(model)
+
+
+def _prefill(state: DecodeState, texts: list[list[int]]) -> None:
+    """Fill all caches. An exit fills the target's too, as it shares blocks with it."""
+    if not isinstance(state.draft, SharedExit):
+        state.target.prefill(texts)
+    if state.draft is not None:
+        state.draft.prefill(texts)

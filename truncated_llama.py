@@ -72,6 +72,7 @@ class Exit(nn.Module):
         self.block: LlamaDecoderLayer | None = copy.deepcopy(target.model.layers[target_layer]) if own_block else None
         self.norm = copy.deepcopy(target.model.norm)
         self.head = copy.deepcopy(target.lm_head)  # untied by the copy
+        self.token_ids: torch.Tensor | None = None
 
     def forward(self, hidden: torch.Tensor, pass_inputs: dict, logits_to_keep: int = 0) -> torch.Tensor:
         """Logits (B, T, V) from `hidden` (B, T, D) behind the prefix; with `logits_to_keep`, of the last positions only."""
@@ -116,6 +117,11 @@ class TruncatedLlama(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.target.device
+
+    def parts(self) -> dict:
+        """The blocks, norm and head that this model is made of, by those names."""
+        blocks = [*self.target.model.layers[: self.exit.prefix], *filter(None, [self.exit.block])]
+        return {"layers": blocks, "norm": self.exit.norm, "head": self.exit.head}
 
     def forward(
         self,

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
+import numpy as np
 import torch
+
+NUCLEUS_HEAD = 256
+ROUNDING = 1e-4  # of a mass summed in fp32
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,32 @@ def policy_probs(logits: torch.Tensor, policy: SamplingPolicy) -> torch.Tensor:
     if 0 < policy.top_k < logits.shape[-1]:
         kth = logits.topk(policy.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if policy.top_p < 1:
-        logits = _keep_nucleus(logits, policy.top_p)
-    return logits.softmax(-1)
+    probs = logits.softmax(-1)
+    return _nucleus(probs, policy.top_p) if policy.top_p < 1 else probs
 
 
-def _keep_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """`logits` (..., V) with -inf outside the smallest head whose mass reaches `top_p` (at least one token)."""
-    ascending, order = logits.sort(dim=-1, stable=True)  # ties alike in every pass, whatever its number of rows
-    outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    outside[..., -1] = False
-    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`probs` (..., V) renormalised over the smallest head whose mass reaches `top_p` (at least one token).
+
+    On the CPU only the likeliest NUCLEUS_HEAD tokens are sorted where that head lies among them in every row.
+    """
+    vocab_size = probs.shape[-1]
+    head = min(NUCLEUS_HEAD, vocab_size) if probs.device.type == "cpu" else vocab_size
+    tokens, mass = _likeliest(probs, head)
+    if head < vocab_size and not bool((mass.sum(-1) > top_p + ROUNDING).all()):
+        tokens, mass = _likeliest(probs, vocab_size)
+    kept = mass.masked_fill(mass.cumsum(-1) - mass >= top_p, 0.0)
+    return torch.zeros_like(probs).scatter_(-1, tokens, kept / kept.sum(-1, keepdim=True))
+
+
+def _likeliest(probs: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and probabilities (..., count) of the likeliest tokens, descending, ties by id: alike in every pass."""
+    if count == probs.shape[-1]:
+        mass, tokens = probs.sort(dim=-1, descending=True, stable=True)
+        return tokens, mass
+    tokens = probs.topk(count, sorted=False).indices.sort(-1).values
+    mass, order = probs.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
+    return tokens.gather(-1, order), mass
 
 
 class Purpose(IntEnum):
@@ -65,64 +85,119 @@ class Purpose(IntEnum):
     RESIDUAL = 3
 
 
-_PURPOSES = 16  # room for more, so that a new one changes no text of today's seeds
-_GOLDEN = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_U64 = (1 << 64) - 1
-
-
 def _signed(value: int) -> int:
     """The int64 with the bits of the unsigned 64-bit `value`."""
-    value &= _U64
+    value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
 
-def _mix(bits: torch.Tensor) -> torch.Tensor:
+_PURPOSES = 16  # room for more, so that a new one changes no text of today's seeds
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
+_UNIT = 2.0**-52
+
+
+Bits = TypeVar("Bits", torch.Tensor, np.ndarray)  # int64; both kinds wrap around alike
+
+
+def _mix(bits: Bits) -> Bits:
     """splitmix64's finalizer on int64 `bits`, elementwise (Steele et al. 2014): flips half the bits per changed bit."""
-    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        bits = (bits ^ _shift_right(bits, shift)) * _signed(multiplier)
+    for shift, multiplier in ((30, _MULTIPLIERS[0]), (27, _MULTIPLIERS[1])):
+        bits = (bits ^ _shift_right(bits, shift)) * multiplier
     return bits ^ _shift_right(bits, 31)
 
 
-def _shift_right(bits: torch.Tensor, shift: int) -> torch.Tensor:
+def _shift_right(bits: Bits, shift: int) -> Bits:
     """Logical right shift of int64 `bits`."""
     return (bits >> shift) & ((1 << (64 - shift)) - 1)
+
+
+def _row_keys(key: Bits, positions: Bits, purpose: Purpose) -> Bits:
+    """What the noise of each of `positions` depends on, its tokens apart."""
+    return _mix(key ^ (positions * _PURPOSES + (int(purpose) + 1)) * _GOLDEN)
+
+
+def _token_bits(row_keys: Bits, tokens: Bits) -> Bits:
+    """52 random bits for each of `tokens` in its row."""
+    return _shift_right(_mix(row_keys ^ (tokens + 1) * _GOLDEN), 12)
 
 
 class Noise:
     """Random numbers as a function of (seed, prompt, position, purpose, token): no state, so no order of drawing.
 
     `position` is the absolute index of the token that is decided. Any pass, batch or draft that asks for the noise
-    of a position gets the same values.
+    of a position gets the same values. `key` (1,) belongs to one prompt, (B, 1) to a batch of them.
     """
 
-    def __init__(self, seed: int, prompt_id: int = 0, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        key = torch.tensor([_signed(seed * _GOLDEN + 1)])
-        self._key = _mix(_mix(key) ^ _signed(prompt_id * _GOLDEN + 2)).to(self.device)
+    def __init__(self, key: torch.Tensor) -> None:
+        self.key = key
+
+    @classmethod
+    def of(cls, seed: int, prompt_id: int | list[int] = 0, device: torch.device | str = "cpu") -> Noise:
+        """The noise of one prompt, for positions (N,), or of a batch of prompts, for positions (B, N)."""
+        ids = [[i] for i in prompt_id] if isinstance(prompt_id, list) else [prompt_id]
+        prompts = (torch.tensor(ids) * _GOLDEN + 2)
+        return cls(_mix(_mix(torch.tensor(_signed(seed * _GOLDEN + 1))) ^ prompts).to(device))
+
+    def of_round(self, starts: torch.Tensor) -> Noise:
+        """Other noise for each round, told apart by where it starts, int64 (B,).
+
+        A position that was drafted behind a rejection is drafted again in the next round. Drawn with the same noise, that second draft
+        would depend on what the first made of the round: how long it became, and what an adaptive rule learnt from it.
+        """
+        return Noise(_mix(self.key ^ (starts[:, None] + 1) * _MULTIPLIERS[0]))
 
     def uniform(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
-        """Uniforms (N,) in (0, 1), fp64, for int64 `positions` (N,)."""
-        return self._uniform(self._row_keys(positions, purpose))
+        """Uniforms in (0, 1), fp64, of the shape of int64 `positions`."""
+        return (_shift_right(_mix(_row_keys(self.key, positions, purpose)), 12).double() + 0.5) * _UNIT
 
-    def exponential(self, positions: torch.Tensor, vocab_size: int, purpose: Purpose) -> torch.Tensor:
-        """Independent standard exponential values (N, V), fp64, for int64 `positions` (N,); −log of one is a Gumbel value."""
-        tokens = torch.arange(1, vocab_size + 1, device=self.device) * _signed(_GOLDEN)
-        keys = self._row_keys(positions, purpose)[:, None] ^ tokens
-        return self._uniform(keys).log_().neg_()
+    def exponential(self, positions: torch.Tensor, tokens: torch.Tensor | int, purpose: Purpose) -> torch.Tensor:
+        """Standard exponential values (..., V), fp64, of each of `tokens` at `positions` (...); −log of one is a Gumbel value.
 
-    def _row_keys(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
-        counters = (positions.to(self.device) * _PURPOSES + int(purpose) + 1) * _signed(_GOLDEN)
-        return _mix(self._key ^ counters)
-
-    def _uniform(self, keys: torch.Tensor) -> torch.Tensor:
-        return (_shift_right(_mix(keys), 12).double() + 0.5) * 2.0**-52
+        `tokens`: int64 ids (V,), or the number V of all ids.
+        """
+        if isinstance(tokens, int):
+            tokens = torch.arange(tokens, device=self.key.device)
+        bits = _token_bits(_row_keys(self.key, positions, purpose)[..., None], tokens)
+        return ((bits.double() + 0.5) * _UNIT).log_().neg_()
 
 
-def draw(probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose = Purpose.TOKEN) -> torch.Tensor:
-    """One token per row of `probs` (N, V), int64 (N,), by the Gumbel-max rule argmax(log p + g) of that position's noise.
+def draw(
+    probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose = Purpose.TOKEN, token_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One token per row of `probs` (..., V), int64 (...), by the Gumbel-max rule argmax(log p + g) of that position's noise.
 
-    Computed as argmax p/e with e = exp(−g) exponential, which orders the tokens alike and needs no logarithm of p. A
-    token of probability 0 has score 0 and is never drawn; ties go to the lowest index.
+    A token of probability 0 is never drawn; ties go to the lowest index. `token_ids` (V,) names the columns of `probs`
+    where they are not all ids in order.
     """
-    return (probs.double() / noise.exponential(positions, probs.shape[-1], purpose)).argmax(-1)
+    columns = _scores(probs, noise, positions, purpose, token_ids).argmax(-1)
+    return columns if token_ids is None else token_ids[columns]
+
+
+def draw_with_margin(
+    probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw`, and by how much the drawn token won: fp64 (...), the distance of the two largest log p + g."""
+    scores = _scores(probs, noise, positions, purpose, token_ids)
+    best, columns = scores.max(-1)
+    second = scores.scatter(-1, columns[..., None], 0.0).amax(-1)
+    return columns if token_ids is None else token_ids[columns], best.log() - second.log()
+
+
+def _scores(probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None) -> torch.Tensor:
+    """p/e (..., V) with e = exp(−g) exponential: orders tokens as log p + g does, needs no logarithm of p, and is 0 where p is."""
+    if probs.device.type == "cpu":
+        return torch.from_numpy(_possible_scores(probs, noise, positions, purpose, token_ids))
+    return probs.double() / noise.exponential(positions, probs.shape[-1] if token_ids is None else token_ids, purpose)
+
+
+def _possible_scores(probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None) -> np.ndarray:
+    """`_scores` on the CPU: computes the noise of possible tokens only, in numpy, whose calls on small arrays cost less."""
+    flat = probs.numpy().reshape(-1)
+    possible = np.flatnonzero(flat)
+    rows, columns = np.divmod(possible, probs.shape[-1])
+    tokens = columns if token_ids is None else token_ids.numpy()[columns]
+    bits = _token_bits(_row_keys(noise.key.numpy(), positions.numpy(), purpose).reshape(-1)[rows], tokens)
+    scores = np.zeros(len(flat))
+    scores[possible] = flat[possible] / -np.log((bits + 0.5) * _UNIT)
+    return scores.reshape(probs.shape)

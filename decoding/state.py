@@ -1,23 +1,26 @@
-"""What one generation carries from round to round, and the raw counts and seconds that it leaves behind."""
+"""What a generation carries from round to round, and the raw counts and seconds that it leaves behind."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from decoding.kv_cache import CachedModel
+from decoding.programs import Programs
 from decoding.sampling import Noise, SamplingPolicy
+from decoding.static_llama import StaticLlama
 
-PHASES = ("prefill", "draft", "verify", "sampling", "record")
+Model = StaticLlama | CachedModel
+PHASES = ("prefill", "draft", "verify", "record")
 
 
 @dataclass
 class RoundResult:
-    """One round's tokens (kept drafts, then the correction or bonus) and its counts.
+    """One text's share of a round: its tokens (kept drafts, then the correction or bonus) and its counts.
 
     `overlaps` and `expected` hold, for each tested position, Σ min(p, q) and the verification's own chance of keeping
     the drafted token; they are filled only when `record_overlap` is set.
@@ -37,16 +40,19 @@ class RoundResult:
 
 @dataclass
 class DecodeStats:
-    """Raw counts and unrounded seconds of one generation; rates are computed by `metrics.speculation_metrics`.
+    """Raw counts and unrounded seconds of one text's generation; rates are computed by `metrics.speculation_metrics`.
 
-    `emitted` counts tokens after the cuts at end-of-text and length; `rounds` and calls are after the prefill.
-    `seconds` holds the phases of PHASES, of which "record" is measurement, not decoding; `wall_s` is the whole.
+    `emitted` counts tokens after the cuts at end-of-text and length; `rounds`, calls and processed tokens are after the
+    prefill. `seconds` holds the phases of PHASES, sampling included, of which "record" is measurement, not decoding;
+    `wall_s` is the whole. In a batch the calls and seconds are those of all texts together.
     """
 
     prompt_tokens: int = 0
     emitted: int = 0
     target_calls: int = 0
     draft_calls: int = 0
+    target_tokens: int = 0
+    draft_tokens: int = 0
     rounds: list[RoundResult] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     wall_s: float = 0.0
@@ -62,30 +68,83 @@ class DecodeStats:
         return self.wall_s - sum(self.seconds.values())
 
 
-@dataclass
-class DecodeState:
-    """The models, their caches, the committed tokens and the noise of one generation.
+class Clock:
+    """Seconds per phase. On CUDA the device's own clock, read at the end: measuring makes no round wait."""
 
-    Between rounds the target's cache holds all committed tokens but the last, the draft's at most that many.
-    """
-
-    target: CachedModel
-    draft: CachedModel | None
-    policy: SamplingPolicy
-    noise: Noise
-    committed: list[int]
-    eos_ids: frozenset[int] = frozenset()
-    record_overlap: bool = False
-    stats: DecodeStats = field(default_factory=DecodeStats)
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type == "cuda"
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        """Add the seconds spent inside to `phase`, the device's queue included."""
-        synchronize(self.target.device)
-        start = time.perf_counter()
-        yield
-        synchronize(self.target.device)
-        self.stats.seconds[phase] += time.perf_counter() - start
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `phase`."""
+        if self._on_device:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((phase, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[phase] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Phase -> seconds so far; waits for the device."""
+        total = dict(self._seconds)
+        for phase, begin, end in self._events:
+            end.synchronize()
+            total[phase] += begin.elapsed_time(end) / 1000
+        return total
+
+
+@dataclass
+class DecodeState:
+    """The models, their caches, the committed tokens of every text (B lists) and the noise of one generation.
+
+    Between rounds the target's cache holds all committed tokens but the last, the draft's at most that many. `draft` is
+    whatever the method drafts with.
+    """
+
+    target: Model
+    draft: object
+    policy: SamplingPolicy
+    noise: Noise
+    committed: list[list[int]]
+    eos_ids: frozenset[int] = frozenset()
+    record_overlap: bool = False
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.target.device)
+
+    def last(self, count: int = 1) -> torch.Tensor:
+        """The last `count` committed tokens of every text, int64 (B, count)."""
+        return torch.tensor([text[-count:] for text in self.committed], device=self.target.device)
+
+    def roll_back(self) -> None:
+        """Let every cache hold no more than the committed tokens but the last."""
+        for model in filter(None, (self.target, self.draft)):
+            model.crop([len(text) - 1 for text in self.committed])
+
+    def program(
+        self, programs: Programs, key: Hashable, function: Callable[..., tuple[torch.Tensor, ...]], *inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """function(*inputs, noise) as one of `programs`; `key` must name all that the work depends on beside policy and cache."""
+        whole = (key, self.policy, self.target.reach)
+        return programs(whole, lambda *tensors: function(*tensors[:-1], Noise(tensors[-1])), *inputs, self.noise.key)
+
+    def results(self, drafted: torch.Tensor, decision: torch.Tensor) -> list[RoundResult]:
+        """Every text's result for drafted tokens (B, γ) and decision (B, 2): how many are kept, and the token that follows.
+
+        Waits for the device. What was drafted behind an end-of-text token does not count as proposed.
+        """
+        return [self._result(row[:-2], *row[-2:]) for row in torch.cat([drafted, decision], 1).tolist()]
+
+    def _result(self, drafted: list[int], accepted: int, next_token: int) -> RoundResult:
+        proposed = next((i + 1 for i, token in enumerate(drafted) if token in self.eos_ids), len(drafted))
+        accepted = min(accepted, proposed)
+        return RoundResult([*drafted[:accepted], next_token], proposed, accepted)
 
 
 def synchronize(device: torch.device) -> None:

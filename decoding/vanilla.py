@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from decoding.sampling import draw, policy_probs
+from decoding.sampling import Noise, draw, policy_probs
 from decoding.state import DecodeState, RoundResult
 
 
-def vanilla_round(state: DecodeState) -> RoundResult:
-    """Feed the last committed token and draw the next with its position's TOKEN noise."""
+def vanilla_round(state: DecodeState) -> list[RoundResult]:
+    """Feed the last committed token of every text and draw the next with its position's TOKEN noise."""
+    def step(tokens: torch.Tensor, starts: torch.Tensor, noise: Noise) -> tuple[torch.Tensor]:
+        p = policy_probs(state.target.forward(tokens, starts), state.policy)  # (B, 1, V)
+        return (draw(p, noise, starts[:, None] + 1),)
+
     with state.clock("verify"):
-        logits = state.target.forward(torch.tensor(state.committed[-1:]))  # (1, V)
-    with state.clock("sampling"):
-        p = policy_probs(logits, state.policy)
-        token = int(draw(p, state.noise, torch.tensor([len(state.committed)])))
-    return RoundResult([token])
+        drawn, = state.program(state.target.programs, "vanilla", step, state.last(), state.target.starts())
+        tokens = drawn[:, 0].tolist()
+    state.target.advance(1)
+    return [RoundResult([token]) for token in tokens]

@@ -19,7 +19,7 @@ VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
 def verify_chain(
     verification: Verification, p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many of `drafted` (γ,) `verification` keeps, and the token that follows them (two int64 scalars)."""
+    """How many of `drafted` (..., γ) `verification` keeps, and the token that follows them: int64 (...), both."""
     if verification == "coupled":
         return verify_coupled(p, drafted, noise, positions)
     return verify_rejection(p, q, drafted, noise, positions)
@@ -28,25 +28,35 @@ def verify_chain(
 def verify_rejection(
     p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leviathan et al. 2023, algorithm 1: how many of `drafted` (γ,) are kept, and the token that follows them.
+    """Leviathan et al. 2023, algorithm 1: how many of `drafted` (..., γ) are kept, and the token that follows them.
 
-    `positions` (γ+1,) are the absolute positions decided by the rows of p. Lossless for tokens drawn from q.
-    Returns two int64 scalars on p's device.
+    p (..., γ+1, V), q (..., γ, V); `positions` (..., γ+1) are the absolute positions decided by the rows of p. Lossless
+    for tokens drawn from q. Returns int64 (...), both on p's device.
     """
-    uniforms = noise.uniform(positions[:-1], Purpose.ACCEPT)
-    accepted = accepts(p[:-1], q, drafted, uniforms).cumprod(0).sum()
-    q_padded = torch.cat([q, torch.zeros_like(p[:1])])  # behind the last draft the "residual" is p itself: the bonus
-    source = residual(p[accepted], q_padded[accepted])
-    return accepted, draw(source[None], noise, positions[accepted][None], Purpose.RESIDUAL)[0]
+    uniforms = noise.uniform(positions[..., :-1], Purpose.ACCEPT)
+    accepted = _leading(accepts(p[..., :-1, :], q, drafted, uniforms))
+    q_padded = torch.cat([q, torch.zeros_like(p[..., :1, :])], -2)  # behind the last draft the "residual" is p itself: the bonus
+    source = residual(_row(p, accepted), _row(q_padded, accepted))
+    return accepted, draw(source, noise, positions.gather(-1, accepted[..., None]), Purpose.RESIDUAL)[..., 0]
+
+
+def _leading(kept: torch.Tensor) -> torch.Tensor:
+    """Number of true values before the first false one, for bool (..., γ)."""
+    return kept.long().cumprod(-1).sum(-1)
+
+
+def _row(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Row `index` (...) of `rows` (..., N, V): (..., 1, V), without asking the device for the index."""
+    return rows.gather(-2, index[..., None, None].expand(*index.shape, 1, rows.shape[-1]))
 
 
 def accepts(p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Whether u·q(x) < p(x) for each row of p, q (γ, V), drafted x (γ,) and u (γ,) in [0, 1); bool (γ,).
+    """Whether u·q(x) < p(x) for each row of p, q (..., V), drafted x (...) and u (...) in [0, 1); bool (...).
 
     Strict, so a token of target probability 0 is never kept.
     """
-    rows = torch.arange(len(drafted), device=drafted.device)
-    return uniforms * q[rows, drafted] < p[rows, drafted]
+    tokens = drafted[..., None]
+    return uniforms * q.gather(-1, tokens)[..., 0] < p.gather(-1, tokens)[..., 0]
 
 
 def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -66,8 +76,8 @@ def verify_coupled(p: torch.Tensor, drafted: torch.Tensor, noise: Noise, positio
     token, whatever was drafted. Arguments and results as for `verify_rejection`.
     """
     drawn = draw(p, noise, positions)
-    accepted = (drawn[:-1] == drafted).cumprod(0).sum()
-    return accepted, drawn[accepted]
+    accepted = _leading(drawn[..., :-1] == drafted)
+    return accepted, drawn.gather(-1, accepted[..., None])[..., 0]
 
 
 def overlap(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

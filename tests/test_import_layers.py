@@ -19,7 +19,7 @@ LEVELS = {
     21: "tuned_llama",
     30: "speculative",
     40: "evaluation",
-    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove",
+    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

@@ -1,0 +1,104 @@
+"""One round over a chain of drafted tokens: what independent drafts and the target's own exit share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from decoding.draft_length import DraftLength
+from decoding.sampling import Noise, Purpose, draw, draw_with_margin, policy_probs
+from decoding.state import DecodeState, RoundResult
+from decoding.verify import Verification, expected_acceptance, overlap, verify_chain
+
+Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class ChainRound:
+    """Drafts token after token, then verifies them in one target call.
+
+    `token_ids` (V_d,) names the tokens that the draft knows where these are not all of them, in order.
+    """
+
+    def __init__(self, state: DecodeState, length: DraftLength, verification: Verification, token_ids: torch.Tensor | None = None) -> None:
+        self.state, self.length, self.verification, self.token_ids = state, length, verification, token_ids
+        self.starts = state.target.starts()
+        self.tokens: list[torch.Tensor] = [state.last()]  # (B, 1) each: the last committed token, then the drafted ones
+        self.rows: list[torch.Tensor] = []  # q (B, 1, V_d) of each drafted token
+        self.signals: list[torch.Tensor] = []  # (B, 1), see draw_draft
+
+    def draft(self, first: torch.Tensor, step: Step, advance: Callable[[int], None], key: object = None) -> None:
+        """Draft while the length rule goes on: step(tokens, starts, i) feeds `first` (B, T), later the last drafted token, and returns
+        the logits (B, 1, V_d) that the i-th drafted token is drawn from; advance(i) counts it. `key` names what else the step depends on.
+
+        On the host nothing is drafted behind an end-of-text token. On a device to ask would be to wait: there it is drafted, and not counted.
+        """
+        pending = first
+        while self.length.goes_on(len(self.rows), self.signals):
+            index = len(self.rows)
+            with self.state.clock("draft"):
+                pending, q, *signal = self.state.program(
+                    self.state.draft.programs, ("draft", index, key, self.verification, self.length.wants_signals),
+                    lambda tokens, starts, noise, i=index: self.draw_draft(step(tokens, starts, i), noise, starts, i), pending, self.starts,
+                )
+            advance(index)
+            self.tokens.append(pending)
+            self.rows.append(q)
+            self.signals += signal
+            if self.state.target.on_host and int(pending) in self.state.eos_ids:
+                break
+
+    def draw_draft(self, logits: torch.Tensor, noise: Noise, starts: torch.Tensor, index: int) -> tuple[torch.Tensor, ...]:
+        """The drafted token (B, 1), its q (B, 1, V_d) and, where the length rule wants it, a signal (B, 1) of how likely it is to be kept.
+
+        Coupled drafting uses the noise that the target will use; its signal is the margin by which the token won.
+        Rejection must not look at how a token was drawn: its signal is a function of q, the log odds of the largest entry.
+        """
+        q = policy_probs(logits, self.state.policy)
+        coupled = self.verification == "coupled"
+        noise, purpose = (noise, Purpose.TOKEN) if coupled else (noise.of_round(starts), Purpose.DRAFT)
+        place = starts[:, None] + index + 1
+        if not self.length.wants_signals:
+            return draw(q, noise, place, purpose, self.token_ids), q
+        tokens, margin = draw_with_margin(q, noise, place, purpose, self.token_ids)
+        return tokens, q, margin if coupled else q.amax(-1).double().logit()
+
+    def verify(self, forward: Forward) -> list[RoundResult]:
+        """Keep what verification keeps, given the target's logits (B, γ+1, V) = forward(tokens (B, γ+1), starts).
+
+        Ends in the round's one wait for the device. Both caches are still to be cropped.
+        """
+        def decide(tokens: torch.Tensor, q: torch.Tensor, starts: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, ...]:
+            p = policy_probs(forward(tokens, starts), self.state.policy)
+            q = self.over_vocabulary(q, p)
+            positions = starts[:, None] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            decision = torch.stack(verify_chain(self.verification, p, q, tokens[:, 1:], noise, positions), 1)
+            return (decision, p, q) if self.state.record_overlap else (decision,)
+
+        tokens = torch.cat(self.tokens, 1)
+        q = torch.cat(self.rows, 1) if self.rows else torch.zeros(len(tokens), 0, 1, device=tokens.device)
+        with self.state.clock("verify"):
+            decision, *recorded = self.state.program(
+                self.state.draft.programs, ("verify", self.verification, self.state.record_overlap), decide, tokens, q, self.starts,
+            )
+            results = self.state.results(tokens[:, 1:], decision)
+        self.length.learn(self.signals, results)
+        if recorded:
+            self.record(results, *recorded)
+        return results
+
+    def over_vocabulary(self, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        """q (B, γ, V_d) as (B, γ, V), 0 for tokens that the draft does not know; p (B, γ+1, V) gives the vocabulary."""
+        if self.token_ids is None and q.shape[1] > 0:
+            return q
+        whole = torch.zeros_like(p[:, :-1], dtype=q.dtype)
+        return whole if q.shape[1] == 0 else whole.index_copy_(-1, self.token_ids, q)
+
+    def record(self, results: list[RoundResult], p: torch.Tensor, q: torch.Tensor) -> None:
+        """Fill in `overlaps` and `expected` of every text's result from p (B, γ+1, V) and q (B, γ, V)."""
+        with self.state.clock("record"):
+            for result, text_p, text_q in zip(results, p, q, strict=True):
+                tested_p, tested_q = text_p[: result.tested], text_q[: result.tested]
+                result.overlaps = overlap(tested_p, tested_q).tolist()
+                result.expected = expected_acceptance(tested_p, tested_q, self.verification).tolist()

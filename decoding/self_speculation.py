@@ -1,0 +1,114 @@
+"""Early-exit self-speculation: the draft is the target's first blocks under an exit (LayerSkip 2404.16710; Kangaroo 2404.18911).
+
+Draft and verification share embeddings, the first blocks' keys and values and their hidden states h_E: nothing is
+computed twice. A drafted token costs the first E blocks and the exit; verification takes the first E blocks of the last
+drafted token and the others of all γ+1. An exit with a block of its own keeps that block's keys and values itself.
+Lossless with both verifications. Deviation from the papers: the prompt goes through all blocks before the first round.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from decoding.draft_length import DraftLength
+from decoding.drafting import ChainRound
+from decoding.static_llama import Block, Head, KeyValues, Span, StaticLlama, Watch, run_block
+from decoding.state import DecodeState, RoundResult
+from decoding.verify import Verification
+
+
+class SharedExit:
+    """An exit on the blocks of a StaticLlama. `exit_` has `prefix`, `block` (or None), `norm`, `head` and `token_ids` (or None).
+
+    `lengths[b]` tokens of text b are in the cache of the exit's own block, if it has one; `block_tokens` counts the
+    tokens that went through each block, exit's and target's together.
+    """
+
+    def __init__(self, target: StaticLlama, exit_: nn.Module) -> None:
+        self.target, self.prefix, self.token_ids = target, exit_.prefix, exit_.token_ids
+        self.programs = target.programs.another()
+        with torch.inference_mode(False), torch.no_grad():
+            self.head = Head(exit_.norm, exit_.head, target.config.rms_norm_eps)
+            self.block = Block(exit_.block) if exit_.block is not None else None
+            self.hidden = target.embedding.new_zeros(target.batch, target.capacity, target.embedding.shape[-1])  # h_E by position
+            self.cache = KeyValues(1, target.batch, target.capacity, target.config, target.embedding) if self.block else None
+        self._watch = Watch(*exit_.parameters())
+        self.start()
+
+    def start(self, prompt_length: int = 0) -> None:
+        """Forget all tokens and counts."""
+        self.lengths, self.calls, self.tokens, self.block_tokens = [0] * self.target.batch, 0, 0, 0
+
+    def prefill(self, prompts: list[list[int]]) -> None:
+        """Fill the target's cache and the own block's with a text each."""
+        for row, prompt in enumerate(prompts):
+            for x, place in self.target.prefill_passes(row, prompt):
+                self.target.run(x, place, last=self.prefix)
+                place.save(x, self.hidden)
+                if self.block is not None:
+                    self._own_block(x.clone(), Span(self.cache, self.target.rotary, place.start, place.count, row))
+                self.target.run(x, place, first=self.prefix)
+        self.lengths = [len(prompt) for prompt in prompts]
+
+    def draft(self, tokens: torch.Tensor, starts: torch.Tensor, index: int, behind: int) -> torch.Tensor:
+        """Logits (B, 1, V_d) that follow `tokens` (B, 1), the `index`-th behind the cached ones.
+
+        The exit's own block first takes the hidden states of the `behind` tokens that it has not seen.
+        """
+        x = self._prefix(tokens, starts, index)
+        if self.block is not None:
+            place = self.target.place(starts, 1 + behind, index - behind, self.cache)
+            x = self._own_block(place.load(self.hidden), place).view(len(tokens), 1 + behind, -1)[:, -1]
+        return self.head(x)[:, None]
+
+    def verify(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """The target's logits (B, T, V) that follow each of `tokens` (B, T), of which all but the last were drafted behind."""
+        count = tokens.shape[1]
+        self._prefix(tokens[:, -1:], starts, count - 1)
+        place = self.target.place(starts, count)
+        x = self.target.run(place.load(self.hidden), place, first=self.prefix)
+        return self.target.head(x).view(*tokens.shape, -1)
+
+    def _prefix(self, tokens: torch.Tensor, starts: torch.Tensor, index: int) -> torch.Tensor:
+        place = self.target.place(starts, 1, index)
+        x = self.target.run(self.target.embed(tokens), place, last=self.prefix)
+        place.save(x, self.hidden)
+        return x
+
+    def _own_block(self, x: torch.Tensor, place: object) -> torch.Tensor:
+        run_block(self.block, x, place, 0, self.target.space(place))
+        return x
+
+    def serves(self, capacity: int, batch: int, engine: str) -> bool:
+        """Whether this exit can decode `batch` texts of up to `capacity` tokens with the target's engine."""
+        return self.target.serves(capacity, batch, engine) and self._watch.unmoved()
+
+    def crop(self, lengths: list[int]) -> None:
+        """Forget what the own block holds behind the first `lengths[b]` tokens of text b."""
+        self.lengths = [min(held, length) for held, length in zip(self.lengths, lengths, strict=True)]
+
+    def advance(self, behind: int, batch: int) -> None:
+        """Count a drafted token."""
+        self.calls += 1
+        self.tokens += batch
+        self.block_tokens += batch * (self.prefix + (0 if self.block is None else 1 + behind))
+
+
+def self_speculation_round(state: DecodeState, length: DraftLength, verification: Verification) -> list[RoundResult]:
+    """Draft with the exit, and verify in one target call. What the caches then hold too much is rolled back when tokens are committed."""
+    target, draft = state.target, state.draft
+    behind = max(fed - seen for fed, seen in zip(target.lengths, draft.lengths, strict=True))
+
+    def step(tokens: torch.Tensor, starts: torch.Tensor, index: int) -> torch.Tensor:
+        return draft.draft(tokens, starts, index, behind if index == 0 else 0)
+
+    this_round = ChainRound(state, length, verification, draft.token_ids)
+    this_round.draft(state.last(), step, lambda index: draft.advance(behind if index == 0 else 0, target.batch), key=behind)
+    results = this_round.verify(draft.verify)
+    drafted = len(this_round.rows)
+    if drafted:
+        draft.lengths = [fed + drafted for fed in target.lengths]
+    draft.block_tokens += target.batch * (draft.prefix + (len(target.blocks) - draft.prefix) * (drafted + 1))
+    target.advance(drafted + 1)
+    return results

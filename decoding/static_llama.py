@@ -1,0 +1,455 @@
+"""A Llama's forward pass with preallocated keys and values, over the very weight tensors of the transformers model.
+
+transformers spends more time between the matrix products of a decoding step than in them. Here a block is about 15 calls
+on buffers that were allocated once per pass width; queries, keys and values are one product, gate and up another: the
+model's own parameters become views of the joined tensors, so nothing is stored twice. Every pass runs a range of blocks
+on any number of rows, at explicit positions, behind any prefix of the cache, under a causal or a tree mask.
+
+Shapes: B batch, T tokens of a pass, D hidden, V vocabulary, L blocks, H heads, K key-value heads, G = H/K, S capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
+from transformers import LlamaForCausalLM, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from decoding.matmul import Product, Projection
+from decoding.programs import Programs
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+PREFILL_CHUNK = 512  # rows of a prefill pass: bounds the memory of its activations
+KEPT_WIDTHS = 64  # buffers of passes with up to so many rows are kept for the next pass
+REACH_STEP = 256  # where positions lie on the device, attention reads this many slots or a multiple of it
+
+
+def why_unsupported(model: nn.Module) -> str | None:
+    """What keeps StaticLlama from running `model`, or None."""
+    if not isinstance(model, LlamaForCausalLM):
+        return f"{type(model).__name__} is no LlamaForCausalLM"
+    config = model.config
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        return f"rotary embeddings of type {rope_type!r} (known: {', '.join(ROPE_TYPES)})"
+    if config.hidden_act != "silu":
+        return f"the activation {config.hidden_act!r} (known: silu)"
+    if getattr(config, "sliding_window", None):
+        return "sliding-window attention"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "weights on several devices"
+    if any(type(module) is not nn.Linear for layer in model.model.layers for module in (layer.self_attn.q_proj, layer.mlp.up_proj)):
+        return "quantised or adapted linear layers"
+    return None
+
+
+# ---- weights ----
+
+def join(linears: list[nn.Linear]) -> Projection:
+    """The linear maps as one, whose weight and bias the given modules' parameters are views of from now on."""
+    parts = [("weight", [linear.weight for linear in linears])]
+    if linears[0].bias is not None:
+        parts.append(("bias", [linear.bias for linear in linears]))
+    joined = {name: _joined(parameters) for name, parameters in parts}
+    return Projection(joined["weight"], joined.get("bias"))
+
+
+def _joined(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """The parameters' values in one tensor that they are views of; the tensor that is there where they are such views already."""
+    first = parameters[0]
+    rows = sum(len(parameter) for parameter in parameters)
+    offsets = torch.tensor([0, *[parameter.numel() for parameter in parameters]]).cumsum(0).tolist()
+    same_storage = {parameter.untyped_storage().data_ptr() for parameter in parameters} == {first.untyped_storage().data_ptr()}
+    if same_storage and all(p.storage_offset() == first.storage_offset() + offset for p, offset in zip(parameters, offsets, strict=False)):
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    whole = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters]), strict=True):
+        parameter.data = part
+    return whole
+
+
+class Block:
+    """The weights of one decoder block, joined."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Projection(attention.o_proj.weight, attention.o_proj.bias)
+        self.gate_up = join([mlp.gate_proj, mlp.up_proj])
+        self.down = Projection(mlp.down_proj.weight, mlp.down_proj.bias)
+        self.attention_norm, self.mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+
+
+class Rotary:
+    """Cosines (S, 1, head_dim) and sines (S, 1, head_dim/2) of every position, in the model's dtype.
+
+    Dynamic NTK scaling makes them depend on the length that is reached: transformers rotates a prompt with the
+    frequencies of its length and each later token with those of its own. `prompt_length` gives the same here, whatever
+    the passes.
+    """
+
+    def __init__(self, rotary_emb: LlamaRotaryEmbedding, like: torch.Tensor, capacity: int, prompt_length: int) -> None:
+        positions = torch.arange(capacity, device=like.device)
+        if rotary_emb.config.rope_parameters.get("rope_type") == "dynamic":
+            cos, sin = _dynamic_rotary(rotary_emb.config, positions, prompt_length, like.dtype)
+        else:
+            cos, sin = (table[0] for table in rotary_emb(like, position_ids=positions[None]))
+        self.cos, self.sin = cos[:, None], sin[:, None, : sin.shape[-1] // 2]
+
+
+def _dynamic_rotary(config: PretrainedConfig, positions: torch.Tensor, prompt_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (S, head_dim) where position i has the frequencies of length max(prompt_length, i + 1)."""
+    lengths = (positions + 1).clamp(min=max(prompt_length, config.max_position_embeddings))
+    frequencies = {length: ROPE_INIT_FUNCTIONS["dynamic"](config, positions.device, seq_len=length)[0] for length in set(lengths.tolist())}
+    angles = positions[:, None].float() * torch.stack([frequencies[length] for length in lengths.tolist()])
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+# ---- where a pass's rows go ----
+
+class KeyValues:
+    """Preallocated keys and values of `num_blocks` blocks: (num_blocks, B, 2·K, S, head_dim), the keys first."""
+
+    def __init__(self, num_blocks: int, batch: int, capacity: int, config: PretrainedConfig, like: torch.Tensor) -> None:
+        self.heads, self.groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+        self.store = like.new_zeros(num_blocks, batch, 2 * self.heads, capacity, config.head_dim)  # stale slots are masked, not skipped: no NaN
+
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, (num_blocks, B, K, S, head_dim) each."""
+        return self.store[:, :, : self.heads], self.store[:, :, self.heads :]
+
+    def mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores (B, 1, T·G, N) of G query heads that stand as further rows, for bool `visible` (B, T, N)."""
+        rows = visible[:, :, None].expand(-1, -1, self.groups, -1).flatten(1, 2)[:, None]
+        return torch.zeros(rows.shape, dtype=self.store.dtype, device=self.store.device).masked_fill_(~rows, -torch.inf)
+
+    def move(self, row: int, source: torch.Tensor, start: int) -> None:
+        """Copy the slots `source` (N,) of batch row `row` to start, start+1, …, in every block."""
+        self.store[:, row, :, start : start + len(source)] = self.store[:, row, :, source]
+
+
+class Span:
+    """T rows of one batch row at slots start … start+T−1, known on the host: what is read and written are plain slices.
+
+    `offsets` (T,) are the rows' positions relative to `start` (default: in order), `visible` (T, T) says which of
+    each other the rows see (default: themselves and what is before them).
+    """
+
+    def __init__(
+        self, cache: KeyValues, rotary: Rotary, start: int, count: int, row: int = 0,
+        offsets: torch.Tensor | None = None, visible: torch.Tensor | None = None,
+    ) -> None:
+        self.batch, self.count, self.start, self._row = 1, count, start, row
+        end = start + count
+        keys, values = (half[:, row : row + 1] for half in cache.halves())
+        self._new_keys, self._new_values = (half[:, 0, :, start:end].unbind(0) for half in (keys, values))
+        self.keys, self.values = (half[..., :end, :].unbind(0) for half in (keys, values))
+        where = slice(start, end) if offsets is None else start + offsets
+        self.cos, self.sin = rotary.cos[where], rotary.sin[where]
+        self.causal = count > 1 and start == 0 and visible is None
+        self.mask = None if count == 1 or self.causal else cache.mask(self._visible(visible, keys.device))
+
+    def _visible(self, visible: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """(1, T, start+T): every row sees all of the prefix, and of the others what `visible` says."""
+        whole = torch.ones(1, self.count, self.start + self.count, dtype=torch.bool, device=device)
+        if visible is None:
+            return whole.tril_(self.start)
+        whole[0, :, self.start :] = visible
+        return whole
+
+    def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values (T, K, head_dim) of block `index`."""
+        self._new_keys[index].copy_(keys.transpose(0, 1))
+        self._new_values[index].copy_(values.transpose(0, 1))
+
+    def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
+        """Put `x` (T, D) where `store` (B, S, D) has this place."""
+        store[self._row, self.start : self.start + self.count] = x
+
+    def load(self, store: torch.Tensor) -> torch.Tensor:
+        """A copy (T, D) of what `store` (B, S, D) has at this place."""
+        return store[self._row, self.start : self.start + self.count].clone()
+
+
+class Scatter:
+    """T rows of every batch row at slots `positions` (B, T), known on the device: nothing depends on the host.
+
+    Attention reads the first `reach` slots of every row and masks those behind each position.
+    """
+
+    causal = False
+
+    def __init__(self, cache: KeyValues, rotary: Rotary, positions: torch.Tensor, reach: int) -> None:
+        self.batch, self.count = positions.shape
+        self._positions, self._rows = positions, torch.arange(self.batch, device=positions.device)[:, None]
+        keys, values = cache.halves()
+        self._all_keys, self._all_values = keys.unbind(0), values.unbind(0)
+        self.keys, self.values = (half[..., :reach, :].unbind(0) for half in (keys, values))
+        flat = positions.reshape(-1)
+        self.cos, self.sin = rotary.cos[flat], rotary.sin[flat]
+        self.mask = cache.mask(torch.arange(reach, device=positions.device) <= positions[..., None])
+
+    def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values (B·T, K, head_dim) of block `index`."""
+        for stored, new in ((self._all_keys[index], keys), (self._all_values[index], values)):
+            stored[self._rows, :, self._positions] = new.unflatten(0, (self.batch, self.count))
+
+    def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
+        """Put `x` (B·T, D) where `store` (B, S, D) has this place."""
+        store[self._rows, self._positions] = x.unflatten(0, (self.batch, self.count))
+
+    def load(self, store: torch.Tensor) -> torch.Tensor:
+        """A copy (B·T, D) of what `store` (B, S, D) has at this place."""
+        return store[self._rows, self._positions].flatten(0, 1)
+
+
+# ---- one block on one pass's rows ----
+
+class Norm:
+    """RMS norm of R rows into a buffer of its own."""
+
+    def __init__(self, rows: int, eps: float, like: torch.Tensor) -> None:
+        size = like.shape[-1]
+        self.eps, self.normed = eps, like.new_empty(rows, size)
+        self._by_sums = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
+        self._mean_square, self._eps = like.new_empty(rows, 1), like.new_full((1, 1), eps)
+        self._mean = like.new_full((size, 1), 1 / size)
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`x` (R, D) normed. On the CPU five small calls take two thirds of the time of torch's own one."""
+        if not self._by_sums:
+            return self.normed.copy_(rms_norm(x, weight.shape, weight, self.eps))
+        torch.mul(x, x, out=self.normed)
+        torch.addmm(self._eps, self.normed, self._mean, out=self._mean_square).rsqrt_()
+        return torch.mul(x, self._mean_square, out=self.normed).mul_(weight)
+
+
+class Workspace:
+    """The buffers of a pass over B·T rows, with the views of them that a block uses: made once per shape."""
+
+    def __init__(self, config: PretrainedConfig, batch: int, count: int, like: torch.Tensor) -> None:
+        rows, heads, kv_heads, size = batch * count, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.norm = Norm(rows, config.rms_norm_eps, like)
+        self.qkv = Product(self.norm.normed, (heads + 2 * kv_heads) * size)
+        by_head = self.qkv.result.unflatten(1, (-1, size))  # (B·T, H + 2K, head_dim)
+        self.unrotated, self.new_values = by_head[:, : heads + kv_heads], by_head[:, heads + kv_heads :]
+        self.first_half, self.second_half = self.unrotated.chunk(2, -1)
+        self.rotated = like.new_empty(rows, heads + kv_heads, size)
+        self.rotated_first, self.rotated_second = self.rotated.chunk(2, -1)
+        queries, self.new_keys = self.rotated[:, :heads].unflatten(0, (batch, count)), self.rotated[:, heads:]
+        attended = like.new_empty(batch, count, heads, size)
+        self.queries, self.attended = queries.transpose(1, 2), attended.transpose(1, 2)  # (B, H, T, head_dim)
+        groups = (kv_heads, heads // kv_heads)
+        self.grouped_queries, self.grouped_attended = (t.unflatten(2, groups).transpose(1, 2) for t in (queries, attended))  # (B, K, T, G, head_dim)
+        self.out = Product(attended.view(rows, -1), config.hidden_size)
+        self.gate_up = Product(self.norm.normed, 2 * config.intermediate_size)
+        self.gate, self.up = self.gate_up.result.chunk(2, -1)
+        self.gated = like.new_empty(rows, config.intermediate_size)
+        self.down = Product(self.gated, config.hidden_size)
+
+    def rotate(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotary embedding of queries and keys, from `unrotated` into `rotated`."""
+        torch.mul(self.unrotated, cos, out=self.rotated)
+        self.rotated_first.addcmul_(self.second_half, sin, value=-1)
+        self.rotated_second.addcmul_(self.first_half, sin)
+
+    def attend(self, keys: torch.Tensor, values: torch.Tensor, causal: bool, mask: torch.Tensor | None) -> None:
+        """Attention of the queries over keys and values (B, K, N, head_dim), into `attended`.
+
+        Under a mask the G query heads of a key-value head stand as further rows, so that no key is repeated.
+        """
+        if mask is None:
+            self.attended.copy_(scaled_dot_product_attention(self.queries, keys, values, is_causal=causal, enable_gqa=True))
+        else:
+            mixed = scaled_dot_product_attention(self.grouped_queries.flatten(2, 3), keys, values, attn_mask=mask)
+            self.grouped_attended.copy_(mixed.view(self.grouped_attended.shape))
+
+
+def run_block(block: Block, x: torch.Tensor, place: Span | Scatter, index: int, space: Workspace) -> None:
+    """One decoder block, number `index` of the cache, on `x` (B·T, D) in place."""
+    space.norm(x, block.attention_norm)
+    space.qkv(block.qkv)
+    space.rotate(place.cos, place.sin)
+    place.write(index, space.new_keys, space.new_values)
+    space.attend(place.keys[index], place.values[index], place.causal, place.mask)
+    x.add_(space.out(block.out))
+    space.norm(x, block.mlp_norm)
+    space.gate_up(block.gate_up)
+    torch.mul(silu(space.gate, inplace=True), space.up, out=space.gated)
+    x.add_(space.down(block.down))
+
+
+class Head:
+    """Final norm and output matrix: hidden states (R, D) -> logits (R, V)."""
+
+    def __init__(self, norm: nn.Module, linear: nn.Linear, eps: float) -> None:
+        self._norm, self._eps, self._projection = norm.weight, eps, Projection(linear.weight, linear.bias)
+        self._spaces: dict[int, tuple[Norm, Product]] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V); valid until the next call with as many rows."""
+        norm, product = self._spaces.get(len(x)) or self._new_space(x)
+        norm(x, self._norm)
+        return product(self._projection).contiguous()
+
+    def _new_space(self, x: torch.Tensor) -> tuple[Norm, Product]:
+        norm = Norm(len(x), self._eps, x)
+        space = norm, Product(norm.normed, len(self._projection.weight))
+        if len(x) <= KEPT_WIDTHS:
+            self._spaces[len(x)] = space
+        return space
+
+
+# ---- the model ----
+
+class Watch:
+    """Notices when parameters that were seen at one place in memory have moved, as by `model.to(...)`."""
+
+    def __init__(self, *parameters: nn.Parameter) -> None:
+        self._seen = [(parameter, parameter.data_ptr()) for parameter in parameters]
+
+    def unmoved(self) -> bool:
+        return all(parameter.data_ptr() == place for parameter, place in self._seen)
+
+
+class StaticLlama:
+    """A Llama with a cache of `capacity` slots for each of `batch` texts; `layers`, `norm` and `head` may be an exit's own.
+
+    `lengths[b]` tokens of text b are in the cache; `calls` passes over `tokens` tokens were made. `forward` computes a
+    pass behind them, `advance` counts it as appended, `crop` rolls back; after any sequence of these the cache equals that of a fresh
+    pass over the same tokens. With one text on the CPU all places are known on the host and nothing is masked that
+    need not be computed; otherwise they are device tensors, so that a CUDA graph can replay a pass.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, capacity: int, batch: int = 1, *,
+        layers: Iterable[nn.Module] | None = None, norm: nn.Module | None = None, head: nn.Linear | None = None,
+    ) -> None:
+        """Raises ValueError for a model that `why_unsupported` names."""
+        reason = why_unsupported(model)
+        if reason is not None:
+            raise ValueError(f"StaticLlama cannot run {reason}")
+        self.config, self.batch = model.config, batch
+        self.embedding = model.model.embed_tokens.weight.detach()
+        self.device = self.embedding.device
+        self.on_host = self.device.type == "cpu" and batch == 1
+        self.capacity = -(-capacity // REACH_STEP) * REACH_STEP
+        self._rotary_emb = model.model.rotary_emb
+        self._spaces: dict[tuple[int, int], Workspace] = {}
+        layers, head = list(layers or model.model.layers), head or model.lm_head
+        with torch.inference_mode(False), torch.no_grad():
+            self.blocks = [Block(layer) for layer in layers]
+            self.head = Head(norm or model.model.norm, head, self.config.rms_norm_eps)
+            self.cache = KeyValues(len(self.blocks), batch, self.capacity, self.config, self.embedding)
+            self.rotary = self._new_rotary(0)
+        self._watch = Watch(model.model.embed_tokens.weight, head.weight, *(layer.self_attn.q_proj.weight for layer in (layers[0], layers[-1])))
+        self.programs = Programs(self.device)
+        self.start()
+
+    def serves(self, capacity: int, batch: int, engine: str) -> bool:
+        """Whether this object can decode `batch` texts of up to `capacity` tokens with `engine` (see speculative.DecodeOptions)."""
+        return engine == "static" and batch == self.batch and capacity <= self.capacity and self._watch.unmoved()
+
+    def start(self, prompt_length: int = 0) -> None:
+        """Forget all tokens and counts. `prompt_length` matters to dynamic NTK scaling only (see Rotary)."""
+        self.lengths, self.calls, self.tokens = [0] * self.batch, 0, 0
+        if self.config.rope_parameters.get("rope_type") == "dynamic":
+            self.rotary = self._new_rotary(prompt_length)
+
+    def _new_rotary(self, prompt_length: int) -> Rotary:
+        return Rotary(self._rotary_emb, self.embedding, self.capacity, prompt_length)
+
+    def starts(self) -> torch.Tensor:
+        """Where the next pass begins in each text, int64 (B,) on the device."""
+        return torch.tensor(self.lengths, device=self.device)
+
+    @property
+    def reach(self) -> int:
+        """Slots that a pass of up to KEPT_WIDTHS rows may see, where places are device tensors."""
+        needed = max(self.lengths) + KEPT_WIDTHS
+        return min(self.capacity, -(-needed // REACH_STEP) * REACH_STEP)
+
+    def place(self, starts: torch.Tensor, count: int, offset: int = 0, cache: KeyValues | None = None) -> Span | Scatter:
+        """`count` rows behind the cached tokens of every text and `offset` further ones; in another `cache` of the same texts."""
+        cache = cache or self.cache
+        if self.on_host:
+            return Span(cache, self.rotary, self.lengths[0] + offset, count)
+        positions = starts[:, None] + torch.arange(offset, offset + count, device=self.device)
+        return Scatter(cache, self.rotary, positions, self.reach)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B·T, D) of `tokens` (B, T)."""
+        return embedding(tokens.reshape(-1), self.embedding)
+
+    def run(self, x: torch.Tensor, place: Span | Scatter, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """`x` (B·T, D) through blocks first … last−1 (default: to the last), in place."""
+        space = self.space(place)
+        for index in range(first, len(self.blocks) if last is None else last):
+            run_block(self.blocks[index], x, place, index, space)
+        return x
+
+    def space(self, place: Span | Scatter) -> Workspace:
+        """The buffers for a pass at `place`."""
+        shape = (place.batch, place.count)
+        if shape in self._spaces:
+            return self._spaces[shape]
+        space = Workspace(self.config, *shape, self.embedding)
+        if place.count <= KEPT_WIDTHS:
+            self._spaces[shape] = space
+        return space
+
+    def forward(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) that follow each of `tokens` (B, T), fed at `starts` (B,); valid until the next pass of that shape."""
+        x = self.run(self.embed(tokens), self.place(starts, tokens.shape[1]))
+        return self.head(x).view(*tokens.shape, -1)
+
+    def forward_tree(self, tokens: torch.Tensor, offsets: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Logits (T, V) of the nodes `tokens` (T,) behind the only text; node i is `offsets[i]` tokens behind its end and
+        sees the text and the nodes j with `visible[i, j]`."""
+        place = Span(self.cache, self.rotary, self.lengths[0], len(tokens), offsets=offsets, visible=visible)
+        return self.head(self.run(self.embed(tokens), place))
+
+    def advance(self, count: int) -> None:
+        """Count the `count` tokens of a pass as appended to every text."""
+        self.lengths = [length + count for length in self.lengths]
+        self.calls += 1
+        self.tokens += count * self.batch
+
+    def append(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`forward` and `advance`: logits (B, T, V) of `tokens` (B, T)."""
+        logits = self.forward(tokens, self.starts())
+        self.advance(tokens.shape[1])
+        return logits
+
+    def prefill(self, prompts: list[list[int]]) -> None:
+        """Fill the cache with a text each, without logits; an empty one is no change."""
+        for row, prompt in enumerate(prompts):
+            for x, place in self.prefill_passes(row, prompt):
+                self.run(x, place)
+
+    def prefill_passes(self, row: int, prompt: list[int]) -> Iterator[tuple[torch.Tensor, Span]]:
+        """Embeddings (T, D) and place of each piece of `prompt`, to be run through all blocks."""
+        for start in range(0, len(prompt), PREFILL_CHUNK):
+            piece = torch.tensor(prompt[start : start + PREFILL_CHUNK], device=self.device)
+            yield self.embed(piece), Span(self.cache, self.rotary, start, len(piece), row)
+        self.lengths[row] = len(prompt)
+
+    def crop(self, lengths: list[int]) -> None:
+        """Forget what is behind the first `lengths[b]` tokens of text b; more than are held is no change."""
+        self.lengths = [min(held, length) for held, length in zip(self.lengths, lengths, strict=True)]
+
+    def keep(self, slots: torch.Tensor) -> None:
+        """Keep of the only text's tokens behind its end those of the last pass at `slots` (N,), relative to its start, ascending."""
+        start = self.lengths[0]
+        self.cache.move(0, start + slots, start)
+        self.lengths[0] = start + len(slots)
+
+    def layers(self, row: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(keys, values) of each block, (1, K, length, head_dim): for tests that compare caches."""
+        keys, values = (half[:, row : row + 1, :, : self.lengths[row]] for half in self.cache.halves())
+        return list(zip(keys, values, strict=True))
