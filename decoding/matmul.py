@@ -2,7 +2,7 @@
 
 Decoding multiplies one to a few rows with every weight matrix, so it is bound by reading W. On the CPU the usual call,
 mm(x, Wᵀ), reads W at a fraction of the memory's speed: in fp32 W·xᵀ, or one row as a batch of two, is two to three times
-as fast, in bf16 a row that is given twice is faster than once (LOG.md, 2026-11-21).
+as fast, and in bf16 a row given twice is faster than once (LOG.md, 2026-11-21).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-FEW_ROWS = 16  # up to here W·xᵀ is faster than x·Wᵀ (fp32, CPU)
+COLUMNS_UP_TO = 16  # rows for which W·xᵀ is faster than x·Wᵀ
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ HALVES = Form(torch.bmm, _halves, lambda x: x.t().expand(2, -1, -1), lambda t, n
 
 def fastest_form(rows: int, columns: int, like: torch.Tensor) -> Form:
     """The form for `rows` rows of x and `columns` rows of W, in `like`'s dtype and on its device."""
-    if like.device.type != "cpu" or rows > FEW_ROWS:
+    if like.device.type != "cpu":
         return ROWS
     if like.dtype in (torch.bfloat16, torch.float16):
         return DOUBLED if rows == 1 else ROWS
-    return HALVES if rows == 1 and columns % 2 == 0 else COLUMNS
+    if rows == 1 and columns % 2 == 0:
+        return HALVES
+    return COLUMNS if rows <= COLUMNS_UP_TO else ROWS
 
 
 class Projection:

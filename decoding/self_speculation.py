@@ -13,7 +13,7 @@ from torch import nn
 
 from decoding.draft_length import DraftLength
 from decoding.drafting import ChainRound
-from decoding.static_llama import Block, Head, KeyValues, Span, StaticLlama, Watch, run_block
+from decoding.static_llama import Head, KeyValues, Span, Stack, StaticLlama, Watch
 from decoding.state import DecodeState, RoundResult
 from decoding.verify import Verification
 
@@ -30,9 +30,8 @@ class SharedExit:
         self.programs = target.programs.another()
         with torch.inference_mode(False), torch.no_grad():
             self.head = Head(exit_.norm, exit_.head, target.config.rms_norm_eps)
-            self.block = Block(exit_.block) if exit_.block is not None else None
             self.hidden = target.embedding.new_zeros(target.batch, target.capacity, target.embedding.shape[-1])  # h_E by position
-            self.cache = KeyValues(1, target.batch, target.capacity, target.config, target.embedding) if self.block else None
+            self.own = None if exit_.block is None else self._own_stack(exit_.block)
         self._watch = Watch(*exit_.parameters())
         self.start()
 
@@ -44,11 +43,11 @@ class SharedExit:
         """Fill the target's cache and the own block's with a text each."""
         for row, prompt in enumerate(prompts):
             for x, place in self.target.prefill_passes(row, prompt):
-                self.target.run(x, place, last=self.prefix)
+                self.target.stack.run(x, place, last=self.prefix)
                 place.save(x, self.hidden)
-                if self.block is not None:
-                    self._own_block(x.clone(), Span(self.cache, self.target.rotary, place.start, place.count, row))
-                self.target.run(x, place, first=self.prefix)
+                if self.own is not None:
+                    self.own.run(x.clone(), Span(self.own.cache, self.target.rotary, place.start, place.count, row))
+                self.target.stack.run(x, place, first=self.prefix)
         self.lengths = [len(prompt) for prompt in prompts]
 
     def draft(self, tokens: torch.Tensor, starts: torch.Tensor, index: int, behind: int) -> torch.Tensor:
@@ -57,9 +56,9 @@ class SharedExit:
         The exit's own block first takes the hidden states of the `behind` tokens that it has not seen.
         """
         x = self._prefix(tokens, starts, index)
-        if self.block is not None:
-            place = self.target.place(starts, 1 + behind, index - behind, self.cache)
-            x = self._own_block(place.load(self.hidden), place).view(len(tokens), 1 + behind, -1)[:, -1]
+        if self.own is not None:
+            place = self.target.place(starts, 1 + behind, index - behind, self.own.cache)
+            x = self.own.run(place.load(self.hidden), place).view(len(tokens), 1 + behind, -1)[:, -1]
         return self.head(x)[:, None]
 
     def verify(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -67,18 +66,18 @@ class SharedExit:
         count = tokens.shape[1]
         self._prefix(tokens[:, -1:], starts, count - 1)
         place = self.target.place(starts, count)
-        x = self.target.run(place.load(self.hidden), place, first=self.prefix)
+        x = self.target.stack.run(place.load(self.hidden), place, first=self.prefix)
         return self.target.head(x).view(*tokens.shape, -1)
 
     def _prefix(self, tokens: torch.Tensor, starts: torch.Tensor, index: int) -> torch.Tensor:
         place = self.target.place(starts, 1, index)
-        x = self.target.run(self.target.embed(tokens), place, last=self.prefix)
+        x = self.target.stack.run(self.target.embed(tokens), place, last=self.prefix)
         place.save(x, self.hidden)
         return x
 
-    def _own_block(self, x: torch.Tensor, place: object) -> torch.Tensor:
-        run_block(self.block, x, place, 0, self.target.space(place))
-        return x
+    def _own_stack(self, block: nn.Module) -> Stack:
+        cache = KeyValues(1, self.target.batch, self.target.capacity, self.target.config, self.target.embedding)
+        return Stack([block], cache, self.target.config, self.target.embedding)
 
     def serves(self, capacity: int, batch: int, engine: str) -> bool:
         """Whether this exit can decode `batch` texts of up to `capacity` tokens with the target's engine."""
@@ -92,7 +91,7 @@ class SharedExit:
         """Count a drafted token."""
         self.calls += 1
         self.tokens += batch
-        self.block_tokens += batch * (self.prefix + (0 if self.block is None else 1 + behind))
+        self.block_tokens += batch * (self.prefix + (0 if self.own is None else 1 + behind))
 
 
 def self_speculation_round(state: DecodeState, length: DraftLength, verification: Verification) -> list[RoundResult]:
@@ -109,6 +108,6 @@ def self_speculation_round(state: DecodeState, length: DraftLength, verification
     drafted = len(this_round.rows)
     if drafted:
         draft.lengths = [fed + drafted for fed in target.lengths]
-    draft.block_tokens += target.batch * (draft.prefix + (len(target.blocks) - draft.prefix) * (drafted + 1))
+    draft.block_tokens += target.batch * (draft.prefix + (len(target.stack.blocks) - draft.prefix) * (drafted + 1))
     target.advance(drafted + 1)
     return results

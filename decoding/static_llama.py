@@ -10,7 +10,9 @@ Shapes: B batch, T tokens of a pass, D hidden, V vocabulary, L blocks, H heads, 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from transformers import LlamaForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from decoding import native
 from decoding.matmul import Product, Projection
 from decoding.programs import Programs
 
@@ -98,7 +101,7 @@ class Rotary:
             cos, sin = _dynamic_rotary(rotary_emb.config, positions, prompt_length, like.dtype)
         else:
             cos, sin = (table[0] for table in rotary_emb(like, position_ids=positions[None]))
-        self.cos, self.sin = cos[:, None], sin[:, None, : sin.shape[-1] // 2]
+        self.cos, self.sin = cos[:, None].contiguous(), sin[:, None, : sin.shape[-1] // 2].contiguous()
 
 
 def _dynamic_rotary(config: PretrainedConfig, positions: torch.Tensor, prompt_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,28 +147,46 @@ class Span:
         self, cache: KeyValues, rotary: Rotary, start: int, count: int, row: int = 0,
         offsets: torch.Tensor | None = None, visible: torch.Tensor | None = None,
     ) -> None:
-        self.batch, self.count, self.start, self._row = 1, count, start, row
-        end = start + count
-        keys, values = (half[:, row : row + 1] for half in cache.halves())
-        self._new_keys, self._new_values = (half[:, 0, :, start:end].unbind(0) for half in (keys, values))
-        self.keys, self.values = (half[..., :end, :].unbind(0) for half in (keys, values))
-        where = slice(start, end) if offsets is None else start + offsets
+        self.batch, self.count, self.start, self.visible = 1, count, start, visible
+        self._cache, self._row = cache, row
+        where = slice(start, start + count) if offsets is None else start + offsets
         self.cos, self.sin = rotary.cos[where], rotary.sin[where]
         self.causal = count > 1 and start == 0 and visible is None
-        self.mask = None if count == 1 or self.causal else cache.mask(self._visible(visible, keys.device))
 
-    def _visible(self, visible: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """(1, T, start+T): every row sees all of the prefix, and of the others what `visible` says."""
-        whole = torch.ones(1, self.count, self.start + self.count, dtype=torch.bool, device=device)
-        if visible is None:
-            return whole.tril_(self.start)
-        whole[0, :, self.start :] = visible
-        return whole
+    @cached_property
+    def keys(self) -> tuple[torch.Tensor, ...]:
+        """Of each block, those that the rows see, (1, K, start+T, head_dim)."""
+        return self._slots(0, 0).unbind(0)
+
+    @cached_property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """As `keys`."""
+        return self._slots(1, 0).unbind(0)
+
+    def _slots(self, half: int, first: int) -> torch.Tensor:
+        return self._cache.halves()[half][:, self._row : self._row + 1, :, first : self.start + self.count]
+
+    @cached_property
+    def _new(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Of each block, where the rows' own keys and values go, (K, T, head_dim)."""
+        return tuple(self._slots(half, self.start)[:, 0].unbind(0) for half in (0, 1))
+
+    @cached_property
+    def mask(self) -> torch.Tensor | None:
+        """What is added to the scores; None where all that is there, or all that is before, is seen."""
+        if self.count == 1 or self.causal:
+            return None
+        whole = torch.ones(1, self.count, self.start + self.count, dtype=torch.bool, device=self.cos.device)
+        if self.visible is None:
+            whole.tril_(self.start)
+        else:
+            whole[0, :, self.start :] = self.visible
+        return self._cache.mask(whole)
 
     def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values (T, K, head_dim) of block `index`."""
-        self._new_keys[index].copy_(keys.transpose(0, 1))
-        self._new_values[index].copy_(values.transpose(0, 1))
+        self._new[0][index].copy_(keys.transpose(0, 1))
+        self._new[1][index].copy_(values.transpose(0, 1))
 
     def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
         """Put `x` (T, D) where `store` (B, S, D) has this place."""
@@ -284,18 +305,91 @@ def run_block(block: Block, x: torch.Tensor, place: Span | Scatter, index: int, 
     x.add_(space.down(block.down))
 
 
+class Stack:
+    """Blocks with the cache that they write to: `run` puts a pass through some of them."""
+
+    def __init__(self, layers: list[nn.Module], cache: KeyValues, config: PretrainedConfig, like: torch.Tensor) -> None:
+        self.blocks, self.cache = [Block(layer) for layer in layers], cache
+        self._config, self._like = config, like
+        self._spaces: dict[tuple[int, int], Workspace] = {}
+        self._native = NativeStack(self.blocks, cache, config) if NativeStack.serves(config, like) else None
+
+    def run(self, x: torch.Tensor, place: Span | Scatter, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """`x` (B·T, D) through blocks first … last−1 (default: to the last), in place."""
+        last = len(self.blocks) if last is None else last
+        if self._native is not None and isinstance(place, Span) and place.count <= native.UP_TO[x.dtype]:
+            self._native.run(x, place, first, last)
+            return x
+        space = self._space(place)
+        for index in range(first, last):
+            run_block(self.blocks[index], x, place, index, space)
+        return x
+
+    def _space(self, place: Span | Scatter) -> Workspace:
+        shape = (place.batch, place.count)
+        if shape in self._spaces:
+            return self._spaces[shape]
+        space = Workspace(self._config, *shape, self._like)
+        if place.count <= KEPT_WIDTHS:
+            self._spaces[shape] = space
+        return space
+
+
+class NativeStack:
+    """The same for a few rows of one text on the CPU, in one call (llama_blocks.cpp).
+
+    A row gets the same bits in passes of any width, so what it decodes does not depend on how it was drafted.
+    """
+
+    def __init__(self, blocks: list[Block], cache: KeyValues, config: PretrainedConfig) -> None:
+        self._blocks = (native.BlockPointers * len(blocks))(*[_pointers(block, cache, index) for index, block in enumerate(blocks)])
+        self._shape = native.Shape(
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.intermediate_size,
+            cache.store.shape[3], config.rms_norm_eps,
+        )
+        self._call = native.function("run_blocks", cache.store.dtype)
+
+    @staticmethod
+    def serves(config: PretrainedConfig, like: torch.Tensor) -> bool:
+        """Whether the C++ blocks can run this model's."""
+        return native.serves(like.dtype, like.device, config.hidden_size, config.intermediate_size, config.head_dim)
+
+    def run(self, x: torch.Tensor, place: Span, first: int, last: int) -> None:
+        """`x` (T, D) through blocks first … last−1, in place."""
+        visible = None if place.visible is None else place.visible.to(torch.uint8).contiguous()
+        rows = native.Rows(place.count, place.start, *map(native.address, (place.cos, place.sin, visible)))
+        self._call(ctypes.byref(self._blocks[first]) if first < last else None, last - first, ctypes.byref(self._shape), ctypes.byref(rows),
+                   native.address(x), torch.get_num_threads())
+
+
+def _pointers(block: Block, cache: KeyValues, index: int) -> native.BlockPointers:
+    tensors = [t for linear in (block.qkv, block.out, block.gate_up, block.down) for t in (linear.weight, linear.bias)]
+    keys, values = cache.store[index, 0, : cache.heads], cache.store[index, 0, cache.heads :]
+    return native.BlockPointers(*map(native.address, [*tensors, block.attention_norm, block.mlp_norm, keys, values]))
+
+
 class Head:
     """Final norm and output matrix: hidden states (R, D) -> logits (R, V)."""
 
     def __init__(self, norm: nn.Module, linear: nn.Linear, eps: float) -> None:
         self._norm, self._eps, self._projection = norm.weight, eps, Projection(linear.weight, linear.bias)
         self._spaces: dict[int, tuple[Norm, Product]] = {}
+        self._native = native.serves(linear.weight.dtype, linear.weight.device, len(linear.weight))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (R, V); valid until the next call with as many rows."""
+        if self._native and len(x) <= native.UP_TO[x.dtype]:
+            return self._run_native(x)
         norm, product = self._spaces.get(len(x)) or self._new_space(x)
         norm(x, self._norm)
         return product(self._projection).contiguous()
+
+    def _run_native(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._projection.weight, self._projection.bias
+        out = x.new_empty(len(x), len(weight))
+        native.function("run_head", x.dtype)(
+            *map(native.address, (self._norm, weight, bias, x, out)), *weight.shape, len(x), self._eps, torch.get_num_threads())
+        return out
 
     def _new_space(self, x: torch.Tensor) -> tuple[Norm, Product]:
         norm = Norm(len(x), self._eps, x)
@@ -340,12 +434,11 @@ class StaticLlama:
         self.on_host = self.device.type == "cpu" and batch == 1
         self.capacity = -(-capacity // REACH_STEP) * REACH_STEP
         self._rotary_emb = model.model.rotary_emb
-        self._spaces: dict[tuple[int, int], Workspace] = {}
         layers, head = list(layers or model.model.layers), head or model.lm_head
         with torch.inference_mode(False), torch.no_grad():
-            self.blocks = [Block(layer) for layer in layers]
+            self.cache = KeyValues(len(layers), batch, self.capacity, self.config, self.embedding)
+            self.stack = Stack(layers, self.cache, self.config, self.embedding)
             self.head = Head(norm or model.model.norm, head, self.config.rms_norm_eps)
-            self.cache = KeyValues(len(self.blocks), batch, self.capacity, self.config, self.embedding)
             self.rotary = self._new_rotary(0)
         self._watch = Watch(model.model.embed_tokens.weight, head.weight, *(layer.self_attn.q_proj.weight for layer in (layers[0], layers[-1])))
         self.programs = Programs(self.device)
@@ -386,33 +479,16 @@ class StaticLlama:
         """Embeddings (B·T, D) of `tokens` (B, T)."""
         return embedding(tokens.reshape(-1), self.embedding)
 
-    def run(self, x: torch.Tensor, place: Span | Scatter, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """`x` (B·T, D) through blocks first … last−1 (default: to the last), in place."""
-        space = self.space(place)
-        for index in range(first, len(self.blocks) if last is None else last):
-            run_block(self.blocks[index], x, place, index, space)
-        return x
-
-    def space(self, place: Span | Scatter) -> Workspace:
-        """The buffers for a pass at `place`."""
-        shape = (place.batch, place.count)
-        if shape in self._spaces:
-            return self._spaces[shape]
-        space = Workspace(self.config, *shape, self.embedding)
-        if place.count <= KEPT_WIDTHS:
-            self._spaces[shape] = space
-        return space
-
     def forward(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) that follow each of `tokens` (B, T), fed at `starts` (B,); valid until the next pass of that shape."""
-        x = self.run(self.embed(tokens), self.place(starts, tokens.shape[1]))
+        x = self.stack.run(self.embed(tokens), self.place(starts, tokens.shape[1]))
         return self.head(x).view(*tokens.shape, -1)
 
     def forward_tree(self, tokens: torch.Tensor, offsets: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Logits (T, V) of the nodes `tokens` (T,) behind the only text; node i is `offsets[i]` tokens behind its end and
         sees the text and the nodes j with `visible[i, j]`."""
         place = Span(self.cache, self.rotary, self.lengths[0], len(tokens), offsets=offsets, visible=visible)
-        return self.head(self.run(self.embed(tokens), place))
+        return self.head(self.stack.run(self.embed(tokens), place))
 
     def advance(self, count: int) -> None:
         """Count the `count` tokens of a pass as appended to every text."""
@@ -430,7 +506,7 @@ class StaticLlama:
         """Fill the cache with a text each, without logits; an empty one is no change."""
         for row, prompt in enumerate(prompts):
             for x, place in self.prefill_passes(row, prompt):
-                self.run(x, place)
+                self.stack.run(x, place)
 
     def prefill_passes(self, row: int, prompt: list[int]) -> Iterator[tuple[torch.Tensor, Span]]:
         """Embeddings (T, D) and place of each piece of `prompt`, to be run through all blocks."""
