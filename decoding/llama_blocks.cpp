@@ -87,12 +87,15 @@ template <int T, typename W>
 static inline void four_products(const W* w, const float* x, four* out, int64_t k) {
     floats total[T][4] = {};
     int64_t i = 0;
-    for (; i + LANES <= k; i += LANES)
+    for (; i + LANES <= k; i += LANES) {
+        floats column[T];
+        for (int t = 0; t < T; t++) column[t] = load(x + t * k + i);
         for (int r = 0; r < 4; r++) {
             floats weights = load(w + r * k + i);
             __builtin_prefetch(w + r * k + i + AHEAD / sizeof(W));
-            for (int t = 0; t < T; t++) total[t][r] += weights * load(x + t * k + i);
+            for (int t = 0; t < T; t++) total[t][r] += weights * column[t];
         }
+    }
     for (int t = 0; t < T; t++) {
         four& sum = out[4 * t] = sums(total[t][0], total[t][1], total[t][2], total[t][3]);
         for (int64_t j = i; j < k; j++)

@@ -1,7 +1,7 @@
-"""The C++ blocks for the CPU (llama_blocks.cpp): compiled at first use, where there is a compiler, and called with tensors.
+"""The C++ of decoding on the CPU (llama_blocks.cpp, sampling.cpp): compiled at first use, where there is a compiler.
 
-Python and torch's calls take more time than the arithmetic of a small model's step, and torch's products for a few rows read the weights
-at a third of the memory's speed. Without a compiler torch does it all the same; a line says so.
+The calls of Python and torch take more time than the arithmetic of a small model's step, and torch's products for a few rows read
+the weights at a third of the memory's speed. Without a compiler torch does it all the same; a line says so.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("llama_blocks.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("llama_blocks.cpp", "sampling.cpp"))
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 UP_TO = {torch.float32: 32, torch.bfloat16: 12}  # rows for which the C++ blocks are faster than torch's
@@ -46,27 +47,31 @@ class Rows(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled SOURCE, or None where it cannot be had: said once, on stderr."""
+    """The compiled SOURCES, or None where it cannot be had: said once, on stderr."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64") or compiler is None:
         print("no C++ compiler (g++): decoding on the CPU goes through torch, which is slower", file=sys.stderr)
         return None
-    path = _cache_folder() / f"llama_blocks-{_fingerprint(compiler)}.so"
+    path = _cache_folder() / f"decoding-{_fingerprint(compiler)}.so"
     if not path.exists() and not _compile(compiler, path):
         return None
     return ctypes.CDLL(str(path))
 
 
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+ARGUMENTS = {
+    "run_blocks": [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER, ctypes.c_int],
+    "run_head": [*[_POINTER] * 5, *[_NUMBER] * 3, ctypes.c_float, ctypes.c_int],
+    "policy_probs": [_POINTER, _POINTER, _NUMBER, _NUMBER, ctypes.c_float, _NUMBER, ctypes.c_float],
+    "draw": [_POINTER, _POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER],
+}
+
+
 @cache
-def function(name: str, dtype: torch.dtype) -> ctypes._CFuncPtr:
-    """`name` of the library, for tensors of `dtype`."""
-    found = getattr(library(), f"{name}_{SUFFIXES[dtype]}")
-    pointer, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.argtypes = {
-        "run_blocks": [pointer, number, pointer, pointer, pointer, count],
-        "run_head": [*[pointer] * 5, *[number] * 3, ctypes.c_float, count],
-    }[name]
-    found.restype = None
+def function(name: str, dtype: torch.dtype | None = None) -> Callable[..., None]:
+    """`name` of the library, for tensors of `dtype` where there is one for each."""
+    found = getattr(library(), name if dtype is None else f"{name}_{SUFFIXES[dtype]}")
+    found.argtypes, found.restype = ARGUMENTS[name], None
     return found
 
 
@@ -88,7 +93,7 @@ def _fingerprint(compiler: str) -> str:
     """Identifies the source, the flags, the compiler and, as -march=native depends on it, the CPU."""
     features = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.lower().startswith(("flags", "features"))), "")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    return hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, version, features]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join([*(source.read_text() for source in SOURCES), *FLAGS, version, features]).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, path: Path) -> bool:
@@ -96,9 +101,9 @@ def _compile(compiler: str, path: Path) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        run = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], capture_output=True, text=True)
+        run = subprocess.run([compiler, *FLAGS, *map(str, SOURCES), "-o", str(built)], capture_output=True, text=True)
         if run.returncode != 0:
-            print(f"{SOURCE.name} does not compile here; decoding on the CPU goes through torch, which is slower:\n{run.stderr.strip()[:500]}", file=sys.stderr)
+            print(f"the C++ of decoding/ does not compile here; decoding on the CPU goes through torch, which is slower:\n{run.stderr.strip()[:500]}", file=sys.stderr)
             return False
         built.replace(path)
     return True

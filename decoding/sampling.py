@@ -14,8 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-NUCLEUS_HEAD = 256
-ROUNDING = 1e-4  # of a mass summed in fp32
+from decoding import native
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,12 @@ def policy_probs(logits: torch.Tensor, policy: SamplingPolicy) -> torch.Tensor:
     At temperature 0 each row is one-hot at the lowest-index argmax, so exact accept rules need no greedy case.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if native.serves(logits.dtype, logits.device):
+        probs, logits = torch.empty_like(logits, memory_format=torch.contiguous_format), logits.contiguous()
+        vocab_size = logits.shape[-1]
+        native.function("policy_probs")(
+            logits.data_ptr(), probs.data_ptr(), logits.numel() // vocab_size, vocab_size, policy.temperature, policy.top_k, policy.top_p)
+        return probs
     if policy.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / policy.temperature
@@ -53,27 +58,10 @@ def policy_probs(logits: torch.Tensor, policy: SamplingPolicy) -> torch.Tensor:
 
 
 def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """`probs` (..., V) renormalised over the smallest head whose mass reaches `top_p` (at least one token).
-
-    On the CPU only the likeliest NUCLEUS_HEAD tokens are sorted where that head lies among them in every row.
-    """
-    vocab_size = probs.shape[-1]
-    head = min(NUCLEUS_HEAD, vocab_size) if probs.device.type == "cpu" else vocab_size
-    tokens, mass = _likeliest(probs, head)
-    if head < vocab_size and not bool((mass.sum(-1) > top_p + ROUNDING).all()):
-        tokens, mass = _likeliest(probs, vocab_size)
+    """`probs` (..., V) renormalised over the smallest head whose mass reaches `top_p` (at least one token), ties by id."""
+    mass, tokens = probs.sort(dim=-1, descending=True, stable=True)
     kept = mass.masked_fill(mass.cumsum(-1) - mass >= top_p, 0.0)
     return torch.zeros_like(probs).scatter_(-1, tokens, kept / kept.sum(-1, keepdim=True))
-
-
-def _likeliest(probs: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and probabilities (..., count) of the likeliest tokens, descending, ties by id: alike in every pass."""
-    if count == probs.shape[-1]:
-        mass, tokens = probs.sort(dim=-1, descending=True, stable=True)
-        return tokens, mass
-    tokens = probs.topk(count, sorted=False).indices.sort(-1).values
-    mass, order = probs.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
-    return tokens.gather(-1, order), mass
 
 
 class Purpose(IntEnum):
@@ -147,8 +135,14 @@ class Noise:
         """
         return Noise(_mix(self.key ^ (starts[:, None] + 1) * _MULTIPLIERS[0]))
 
+    def row_keys(self, positions: torch.Tensor, purpose: Purpose) -> np.ndarray:
+        """What the noise at `positions` depends on, the tokens apart; on the CPU, where numpy's calls cost least."""
+        return np.ascontiguousarray(_row_keys(self.key.numpy(), positions.numpy(), purpose))
+
     def uniform(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
         """Uniforms in (0, 1), fp64, of the shape of int64 `positions`."""
+        if positions.device.type == "cpu":
+            return torch.from_numpy((_shift_right(_mix(self.row_keys(positions, purpose)), 12) + 0.5) * _UNIT)
         return (_shift_right(_mix(_row_keys(self.key, positions, purpose)), 12).double() + 0.5) * _UNIT
 
     def exponential(self, positions: torch.Tensor, tokens: torch.Tensor | int, purpose: Purpose) -> torch.Tensor:
@@ -170,6 +164,8 @@ def draw(
     A token of probability 0 is never drawn; ties go to the lowest index. `token_ids` (V,) names the columns of `probs`
     where they are not all ids in order.
     """
+    if native.serves(probs.dtype, probs.device):
+        return _draw_natively(probs, noise, positions, purpose, token_ids)[0]
     columns = _scores(probs, noise, positions, purpose, token_ids).argmax(-1)
     return columns if token_ids is None else token_ids[columns]
 
@@ -178,6 +174,8 @@ def draw_with_margin(
     probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw`, and by how much the drawn token won: fp64 (...), the distance of the two largest log p + g."""
+    if native.serves(probs.dtype, probs.device):
+        return _draw_natively(probs, noise, positions, purpose, token_ids)
     scores = _scores(probs, noise, positions, purpose, token_ids)
     best, columns = scores.max(-1)
     second = scores.scatter(-1, columns[..., None], 0.0).amax(-1)
@@ -186,18 +184,15 @@ def draw_with_margin(
 
 def _scores(probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None) -> torch.Tensor:
     """p/e (..., V) with e = exp(−g) exponential: orders tokens as log p + g does, needs no logarithm of p, and is 0 where p is."""
-    if probs.device.type == "cpu":
-        return torch.from_numpy(_possible_scores(probs, noise, positions, purpose, token_ids))
     return probs.double() / noise.exponential(positions, probs.shape[-1] if token_ids is None else token_ids, purpose)
 
 
-def _possible_scores(probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None) -> np.ndarray:
-    """`_scores` on the CPU: computes the noise of possible tokens only, in numpy, whose calls on small arrays cost less."""
-    flat = probs.numpy().reshape(-1)
-    possible = np.flatnonzero(flat)
-    rows, columns = np.divmod(possible, probs.shape[-1])
-    tokens = columns if token_ids is None else token_ids.numpy()[columns]
-    bits = _token_bits(_row_keys(noise.key.numpy(), positions.numpy(), purpose).reshape(-1)[rows], tokens)
-    scores = np.zeros(len(flat))
-    scores[possible] = flat[possible] / -np.log((bits + 0.5) * _UNIT)
-    return scores.reshape(probs.shape)
+def _draw_natively(
+    probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw_with_margin` in C++, which computes the noise of possible tokens only."""
+    probs, keys = probs.contiguous(), noise.row_keys(positions, purpose)
+    tokens, margins = torch.empty(keys.shape, dtype=torch.int64), torch.empty(keys.shape, dtype=torch.float64)
+    native.function("draw")(
+        probs.data_ptr(), keys.ctypes.data, native.address(token_ids), keys.size, probs.shape[-1], tokens.data_ptr(), margins.data_ptr())
+    return tokens, margins
