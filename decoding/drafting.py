@@ -90,10 +90,10 @@ class ChainRound:
 
     def over_vocabulary(self, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """q (B, γ, V_d) as (B, γ, V), 0 for tokens that the draft does not know; p (B, γ+1, V) gives the vocabulary."""
-        if self.token_ids is None and q.shape[1] > 0:
-            return q
-        whole = torch.zeros_like(p[:, :-1], dtype=q.dtype)
-        return whole if q.shape[1] == 0 else whole.index_copy_(-1, self.token_ids, q)
+        whole = torch.zeros_like(p[:, :-1])
+        if q.shape[1] == 0:
+            return whole
+        return q if self.token_ids is None else whole.index_copy_(-1, self.token_ids, q)
 
     def record(self, results: list[RoundResult], p: torch.Tensor, q: torch.Tensor) -> None:
         """Fill in `overlaps` and `expected` of every text's result from p (B, γ+1, V) and q (B, γ, V)."""

@@ -63,7 +63,8 @@ ARGUMENTS = {
     "run_blocks": [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER, ctypes.c_int],
     "run_head": [*[_POINTER] * 5, *[_NUMBER] * 3, ctypes.c_float, ctypes.c_int],
     "policy_probs": [_POINTER, _POINTER, _NUMBER, _NUMBER, ctypes.c_float, _NUMBER, ctypes.c_float],
-    "draw": [_POINTER, _POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER],
+    "draw": [*[_POINTER] * 4, *[_NUMBER] * 3, _POINTER, _POINTER],
+    "verify_rejection": [*[_POINTER] * 6, *[_NUMBER] * 4, _POINTER, _POINTER],
 }
 
 

@@ -57,31 +57,77 @@ extern "C" void policy_probs(const float* logits, float* probs, int64_t rows, in
 
 // ---- draw ----
 
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
+
 static uint64_t mix(uint64_t bits) {  // splitmix64's finalizer
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
     return bits ^ (bits >> 31);
 }
 
-// Of each row the token with the largest p / e, e the exponential noise of its row key and id, and the distance of the two largest log(p / e).
-extern "C" void draw(const float* probs, const uint64_t* row_keys, const int64_t* ids, int64_t rows, int64_t n, int64_t* tokens, double* margins) {
-    for (int64_t row = 0; row < rows; row++, probs += n) {
-        double best = 0, second = 0;
-        int64_t chosen = 0;
-        for (int64_t i = 0; i < n; i++) {
-            if (probs[i] == 0) continue;
-            const uint64_t id = ids ? ids[i] : i;
-            const uint64_t bits = mix(row_keys[row] ^ (id + 1) * 0x9E3779B97F4A7C15u) >> 12;
-            const double score = probs[i] / -std::log((bits + 0.5) * 0x1p-52);
-            if (score > best) {
-                second = best;
-                best = score;
-                chosen = i;
-            } else if (score > second) {
-                second = score;
-            }
+static inline uint64_t row_key(uint64_t key, uint64_t place) { return mix(key ^ place * GOLDEN); }
+
+static inline double unit(uint64_t bits) { return ((bits >> 12) + 0.5) * 0x1p-52; }
+
+struct Drawn {
+    int64_t token;
+    double margin;
+};
+
+// The token with the largest p / e, e the exponential noise of the row's key and the token's id, and the distance of the two largest log(p / e).
+static Drawn draw_row(const float* probs, uint64_t row, const int64_t* ids, int64_t n) {
+    double best = 0, second = 0;
+    int64_t chosen = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (probs[i] == 0) continue;
+        const double score = probs[i] / -std::log(unit(mix(row ^ (uint64_t(ids ? ids[i] : i) + 1) * GOLDEN)));
+        if (score > best) {
+            second = best;
+            best = score;
+            chosen = i;
+        } else if (score > second) {
+            second = score;
         }
-        tokens[row] = ids ? ids[chosen] : chosen;
-        margins[row] = std::log(best) - std::log(second);
+    }
+    return {ids ? ids[chosen] : chosen, std::log(best) - std::log(second)};
+}
+
+// The first `rows_per_key` rows belong to the first key, and so on; a row's place is its position and purpose.
+extern "C" void draw(
+    const float* probs, const uint64_t* keys, const uint64_t* places, const int64_t* ids, int64_t rows, int64_t rows_per_key, int64_t n,
+    int64_t* tokens, double* margins) {
+    for (int64_t row = 0; row < rows; row++) {
+        const Drawn drawn = draw_row(probs + row * n, row_key(keys[row / rows_per_key], places[row]), ids, n);
+        tokens[row] = drawn.token;
+        margins[row] = drawn.margin;
+    }
+}
+
+// ---- verify_rejection ----
+
+// For each text p (gamma + 1, n), q (gamma, n), drafted (gamma), accept_places (gamma), residual_places (gamma + 1).
+extern "C" void verify_rejection(
+    const float* p, const float* q, const int64_t* drafted, const uint64_t* keys, const uint64_t* accept_places, const uint64_t* residual_places,
+    int64_t texts, int64_t texts_per_key, int64_t gamma, int64_t n, int64_t* accepted, int64_t* next) {
+    static thread_local std::vector<float> excess;
+    excess.resize(n);
+    for (int64_t text = 0; text < texts; text++) {
+        const uint64_t key = keys[text / texts_per_key];
+        int64_t kept = 0;
+        while (kept < gamma && unit(mix(row_key(key, accept_places[kept]))) * q[kept * n + drafted[kept]] < p[kept * n + drafted[kept]]) kept++;
+        const float* source = p + kept * n;
+        if (kept < gamma) {
+            float mass = 0;
+            for (int64_t i = 0; i < n; i++) excess[i] = std::max(source[i] - q[kept * n + i], 0.0f);
+            for (int64_t i = 0; i < n; i++) mass += excess[i];
+            if (mass > 0) source = excess.data();  // not normalised: to draw, the order of the scores is enough
+        }
+        accepted[text] = kept;
+        next[text] = draw_row(source, row_key(key, residual_places[kept]), nullptr, n).token;
+        p += (gamma + 1) * n;
+        q += gamma * n;
+        drafted += gamma;
+        accept_places += gamma;
+        residual_places += gamma + 1;
     }
 }

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeVar
 
-import numpy as np
 import torch
 
 from decoding import native
@@ -85,27 +83,29 @@ _MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 _UNIT = 2.0**-52
 
 
-Bits = TypeVar("Bits", torch.Tensor, np.ndarray)  # int64; both kinds wrap around alike
-
-
-def _mix(bits: Bits) -> Bits:
+def _mix(bits: torch.Tensor) -> torch.Tensor:
     """splitmix64's finalizer on int64 `bits`, elementwise (Steele et al. 2014): flips half the bits per changed bit."""
     for shift, multiplier in ((30, _MULTIPLIERS[0]), (27, _MULTIPLIERS[1])):
         bits = (bits ^ _shift_right(bits, shift)) * multiplier
     return bits ^ _shift_right(bits, 31)
 
 
-def _shift_right(bits: Bits, shift: int) -> Bits:
+def _shift_right(bits: torch.Tensor, shift: int) -> torch.Tensor:
     """Logical right shift of int64 `bits`."""
     return (bits >> shift) & ((1 << (64 - shift)) - 1)
 
 
-def _row_keys(key: Bits, positions: Bits, purpose: Purpose) -> Bits:
+def noise_places(positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
+    """One number for each of `positions` and the `purpose`."""
+    return positions * _PURPOSES + (int(purpose) + 1)
+
+
+def _row_keys(key: torch.Tensor, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
     """What the noise of each of `positions` depends on, its tokens apart."""
-    return _mix(key ^ (positions * _PURPOSES + (int(purpose) + 1)) * _GOLDEN)
+    return _mix(key ^ noise_places(positions, purpose) * _GOLDEN)
 
 
-def _token_bits(row_keys: Bits, tokens: Bits) -> Bits:
+def _token_bits(row_keys: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """52 random bits for each of `tokens` in its row."""
     return _shift_right(_mix(row_keys ^ (tokens + 1) * _GOLDEN), 12)
 
@@ -135,14 +135,8 @@ class Noise:
         """
         return Noise(_mix(self.key ^ (starts[:, None] + 1) * _MULTIPLIERS[0]))
 
-    def row_keys(self, positions: torch.Tensor, purpose: Purpose) -> np.ndarray:
-        """What the noise at `positions` depends on, the tokens apart; on the CPU, where numpy's calls cost least."""
-        return np.ascontiguousarray(_row_keys(self.key.numpy(), positions.numpy(), purpose))
-
     def uniform(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
         """Uniforms in (0, 1), fp64, of the shape of int64 `positions`."""
-        if positions.device.type == "cpu":
-            return torch.from_numpy((_shift_right(_mix(self.row_keys(positions, purpose)), 12) + 0.5) * _UNIT)
         return (_shift_right(_mix(_row_keys(self.key, positions, purpose)), 12).double() + 0.5) * _UNIT
 
     def exponential(self, positions: torch.Tensor, tokens: torch.Tensor | int, purpose: Purpose) -> torch.Tensor:
@@ -191,8 +185,10 @@ def _draw_natively(
     probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw_with_margin` in C++, which computes the noise of possible tokens only."""
-    probs, keys = probs.contiguous(), noise.row_keys(positions, purpose)
-    tokens, margins = torch.empty(keys.shape, dtype=torch.int64), torch.empty(keys.shape, dtype=torch.float64)
+    probs, places = probs.contiguous(), noise_places(positions, purpose)
+    tokens, margins = torch.empty_like(places), torch.empty_like(places, dtype=torch.float64)
     native.function("draw")(
-        probs.data_ptr(), keys.ctypes.data, native.address(token_ids), keys.size, probs.shape[-1], tokens.data_ptr(), margins.data_ptr())
+        *map(native.address, (probs, noise.key, places, token_ids)), places.numel(), places.numel() // noise.key.numel(), probs.shape[-1],
+        tokens.data_ptr(), margins.data_ptr(),
+    )
     return tokens, margins

@@ -13,8 +13,8 @@ from torch import nn
 
 from decoding.draft_length import DraftLength
 from decoding.drafting import ChainRound
-from decoding.static_llama import Head, KeyValues, Span, Stack, StaticLlama, Watch
 from decoding.state import DecodeState, RoundResult
+from decoding.static_llama import Head, KeyValues, Span, Stack, StaticLlama, Watch
 from decoding.verify import Verification
 
 

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 
 import torch
 
-from decoding.sampling import Noise, Purpose, draw
+from decoding import native
+from decoding.sampling import Noise, Purpose, draw, noise_places
 
 Verification = Literal["rejection", "coupled"]
 VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
@@ -33,11 +34,11 @@ def verify_rejection(
     p (..., γ+1, V), q (..., γ, V); `positions` (..., γ+1) are the absolute positions decided by the rows of p. Lossless
     for tokens drawn from q. Returns int64 (...), both on p's device.
     """
+    if native.serves(p.dtype, p.device):
+        return _verify_natively(p, q, drafted, noise, positions)
     uniforms = noise.uniform(positions[..., :-1], Purpose.ACCEPT)
     accepted = _leading(accepts(p[..., :-1, :], q, drafted, uniforms))
-    q_padded = torch.cat([q, torch.zeros_like(p[..., :1, :])], -2)  # behind the last draft the "residual" is p itself: the bonus
-    source = residual(_row(p, accepted), _row(q_padded, accepted))
-    return accepted, draw(source, noise, positions.gather(-1, accepted[..., None]), Purpose.RESIDUAL)[..., 0]
+    return accepted, draw(_source(p, q, accepted), noise, positions.gather(-1, accepted[..., None]), Purpose.RESIDUAL)[..., 0]
 
 
 def _leading(kept: torch.Tensor) -> torch.Tensor:
@@ -45,9 +46,24 @@ def _leading(kept: torch.Tensor) -> torch.Tensor:
     return kept.long().cumprod(-1).sum(-1)
 
 
-def _row(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Row `index` (...) of `rows` (..., N, V): (..., 1, V), without asking the device for the index."""
-    return rows.gather(-2, index[..., None, None].expand(*index.shape, 1, rows.shape[-1]))
+def _source(p: torch.Tensor, q: torch.Tensor, accepted: torch.Tensor) -> torch.Tensor:
+    """What the token behind the kept ones is drawn from, (..., 1, V): the residual, or p itself where all were kept (the bonus)."""
+    q = torch.cat([q, torch.zeros_like(p[..., :1, :])], -2)
+    row = accepted[..., None, None].expand(*accepted.shape, 1, p.shape[-1])
+    return residual(p.gather(-2, row), q.gather(-2, row))
+
+
+def _verify_natively(
+    p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`verify_rejection` in C++."""
+    inputs = (p, q, drafted, noise.key, noise_places(positions[..., :-1], Purpose.ACCEPT), noise_places(positions, Purpose.RESIDUAL))
+    inputs = [tensor.contiguous() for tensor in inputs]
+    accepted, next_token = (torch.empty(p.shape[:-2], dtype=torch.int64) for _ in range(2))
+    texts = accepted.numel()
+    native.function("verify_rejection")(
+        *map(native.address, inputs), texts, texts // noise.key.numel(), drafted.shape[-1], p.shape[-1], *map(native.address, (accepted, next_token)))
+    return accepted, next_token
 
 
 def accepts(p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
