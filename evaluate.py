@@ -44,7 +44,7 @@ class Args(EvaluationArgs):
         hashes = {tokenizer_hash(load_tokenizer(path)) for path in (self.model_path, self.draft_model_path)}
         if len(hashes) > 1 or config.vocab_size != load_config(self.model_path).vocab_size:
             raise UserError(f"{self.draft_model_path} and {self.model_path} have different tokenizers; a draft needs the target's own")
-        if max(self.spec_prompt_length + self.spec_max_new_tokens + self.gamma, self.max_length) > config.max_position_embeddings:
+        if max(self.spec_prompt_length + self.spec_max_new_tokens + self.longest, self.max_length) > config.max_position_embeddings:
             raise UserError(f"the context of {self.draft_model_path} is {config.max_position_embeddings} tokens: lower --spec_prompt_length, "
                             f"--spec_max_new_tokens or --max_length")
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 from command_line import UserError
 
@@ -19,10 +18,11 @@ import torch
 from torch import nn
 
 from data_utils import EncodeOptions, encode_example, encode_prompt, held_out_batches
-from decoding.kv_cache import CachedModel
-from decoding.sampling import Noise, SamplingPolicy, draw, policy_probs
-from decoding.state import DecodeStats, synchronize
-from decoding.verify import Verification, verify_chain
+from decoding.draft_length import AdaptiveLength
+from decoding.sampling import SamplingPolicy
+from decoding.state import DecodeStats
+from decoding.static_llama import KEPT_WIDTHS, why_unsupported
+from decoding.verify import Verification
 from losses import learned_rows, learned_tokens
 from metrics import add_sums, predicted_speedup, quality_means, quality_sums, speculation_metrics, speed_metrics
 from row_files import ExampleStream, open_rows
@@ -30,8 +30,8 @@ from speculative import DecodeOptions, generate
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, weights_hash
 from text_datasets import find_dataset, fingerprint
 from truncated_llama import ExitInfo, TruncatedLlama, module_bytes, step_bytes
+from tuning import LONGEST, round_costs, step_seconds
 
-STEP_REPEATS = 15
 NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "model_path", "dataset_path"}
 
 
@@ -49,7 +49,10 @@ class SpeculationArgs(DeviceArgs):
     spec_num_prompts: int = field(default=32, metadata={"help": "prompts, from the test split"})
     spec_prompt_length: int = field(default=64, metadata={"help": "tokens kept of each prompt; 0: all, up to where the assistant speaks"})
     spec_max_new_tokens: int = field(default=128, metadata={"help": "new tokens per prompt"})
-    gamma: int = field(default=4, metadata={"help": "drafted tokens per round", "aliases": ["--speculate_len", "--k"]})
+    gamma: str = field(default="4", metadata={"help": "drafted tokens per round, or auto: as many as pay", "aliases": ["--speculate_len", "--k"]})
+    method: Literal["auto", "self_speculative", "speculative"] = field(
+        default="auto", metadata={"help": "self_speculative: an exit shares blocks and cache with the target (auto: where it can); speculative: any draft"})
+    engine: Literal["static", "transformers"] = field(default="static", metadata={"help": "the suite's own forward pass, or transformers'"})
     seed: int = field(default=0, metadata={"help": "seed of data order, noise and bootstrap"})
 
     def dataset_names(self) -> list[str]:
@@ -62,14 +65,28 @@ class SpeculationArgs(DeviceArgs):
         for name in ("spec_prompt_length", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
-        for name in ("spec_num_prompts", "spec_max_new_tokens", "gamma"):
+        for name in ("spec_num_prompts", "spec_max_new_tokens"):
             self.check_positive(name)
+        if self.gamma != "auto" and not (self.gamma.isdecimal() and 1 <= int(self.gamma) < KEPT_WIDTHS):
+            raise UserError(f"--gamma {self.gamma}: must be auto, or a number from 1 to {KEPT_WIDTHS - 1}")
         names = {find_dataset(name).name for name in self.dataset_names()}
         if self.dataset_path is not None and len(names) > 1:
             raise UserError(f"--dataset_path holds one data set, but {', '.join(sorted(names))} are named")
         context = load_config(self.model_path).max_position_embeddings
-        if self.spec_prompt_length + self.spec_max_new_tokens + self.gamma > context:
+        if self.spec_prompt_length + self.spec_max_new_tokens + self.longest > context:
             raise UserError(f"the context of {self.model_path} is {context} tokens: lower --spec_prompt_length, --spec_max_new_tokens or --gamma")
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a round drafts."""
+        return LONGEST if self.gamma == "auto" else int(self.gamma)
+
+    def method_for(self, target: Target, draft: nn.Module) -> str:
+        """The method to decode with, given the draft."""
+        if self.method != "auto":
+            return self.method
+        shares = isinstance(draft, TruncatedLlama) and self.engine == "static" and why_unsupported(target.model) is None
+        return "self_speculative" if shares else "speculative"
 
     def check_positive(self, name: str) -> None:
         if getattr(self, name) < 1:
@@ -192,7 +209,7 @@ def choose_prompts(target: Target, args: SpeculationArgs, data: EvaluationData) 
     With length 0 whole prompts, up to where the assistant speaks. Raises UserError where there are too few.
     """
     name = args.dataset_names()[0]
-    longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.gamma
+    longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.longest
     found: list[list[int]] = []
     for example in args.stream(data, name).rest_of_epoch():
         if args.spec_prompt_length == 0:
@@ -212,10 +229,12 @@ def measure_speculation(target: Target, draft: nn.Module, prompts: list[list[int
 
     One pair is decoded and discarded first; the order within a pair alternates.
     """
-    shared = {"policy": args.policy(), "max_new_tokens": args.spec_max_new_tokens, "eos_ids": eos_token_ids(target), "seed": args.seed}
+    shared = {"policy": args.policy(), "max_new_tokens": args.spec_max_new_tokens, "eos_ids": eos_token_ids(target), "seed": args.seed, "engine": args.engine}
+    drafting = DecodeOptions(method=args.method_for(target, draft), gamma=args.longest, verification=args.verification, record_overlap=True, **shared)
+    costs = round_costs(target.model, draft, prompts[0], drafting) if args.gamma == "auto" else None
     methods = {
         "vanilla": DecodeOptions(method="vanilla", **shared),
-        "speculative": DecodeOptions(method="speculative", gamma=args.gamma, verification=args.verification, record_overlap=True, **shared),
+        "speculative": replace(drafting, gamma=AdaptiveLength(costs)) if costs else drafting,
     }
     runs: dict[str, list[DecodeStats]] = {name: [] for name in methods}
     device = target.model.device
@@ -225,40 +244,25 @@ def measure_speculation(target: Target, draft: nn.Module, prompts: list[list[int
         for name in sorted(methods, reverse=index % 2 == 0):
             stats = generate(target.model, prompt, methods[name], draft, prompt_id=index).stats
             runs[name] += [stats] if index > 0 else []
-    row = {**speculation_metrics(runs["speculative"], args.gamma, args.seed), **speed_metrics(runs["vanilla"], runs["speculative"], args.seed)}
+    row = {**speculation_metrics(runs["speculative"], args.longest, args.seed), **speed_metrics(runs["vanilla"], runs["speculative"], args.seed)}
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    seconds = step_seconds(target.model, draft, prompts[0], args)
+    predicted = predict_by_costs(runs["speculative"], costs) if costs else predict_by_steps(target, draft, prompts[0], drafting, row)
+    return {"method": drafting.method, **row, **predicted}
+
+
+def predict_by_costs(runs: list[DecodeStats], costs: list[float]) -> dict[str, float]:
+    """The speedup that measured round costs predict for rounds of different lengths."""
+    emitted = sum(run.emitted for run in runs)
+    return {"spec_predicted_speedup": emitted * costs[0] / sum(costs[r.proposed] for run in runs for r in run.rounds)}
+
+
+def predict_by_steps(target: Target, draft: nn.Module, prompt: list[int], drafting: DecodeOptions, row: dict[str, float]) -> dict[str, float]:
+    """The speedup that α and measured step times predict, with the ratios c and v of these."""
+    seconds = step_seconds(target.model, draft, prompt, drafting)
     cost, verify = seconds["draft"] / seconds["target"], seconds["verify"] / seconds["target"]
-    predicted = predicted_speedup(row["spec_token_accept_rate"], args.gamma, cost, verify)
-    return {**row, "spec_cost_ratio": cost, "spec_verify_ratio": verify, "spec_predicted_speedup": predicted}
-
-
-@torch.inference_mode()
-def step_seconds(target: nn.Module, draft: nn.Module, prompt: list[int], args: EvaluationArgs) -> dict[str, float]:
-    """Median seconds of one step, sampling included: target on 1 token, verification of γ+1, draft on 1.
-
-    The three take turns STEP_REPEATS times behind the same prompt, after as many rounds that are not counted.
-    """
-    noise = Noise(args.seed, device=target.device)
-    positions = torch.arange(args.gamma + 1, device=target.device)
-    drafted = torch.tensor(prompt[:1] * args.gamma, device=target.device)
-    models = {"target": (CachedModel(target), 1), "verify": (CachedModel(target), args.gamma + 1), "draft": (CachedModel(draft), 1)}
-    for model, _ in models.values():
-        model.prefill(torch.tensor(prompt))
-    timed: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(2 * STEP_REPEATS):
-        for name, (model, width) in models.items():
-            synchronize(target.device)
-            start = time.perf_counter()
-            p = policy_probs(model.forward(torch.tensor(prompt[:1] * width)), args.policy())
-            if name == "verify":
-                torch.stack(verify_chain(args.verification, p, p[1:], drafted, noise, positions)).tolist()
-            else:
-                draw(p, noise, positions[:1]).tolist()
-            timed[name].append(time.perf_counter() - start)
-            model.crop(len(prompt))
-    return {name: statistics.median(times[STEP_REPEATS:]) for name, times in timed.items()}
+    predicted = predicted_speedup(row["spec_token_accept_rate"], drafting.length().longest, cost, verify)
+    return {"spec_cost_ratio": cost, "spec_verify_ratio": verify, "spec_predicted_speedup": predicted}
 
 
 # ---- the printed table ----

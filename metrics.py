@@ -20,7 +20,7 @@ DRAFT_COLUMNS = {
     "target_layer, blocks, step": "ℓ, 0-based and inclusive; E = ℓ + 1; training steps of the last stage",
     "exit_bytes": "bytes of the draft's own tensors",
     "cost_ratio_bytes": "bytes that a draft step reads / bytes that a target step reads",
-    "gamma, verification, temperature, top_p, top_k, settings_hash": "how speculation was measured; hash of all settings, target and data",
+    "method, gamma, verification, temperature, top_p, top_k, settings_hash": "how speculation was measured; hash of all settings, target and data",
     "peak_memory_bytes": "most bytes that torch held on the GPU while decoding (absent on the CPU)",
 }
 QUALITY_COLUMNS = {
@@ -38,7 +38,8 @@ QUALITY_COLUMNS = {
 }
 SPECULATION_COLUMNS = {
     "spec_mean_accepted": "accepted tokens per round",
-    "spec_accept_rate": "spec_mean_accepted / γ",
+    "spec_mean_proposed": "drafted tokens per round (γ, but for rounds that end in a drafted end-of-text token, and for γ = auto)",
+    "spec_accept_rate": "accepted / proposed",
     "spec_token_accept_rate": "α: accepted / drafted positions that verification reached",
     "spec_tokens_per_call": "τ: emitted tokens / target calls (correction or bonus included)",
     "spec_target_calls_per_token": "target calls / emitted tokens",
@@ -51,9 +52,10 @@ SPECULATION_COLUMNS = {
     "spec_prompts, spec_rounds, spec_proposed, spec_tested, spec_accepted, spec_emitted": "counts",
     "vanilla_tokens_per_s, spec_tokens_per_s": "emitted tokens / decode seconds (prefill apart), over the same prompts",
     "spec_speedup": "spec_tokens_per_s / vanilla_tokens_per_s",
-    "spec_predicted_speedup": "E[τ](α, γ) / (γ·c + v), from α and separately measured step times",
+    "spec_predicted_speedup": "E[τ](α, γ) / (γ·c + v), from α and separately measured step times; for γ = auto emitted·t(0) / Σ t(n) over "
+        "its rounds, t(n) the separately measured seconds of a round that drafts n tokens",
     "spec_cost_ratio, spec_verify_ratio": "c = t_draft(1) / t_target(1); v = t_target(γ+1) / t_target(1)",
-    "vanilla_<phase>_s, spec_<phase>_s": "seconds of prefill, decode, draft, verify, sampling and host",
+    "vanilla_<phase>_s, spec_<phase>_s": "seconds of prefill, decode, draft, verify (sampling included) and host",
     "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over prompts (absent for one prompt)",
 }
 TOP_K = 5
@@ -112,8 +114,8 @@ def add_sums(total: dict[str, float], more: dict[str, float]) -> dict[str, float
 
 # ---- speculation: counts of many prompts ----
 
-def speculation_metrics(runs: list[DecodeStats], gamma: int, seed: int = 0) -> dict[str, float]:
-    """Acceptance columns of SPECULATION_COLUMNS from one generation per prompt, with intervals over prompts."""
+def speculation_metrics(runs: list[DecodeStats], longest: int, seed: int = 0) -> dict[str, float]:
+    """Acceptance columns of SPECULATION_COLUMNS from one generation per prompt, with intervals over prompts; at most `longest` drafted per round."""
     rounds = [r for run in runs for r in run.rounds]
     proposed, tested, accepted = (np.array([sum(getattr(r, name) for r in run.rounds) for run in runs]) for name in ("proposed", "tested", "accepted"))
     emitted, calls = np.array([run.emitted for run in runs]), np.array([run.target_calls for run in runs])
@@ -122,24 +124,28 @@ def speculation_metrics(runs: list[DecodeStats], gamma: int, seed: int = 0) -> d
     row: dict[str, float] = {
         "spec_prompts": len(runs), "spec_rounds": len(rounds), "spec_proposed": int(proposed.sum()), "spec_tested": int(tested.sum()),
         "spec_accepted": int(accepted.sum()), "spec_emitted": int(emitted.sum()),
-        "spec_target_calls_per_token": calls.sum() / emitted.sum(), "spec_expected_accept": expected.sum() / tested.sum(),
+        "spec_target_calls_per_token": calls.sum() / emitted.sum(),
     }
+    row |= {"spec_expected_accept": expected.sum() / tested.sum()} if tested.any() else {}
     z = acceptance_z(runs)
     row |= {} if z is None else {"spec_accept_z": z}
     for name, numerator, denominator in (
         ("spec_mean_accepted", accepted, num_rounds),
-        ("spec_accept_rate", accepted, num_rounds * gamma),
+        ("spec_mean_proposed", proposed, num_rounds),
+        ("spec_accept_rate", accepted, proposed),
         ("spec_token_accept_rate", accepted, tested),
         ("spec_tokens_per_call", emitted, calls),
         ("spec_overlap", overlaps, tested),
         ("spec_tv", tested - overlaps, tested),
     ):
+        if not denominator.any():  # an adaptive rule may draft nothing
+            continue
         row |= with_interval(name, numerator, denominator, seed)
-    for i in range(1, gamma + 1):
+    for i in range(1, longest + 1):
         reached = [r for r in rounds if r.tested >= i]
         if reached:
             row[f"spec_accept_at_{i}"] = sum(r.accepted >= i for r in reached) / len(reached)
-    for n in range(gamma + 1):
+    for n in range(longest + 1):
         row[f"spec_accepted_hist_{n}"] = sum(r.accepted == n for r in rounds)
     return row
 

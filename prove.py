@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from decoding.draft_length import AdaptiveLength
 from decoding.sampling import Noise, Purpose, SamplingPolicy, policy_probs
 from decoding.state import DecodeStats
 from evaluation import SpeculationArgs, choose_prompts
@@ -37,6 +38,7 @@ from results import make_output_dir, record_run, write_json
 from speculative import DecodeOptions, Generation, generate
 from target_model import Target, eos_token_ids, load_target
 from truncated_llama import Exit, TruncatedLlama, find_checkpoints, load_exit, read_exit_info
+from tuning import LONGEST
 
 POLICIES = {"T=0": SamplingPolicy(0.0), "T=0.7 top-p=0.95": SamplingPolicy(0.7, top_p=0.95), "T=1": SamplingPolicy(1.0)}
 MAX_Z, MIN_TESTED = 4.0, 20_000
@@ -60,13 +62,15 @@ class Prover:
         self.target, self.prompts, self.args = target, prompts, args
         self.rows: list[dict] = []
         self.tested: list[DecodeStats] = []
+        self.gamma = AdaptiveLength([1 + 0.3 * n for n in range(LONGEST + 1)]) if args.gamma == "auto" else int(args.gamma)  # any costs do: exactness hangs on none
         self.vanilla = {label: [generation.tokens for generation in self.decode(policy)] for label, policy in POLICIES.items()}
 
     def decode(self, policy: SamplingPolicy, draft: nn.Module | None = None, verification: str = "rejection") -> Iterator[Generation]:
         """One generation per prompt; vanilla without a draft."""
         options = DecodeOptions(
-            method="vanilla" if draft is None else "speculative", policy=policy, gamma=self.args.gamma, verification=verification,
+            method="vanilla" if draft is None else self.args.method_for(self.target, draft), policy=policy, gamma=self.gamma, verification=verification,
             max_new_tokens=self.args.spec_max_new_tokens, eos_ids=eos_token_ids(self.target), seed=self.args.seed, record_overlap=True,
+            engine=self.args.engine,
         )
         return (generate(self.target.model, prompt, options, draft, prompt_id=i) for i, prompt in enumerate(self.prompts))
 
@@ -106,8 +110,8 @@ class Prover:
         context = self.prompts[index] + vanilla[:at]
         scores = self.target.model(torch.tensor([context], device=self.target.model.device)).logits[0, -1:]
         if policy.temperature > 0:
-            noise = Noise(self.args.seed, index, self.target.model.device)
-            position = torch.tensor([len(context)])
+            noise = Noise.of(self.args.seed, index, self.target.model.device)
+            position = torch.tensor([len(context)], device=self.target.model.device)
             scores = policy_probs(scores, policy).log() - noise.exponential(position, scores.shape[-1], Purpose.TOKEN).log()
         return float((scores[0, text[at]] - scores[0, vanilla[at]]).abs())
 

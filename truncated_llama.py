@@ -72,14 +72,33 @@ class Exit(nn.Module):
         self.block: LlamaDecoderLayer | None = copy.deepcopy(target.model.layers[target_layer]) if own_block else None
         self.norm = copy.deepcopy(target.model.norm)
         self.head = copy.deepcopy(target.lm_head)  # untied by the copy
-        self.token_ids: torch.Tensor | None = None
+        self.vocab_size, self.token_ids = len(self.head.weight), None
 
     def forward(self, hidden: torch.Tensor, pass_inputs: dict, logits_to_keep: int = 0) -> torch.Tensor:
         """Logits (B, T, V) from `hidden` (B, T, D) behind the prefix; with `logits_to_keep`, of the last positions only."""
         hidden = hidden.to(self.norm.weight.dtype)
         if self.block is not None:
             hidden = self.block(hidden, **pass_inputs)
-        return self.head(self.norm(hidden[:, -logits_to_keep:]))
+        logits = self.head(self.norm(hidden[:, -logits_to_keep:]))
+        if self.token_ids is None:
+            return logits
+        whole = torch.full((*logits.shape[:-1], self.vocab_size), -torch.inf, dtype=logits.dtype, device=logits.device)
+        return whole.index_copy_(-1, self.token_ids, logits)
+
+    def trimmed(self, token_ids: torch.Tensor) -> Exit:
+        """This exit with the head's rows of `token_ids` (N,) only: q is 0 for all other tokens, which changes no output.
+
+        A smaller head is a cheaper draft step (FR-Spec 2502.14856). Raises UserError for ids that are not distinct and sorted.
+        """
+        if len(token_ids) == 0 or not bool((token_ids.diff() > 0).all()):
+            raise UserError("a trimmed draft vocabulary needs distinct token ids in ascending order")
+        head, self.head = self.head, None
+        smaller = copy.deepcopy(self)
+        self.head = head
+        smaller.head = nn.Linear(head.in_features, len(token_ids), bias=head.bias is not None, device=head.weight.device, dtype=head.weight.dtype)
+        smaller.head.load_state_dict({name: tensor[token_ids] for name, tensor in head.state_dict().items()})
+        smaller.token_ids = token_ids
+        return smaller.requires_grad_(False)
 
     def own_bytes(self) -> int:
         """Bytes of the exit's own tensors."""

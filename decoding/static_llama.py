@@ -308,11 +308,11 @@ def run_block(block: Block, x: torch.Tensor, place: Span | Scatter, index: int, 
 class Stack:
     """Blocks with the cache that they write to: `run` puts a pass through some of them."""
 
-    def __init__(self, layers: list[nn.Module], cache: KeyValues, config: PretrainedConfig, like: torch.Tensor) -> None:
+    def __init__(self, layers: list[nn.Module], cache: KeyValues, config: PretrainedConfig, like: torch.Tensor, cpp: bool = True) -> None:
         self.blocks, self.cache = [Block(layer) for layer in layers], cache
         self._config, self._like = config, like
         self._spaces: dict[tuple[int, int], Workspace] = {}
-        self._native = NativeStack(self.blocks, cache, config) if NativeStack.serves(config, like) else None
+        self._native = NativeStack(self.blocks, cache, config) if cpp and NativeStack.serves(config, like) else None
 
     def run(self, x: torch.Tensor, place: Span | Scatter, first: int = 0, last: int | None = None) -> torch.Tensor:
         """`x` (B·T, D) through blocks first … last−1 (default: to the last), in place."""
@@ -371,10 +371,10 @@ def _pointers(block: Block, cache: KeyValues, index: int) -> native.BlockPointer
 class Head:
     """Final norm and output matrix: hidden states (R, D) -> logits (R, V)."""
 
-    def __init__(self, norm: nn.Module, linear: nn.Linear, eps: float) -> None:
+    def __init__(self, norm: nn.Module, linear: nn.Linear, eps: float, cpp: bool = True) -> None:
         self._norm, self._eps, self._projection = norm.weight, eps, Projection(linear.weight, linear.bias)
         self._spaces: dict[int, tuple[Norm, Product]] = {}
-        self._native = native.serves(linear.weight.dtype, linear.weight.device, len(linear.weight))
+        self._native = cpp and native.serves(linear.weight.dtype, linear.weight.device, len(linear.weight))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (R, V); valid until the next call with as many rows."""
@@ -422,9 +422,9 @@ class StaticLlama:
 
     def __init__(
         self, model: LlamaForCausalLM, capacity: int, batch: int = 1, *,
-        layers: Iterable[nn.Module] | None = None, norm: nn.Module | None = None, head: nn.Linear | None = None,
+        layers: Iterable[nn.Module] | None = None, norm: nn.Module | None = None, head: nn.Linear | None = None, cpp: bool = True,
     ) -> None:
-        """Raises ValueError for a model that `why_unsupported` names."""
+        """`cpp` False: torch's calls also where the C++ could run. Raises ValueError for a model that `why_unsupported` names."""
         reason = why_unsupported(model)
         if reason is not None:
             raise ValueError(f"StaticLlama cannot run {reason}")
@@ -437,8 +437,8 @@ class StaticLlama:
         layers, head = list(layers or model.model.layers), head or model.lm_head
         with torch.inference_mode(False), torch.no_grad():
             self.cache = KeyValues(len(layers), batch, self.capacity, self.config, self.embedding)
-            self.stack = Stack(layers, self.cache, self.config, self.embedding)
-            self.head = Head(norm or model.model.norm, head, self.config.rms_norm_eps)
+            self.stack = Stack(layers, self.cache, self.config, self.embedding, cpp)
+            self.head = Head(norm or model.model.norm, head, self.config.rms_norm_eps, cpp)
             self.rotary = self._new_rotary(0)
         self._watch = Watch(model.model.embed_tokens.weight, head.weight, *(layer.self_attn.q_proj.weight for layer in (layers[0], layers[-1])))
         self.programs = Programs(self.device)

@@ -1,0 +1,137 @@
+"""What decoding costs on this machine, and what follows: step times, round costs, and the exit, head size and γ to use.
+
+A round's cost is measured as a whole, so that launch overhead, sampling and Python count as they do in decoding.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from decoding.sampling import policy_probs
+from decoding.state import RoundResult
+from decoding.verify import expected_acceptance
+from speculative import DecodeOptions, generate
+from truncated_llama import TruncatedLlama
+
+LONGEST = 8  # most tokens that an adaptive round drafts
+REPEATS = 12  # measured rounds of each length
+WARM_UP = 2  # rounds of each length before
+STEP_ROUNDS, STEP_REPEATS = 12, 5
+
+
+class EveryLength:
+    """Drafts 0, 1, … longest tokens, round by round and over again."""
+
+    wants_signals = True
+
+    def __init__(self, longest: int) -> None:
+        self.longest, self._now = longest, 0
+
+    def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
+        return drafted < self._now
+
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult]) -> None:
+        self._now = (self._now + 1) % (self.longest + 1)
+
+
+def round_costs(target: nn.Module, draft: nn.Module, prompt: list[int], options: DecodeOptions, longest: int = LONGEST) -> list[float]:
+    """Median seconds of a round of `options` that drafts 0, 1, … `longest` tokens, in turn behind `prompt`; never falling."""
+    marks: list[float] = []
+    rounds = (REPEATS + WARM_UP) * (longest + 1)
+    generate(
+        target, prompt, replace(options, gamma=EveryLength(longest), eos_ids=frozenset(), record_overlap=False, max_new_tokens=rounds * (longest + 1),
+                                stop=lambda tokens: len(marks) >= rounds),
+        draft, on_tokens=lambda tokens: marks.append(time.perf_counter()),
+    )
+    seconds = [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]  # of rounds 1, 2, …
+    costs: list[float] = []
+    for length in range(longest + 1):
+        own = [s for i, s in enumerate(seconds, start=1) if i % (longest + 1) == length and i >= WARM_UP * (longest + 1)]
+        costs.append(max([statistics.median(own), *costs[-1:]]))
+    return costs
+
+
+def step_seconds(target: nn.Module, draft: nn.Module, prompt: list[int], options: DecodeOptions) -> dict[str, float]:
+    """Median seconds of one step with all its overhead: "target" on 1 token, "draft" on 1, "verify" of the γ+1 of `options`.
+
+    Vanilla and drafting generations of a few rounds take turns behind the same prompt; the first pair is not counted.
+    """
+    gamma = options.length().longest
+    short = replace(options, eos_ids=frozenset(), stop=None, record_overlap=False)
+    vanilla, drafting = replace(short, method="vanilla", max_new_tokens=STEP_ROUNDS), replace(short, max_new_tokens=STEP_ROUNDS * (gamma + 1))
+    found: list[dict[str, float]] = []
+    for _ in range(STEP_REPEATS + 1):
+        plain, drafted = (generate(target, prompt, options, draft).stats for options in (vanilla, drafting))
+        rounds, drafts = len(drafted.rounds), sum(r.proposed for r in drafted.rounds)
+        found.append({
+            "target": plain.decode_s / len(plain.rounds), "draft": drafted.seconds["draft"] / drafts,
+            "verify": (drafted.decode_s - drafted.seconds["draft"]) / rounds,
+        })
+    return {name: statistics.median(row[name] for row in found[1:]) for name in found[0]}
+
+
+# ---- recommending an exit, a head size and γ ----
+
+def frequent_tokens(texts: Iterable[Sequence[int]], count: int, vocab_size: int) -> torch.Tensor:
+    """The `count` most frequent ids of `texts`, ascending, int64 (count,); filled up with the lowest ids where there are fewer."""
+    ranked = [token for token, _ in Counter(token for text in texts for token in text).most_common(count)]
+    missing = (token for token in range(vocab_size) if token not in set(ranked))
+    ranked += [token for token, _ in zip(missing, range(count - len(ranked)), strict=False)]
+    return torch.tensor(sorted(ranked))
+
+
+@torch.inference_mode()
+def acceptance_along(target: nn.Module, draft: TruncatedLlama, texts: list[tuple[list[int], int]], options: DecodeOptions) -> list[torch.Tensor]:
+    """For each (tokens, prompt length): the chance that `options.verification` keeps a token drafted at each position behind the prompt.
+
+    The texts must be the target's own under `options.policy`: what is drafted behind kept tokens is drafted behind such text.
+    """
+    found = []
+    for tokens, start in texts:
+        ids = torch.tensor([tokens[:-1]], device=target.device)
+        p, q = (policy_probs(model(ids, use_cache=False).logits[0, start - 1 :], options.policy) for model in (target, draft))
+        found.append(expected_acceptance(p, q, options.verification).cpu())
+    return found
+
+
+def tokens_per_round(chances: list[torch.Tensor], gamma: int) -> float:
+    """Mean over all starts of 1 + Σ_j Π_{i ≤ j} a_i for γ tokens drafted in a row, from the chances a along each text.
+
+    Unlike a single α it knows that easy positions come in runs.
+    """
+    total = count = 0.0
+    for along in chances:
+        starts = max(len(along) - gamma + 1, 0)
+        reach = torch.ones(starts)
+        for i in range(gamma):
+            reach = reach * along[i : i + starts]
+            total += float(reach.sum())
+        count += starts
+    return 1 + total / count
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A draft with its head size, measured round costs (seconds, by drafted tokens) and expected tokens per round."""
+
+    name: str
+    draft: TruncatedLlama
+    vocab: int
+    costs: list[float]
+    tokens: list[float]  # by drafted tokens, from 0
+
+    def speedup(self, gamma: int) -> float:
+        """Predicted: tokens per round over the round's cost in vanilla steps."""
+        return self.tokens[gamma] * self.costs[0] / self.costs[gamma]
+
+    @property
+    def best_gamma(self) -> int:
+        """The γ of the largest predicted speedup; 0 where drafting does not pay."""
+        return max(range(len(self.costs)), key=self.speedup)
