@@ -4,7 +4,7 @@
     python plots.py results/chat_layers --train_logs runs/layer3/train_log.jsonl runs/layer7/train_log.jsonl
 
 Reads `results.csv` in the given folder and the training logs (by default those beside the checkpoints that the table
-names), and writes `plots/<figure>.png` (300 dpi) and `.pdf`. A panel whose numbers are missing is left out, and a
+names), or the `step_times.json` of benchmark_torch_compile.py, and writes `plots/<figure>.png` (300 dpi) and `.pdf`. A panel whose numbers are missing is left out, and a
 line says so.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -688,6 +689,72 @@ def draw_run(axis: Axes, log: pd.DataFrame, column: str, look: Look) -> None:
     axis.plot(rows["step"], smooth, color=look.color)
 
 
+# ---- step times ----
+
+STEP_TIMES = "step_times.json"  # made by benchmark_torch_compile.py
+STEP_LOOKS = {
+    "transformers": _look("#000000", "*"),
+    "transformers static": _look("#999999", "v"),
+    "transformers+compile default": _look("#E69F00", "^"),
+    "transformers+compile reduce-overhead": _look("#D55E00", "s"),
+    "transformers+compile max-autotune": _look("#CC79A7", "v"),
+    "transformers+compile max-autotune-no-cudagraphs": _look("#F0E442", "^"),
+    "engine": _look("#0072B2", "o"),
+    "engine torch": _look("#56B4E9", "D"),
+    "engine+graph": _look("#009E73", "D"),
+}
+
+
+def read_step_times(path: Path) -> pd.DataFrame:
+    """The rows of a step_times.json that have a time. Raises UserError with the remedy."""
+    try:
+        rows = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: no step times ({error}); give the output folder of benchmark_torch_compile.py") from error
+    rows = rows.reindex(columns=[*rows.columns, *{"ms_per_step"} - set(rows)]).dropna(subset=["ms_per_step"])
+    unknown = sorted(set(rows.get("implementation", [])) - set(STEP_LOOKS))
+    if unknown:
+        raise UserError(f"{path}: unknown implementation {unknown[0]!r}; known: {', '.join(STEP_LOOKS)}")
+    return rows
+
+
+def step_times(rows: pd.DataFrame) -> Figure | None:
+    """A row of panels per variant, a column per context: tokens of a step against its ms, a line per implementation."""
+    if rows.empty:
+        print("plots: step_times: left out, no row with ms_per_step")
+        return None
+    names, contexts = list(rows["variant"].unique()), sorted(rows["context"].unique())
+    figure, axes = panel_grid([len(contexts)] * len(names), 2.1)
+    for axis, (name, context) in zip(itertools.chain(*axes), itertools.product(names, contexts), strict=True):
+        draw_steps(axis, rows[(rows["variant"] == name) & (rows["context"] == context)])
+        axis.set_title(f"{name}, context {context}")
+    first = rows.iloc[0]
+    head_line(figure, f"{first['model']}, {first['dtype']}, {first['device']}; bars: quartiles; dashed: reading weights, keys and values at the measured bandwidth")
+    drawn = [implementation for implementation in STEP_LOOKS if implementation in set(rows["implementation"])]
+    keys = [Line2D([], [], color=STEP_LOOKS[key].color, marker=STEP_LOOKS[key].marker, label=key) for key in drawn]
+    figure.legend(handles=keys, loc="outside lower center", ncols=2 if len(contexts) > 1 else 1)
+    return figure
+
+
+def draw_steps(axis: Axes, rows: pd.DataFrame) -> None:
+    """Lines with quartiles, and the time that the bytes of a step take at the measured bandwidth."""
+    widths = sorted(rows["width"].unique())
+    for name, steps in rows.groupby("implementation", sort=False):
+        look, middle = STEP_LOOKS[name], steps["ms_per_step"]
+        bars = [middle - steps["ms_per_step_q1"], steps["ms_per_step_q3"] - middle]
+        axis.errorbar(steps["width"], middle, yerr=bars, color=look.color, marker=look.marker, elinewidth=0.8, capsize=1.5)
+    floor = 1000 * rows["bytes_per_step"].iloc[0] / rows["bandwidth_bytes_per_s"].iloc[0]
+    axis.axhline(floor, color=GREY, linewidth=0.7, linestyle=(0, (4, 3)), zorder=1)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_locator(ticker.FixedLocator(widths))
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda width, _: f"{width:g}"))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.set(xlabel="tokens of a step", ylabel="ms per step")
+    scale_axis(axis, "y", pd.concat([rows["ms_per_step"], pd.Series([floor])]))
+    if axis.get_yscale() == "linear":
+        axis.set_ylim(bottom=0)
+
+
 # ---- files ----
 
 FIGURES = {
@@ -715,6 +782,14 @@ def plot_results(folder: Path, train_logs: list[Path] | None = None) -> list[Pat
     return written
 
 
+def plot_step_times(folder: Path) -> list[Path]:
+    """Draw `folder`/step_times.json into `folder`/plots and return the paths of the files. Raises UserError where it cannot be read."""
+    rows = read_step_times(folder / STEP_TIMES)
+    (folder / "plots").mkdir(exist_ok=True)
+    with mpl.rc_context(STYLE):
+        return write_figure(step_times(rows), folder / "plots" / "step_times")
+
+
 def write_figure(figure: Figure | None, stem: Path) -> list[Path]:
     """`figure` as PNG and PDF, without a date, so that equal results make equal files."""
     paths = {stem.with_suffix(".png"): {}, stem.with_suffix(".pdf"): {"CreationDate": None}}
@@ -728,10 +803,11 @@ def write_figure(figure: Figure | None, stem: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results_dir", type=Path, help="folder that holds results.csv")
+    parser.add_argument("results_dir", type=Path, help=f"folder that holds results.csv or {STEP_TIMES}")
     parser.add_argument("--train_logs", type=Path, nargs="*", help="train_log.jsonl files (default: those beside the checkpoints)")
     args = parser.parse_args()
-    for path in plot_results(args.results_dir, args.train_logs):
+    has_step_times = (args.results_dir / STEP_TIMES).exists()
+    for path in plot_step_times(args.results_dir) if has_step_times else plot_results(args.results_dir, args.train_logs):
         print(path)
 
 

@@ -133,18 +133,21 @@ static inline void products(const W* w, const float* x, floats* out, int64_t k, 
 template <typename W>
 struct Block {
     const W *qkv, *qkv_bias, *out, *out_bias, *gate_up, *gate_up_bias, *down, *down_bias, *attention_norm, *mlp_norm;
-    W *keys, *values;  // (kv_heads, capacity, head_dim)
+    W *keys, *values;  // of the first text (kv_heads, capacity, head_dim)
 };
 
 struct Shape {
-    int64_t hidden, heads, kv_heads, head_dim, intermediate, capacity;
+    int64_t hidden, heads, kv_heads, head_dim, intermediate, capacity, text_stride;  // the last: from one text's keys to the next's
     float eps;
 };
 
-// T rows whose keys and values go to slots start … start + T − 1. `visible` (T, T) says which of each other the rows see; null: causal.
+// T rows; the keys and values of row t go to slot slots[t] of text texts[t]. A row sees its text up to its own slot. With `visible` (T, T)
+// all rows are the first text's and lie behind `start` slots that each sees, besides the rows j with visible[t, j].
 template <typename W>
 struct Rows {
-    int64_t count, start;
+    int64_t count;
+    const int64_t *slots, *texts;
+    int64_t start;
     const W *cos, *sin;  // (T, head_dim), of which the first half is read, and (T, head_dim / 2)
     const uint8_t* visible;
 };
@@ -181,7 +184,7 @@ static void place(const Block<W>& block, const Shape& shape, const Rows<W>& rows
         const W *cos = rows.cos + t * size, *sin = rows.sin + t * size / 2;
         float* row = qkv + t * (shape.heads + 2 * shape.kv_heads) * size;
         float *key = row + (shape.heads + kv) * size, *value = key + shape.kv_heads * size;
-        const int64_t slot = (kv * shape.capacity + rows.start + t) * size;
+        const int64_t slot = rows.texts[t] * shape.text_stride + (kv * shape.capacity + rows.slots[t]) * size;
         rotate(key, cos, sin, size / 2);
         for (int64_t g = 0; g < groups; g++) rotate(row + (kv * groups + g) * size, cos, sin, size / 2);
         for (int64_t i = 0; i < size; i++) store(key[i], block.keys + slot + i);
@@ -204,8 +207,9 @@ static float soften(float* score, int64_t seen, int64_t start, const uint8_t* vi
 template <typename W>
 static void attend(const Block<W>& block, const Shape& shape, const Rows<W>& rows, int64_t kv, int64_t t, const float* qkv, float* attended, Scratch& own) {
     const int64_t size = shape.head_dim, groups = shape.heads / shape.kv_heads;
-    const int64_t seen = rows.start + (rows.visible ? rows.count : t + 1), padded = (seen + 3) / 4 * 4;
-    const W *keys = block.keys + kv * shape.capacity * size, *values = block.values + kv * shape.capacity * size;
+    const int64_t seen = rows.visible ? rows.start + rows.count : rows.slots[t] + 1, padded = (seen + 3) / 4 * 4;
+    const int64_t first = rows.texts[t] * shape.text_stride + kv * shape.capacity * size;
+    const W *keys = block.keys + first, *values = block.values + first;
     const float* query = qkv + (t * (shape.heads + 2 * shape.kv_heads) + kv * groups) * size;
     float* out = attended + (t * shape.heads + kv * groups) * size;
     own.queries.resize(groups * size);

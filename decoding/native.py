@@ -23,7 +23,7 @@ import torch
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("llama_blocks.cpp", "sampling.cpp"))
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-UP_TO = {torch.float32: 32, torch.bfloat16: 12}  # rows for which the C++ blocks are faster than torch's
+UP_TO = {torch.float32: 96, torch.bfloat16: 12}  # rows for which the C++ blocks are faster than torch's
 
 
 class BlockPointers(ctypes.Structure):
@@ -36,13 +36,14 @@ class BlockPointers(ctypes.Structure):
 class Shape(ctypes.Structure):
     """struct Shape of the source."""
 
-    _fields_ = [*[(name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "capacity")], ("eps", ctypes.c_float)]
+    _fields_ = [*[(name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "capacity", "text_stride")], ("eps", ctypes.c_float)]
 
 
 class Rows(ctypes.Structure):
     """struct Rows of the source."""
 
-    _fields_ = [("count", ctypes.c_int64), ("start", ctypes.c_int64), *[(name, ctypes.c_void_p) for name in ("cos", "sin", "visible")]]
+    _fields_ = [("count", ctypes.c_int64), ("slots", ctypes.c_void_p), ("texts", ctypes.c_void_p), ("start", ctypes.c_int64),
+                *[(name, ctypes.c_void_p) for name in ("cos", "sin", "visible")]]
 
 
 @cache

@@ -188,6 +188,10 @@ class Span:
         self._new[0][index].copy_(keys.transpose(0, 1))
         self._new[1][index].copy_(values.transpose(0, 1))
 
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slot and text of each row, int64 (T,), both."""
+        return torch.arange(self.start, self.start + self.count), torch.full((self.count,), self._row)
+
     def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
         """Put `x` (T, D) where `store` (B, S, D) has this place."""
         store[self._row, self.start : self.start + self.count] = x
@@ -203,22 +207,38 @@ class Scatter:
     Attention reads the first `reach` slots of every row and masks those behind each position.
     """
 
-    causal = False
+    causal, visible, start = False, None, 0
 
     def __init__(self, cache: KeyValues, rotary: Rotary, positions: torch.Tensor, reach: int) -> None:
         self.batch, self.count = positions.shape
-        self._positions, self._rows = positions, torch.arange(self.batch, device=positions.device)[:, None]
-        keys, values = cache.halves()
-        self._all_keys, self._all_values = keys.unbind(0), values.unbind(0)
-        self.keys, self.values = (half[..., :reach, :].unbind(0) for half in (keys, values))
+        self._cache, self._positions, self._reach = cache, positions, reach
+        self._rows = torch.arange(self.batch, device=positions.device)[:, None]
         flat = positions.reshape(-1)
         self.cos, self.sin = rotary.cos[flat], rotary.sin[flat]
-        self.mask = cache.mask(torch.arange(reach, device=positions.device) <= positions[..., None])
+
+    @cached_property
+    def keys(self) -> tuple[torch.Tensor, ...]:
+        """Of each block, those that the rows may see, (B, K, reach, head_dim)."""
+        return self._cache.halves()[0][..., : self._reach, :].unbind(0)
+
+    @cached_property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """As `keys`."""
+        return self._cache.halves()[1][..., : self._reach, :].unbind(0)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """What is added to the scores."""
+        return self._cache.mask(torch.arange(self._reach, device=self._positions.device) <= self._positions[..., None])
 
     def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values (B·T, K, head_dim) of block `index`."""
-        for stored, new in ((self._all_keys[index], keys), (self._all_values[index], values)):
-            stored[self._rows, :, self._positions] = new.unflatten(0, (self.batch, self.count))
+        for half, new in zip(self._cache.halves(), (keys, values), strict=True):
+            half[index][self._rows, :, self._positions] = new.unflatten(0, (self.batch, self.count))
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slot and text of each row, int64 (B·T,), both."""
+        return self._positions.flatten(), self._rows.expand_as(self._positions).flatten()
 
     def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
         """Put `x` (B·T, D) where `store` (B, S, D) has this place."""
@@ -317,7 +337,7 @@ class Stack:
     def run(self, x: torch.Tensor, place: Span | Scatter, first: int = 0, last: int | None = None) -> torch.Tensor:
         """`x` (B·T, D) through blocks first … last−1 (default: to the last), in place."""
         last = len(self.blocks) if last is None else last
-        if self._native is not None and isinstance(place, Span) and place.count <= native.UP_TO[x.dtype]:
+        if self._native is not None and len(x) <= native.UP_TO[x.dtype]:
             self._native.run(x, place, first, last)
             return x
         space = self._space(place)
@@ -336,16 +356,17 @@ class Stack:
 
 
 class NativeStack:
-    """The same for a few rows of one text on the CPU, in one call (llama_blocks.cpp).
+    """The same for a few rows on the CPU, in one call (llama_blocks.cpp).
 
-    A row gets the same bits in passes of any width, so what it decodes does not depend on how it was drafted.
+    A row gets the same bits in passes of any width and batch, so what a text decodes to does not depend on how it was
+    drafted, nor on the other texts.
     """
 
     def __init__(self, blocks: list[Block], cache: KeyValues, config: PretrainedConfig) -> None:
         self._blocks = (native.BlockPointers * len(blocks))(*[_pointers(block, cache, index) for index, block in enumerate(blocks)])
         self._shape = native.Shape(
             config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.intermediate_size,
-            cache.store.shape[3], config.rms_norm_eps,
+            cache.store.shape[3], cache.store.stride(1), config.rms_norm_eps,
         )
         self._call = native.function("run_blocks", cache.store.dtype)
 
@@ -354,10 +375,11 @@ class NativeStack:
         """Whether the C++ blocks can run this model's."""
         return native.serves(like.dtype, like.device, config.hidden_size, config.intermediate_size, config.head_dim)
 
-    def run(self, x: torch.Tensor, place: Span, first: int, last: int) -> None:
-        """`x` (T, D) through blocks first … last−1, in place."""
+    def run(self, x: torch.Tensor, place: Span | Scatter, first: int, last: int) -> None:
+        """`x` (B·T, D) through blocks first … last−1, in place."""
         visible = None if place.visible is None else place.visible.to(torch.uint8).contiguous()
-        rows = native.Rows(place.count, place.start, *map(native.address, (place.cos, place.sin, visible)))
+        slots, texts = place.slots()
+        rows = native.Rows(len(x), *map(native.address, (slots, texts)), place.start, *map(native.address, (place.cos, place.sin, visible)))
         self._call(ctypes.byref(self._blocks[first]) if first < last else None, last - first, ctypes.byref(self._shape), ctypes.byref(rows),
                    native.address(x), torch.get_num_threads())
 
@@ -385,6 +407,7 @@ class Head:
         return product(self._projection).contiguous()
 
     def _run_native(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
         weight, bias = self._projection.weight, self._projection.bias
         out = x.new_empty(len(x), len(weight))
         native.function("run_head", x.dtype)(

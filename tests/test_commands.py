@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-import decoding.chain as chain
+import decoding.drafting as drafting
 import evaluate
 import evaluate_checkpoints
 import plots
@@ -192,7 +192,7 @@ def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path,
         (tiny_target_path, [*checkpoint, "--spec_num_prompts", 5000], "only .* prompts of 8 tokens"),
         (tiny_target_path, [*checkpoint, "--dataset_path", empty], "no rows"),
         (tiny_target_path, [*checkpoint, "--spec_prompt_length", -5], "--spec_prompt_length -5: must not be negative"),
-        (tiny_target_path, [*checkpoint, "--gamma", 0], "--gamma 0: must be at least 1"),
+        (tiny_target_path, [*checkpoint, "--gamma", 0], "--gamma 0: must be auto, or a number from 1 to 63"),
     ):
         assert run_main(evaluate, ["--model_path", model, "--out_dir", tmp_path / "out", *EVALUATION, *arguments], monkeypatch) == 2
         check_one_line(capsys, message)
@@ -206,8 +206,8 @@ def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, 
                "--spec_prompt_length", 8, "--spec_max_new_tokens", 10, "--num_threads", 1]
     assert run_main(prove, [*command, "--out_dir", tmp_path / "real"], monkeypatch) == 0
     assert all(row["passed"] for row in json.loads((tmp_path / "real" / "proof.json").read_text()))
-    exact = chain.verify_chain
-    monkeypatch.setattr(chain, "verify_chain", lambda v, p, q, drafted, noise, positions: exact(v, p, q, drafted, noise, positions + 1))
+    exact = drafting.verify_chain
+    monkeypatch.setattr(drafting, "verify_chain", lambda v, p, q, drafted, noise, positions: exact(v, p, q, drafted, noise, positions + 1))
     assert run_main(prove, [*command, "--out_dir", tmp_path / "bug"], monkeypatch) == 1
     assert "FAIL  coupled" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 import export_draft
 from decoding.sampling import SamplingPolicy
-from export_draft import as_llama, why_not_a_llama
+from plain_llama import as_llama, why_not_a_llama
 from target_model import DeviceArgs, Target, load_target, tokenizer_hash, weights_hash
 from test_commands import check_one_line, run_main
 from toy_models import decode, noisy_exit, some_prompts, tiny_llama

@@ -9,17 +9,20 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # The tens are the tiers, from what everything stands on to what a user starts; the ones order a tier within itself.
 LEVELS = {
-    0: "command_line decoding.sampling decoding.kv_cache",
-    1: "row_files results decoding.state decoding.verify",
-    2: "data_utils",
+    0: "command_line machine_speed decoding.native decoding.matmul decoding.programs",
+    1: "row_files results decoding.sampling decoding.kv_cache decoding.static_llama",
+    2: "data_utils decoding.state decoding.verify",
+    3: "decoding.draft_length",
+    4: "decoding.drafting",
     10: "target_model training_loop losses plots arithmetic_dataset fineweb_dataset gsm8k_dataset mt_bench_dataset pydoc_dataset"
         " share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
     11: "metrics",
-    20: "text_datasets truncated_llama decoding.vanilla decoding.chain",
-    21: "tuned_llama",
+    20: "text_datasets truncated_llama decoding.vanilla decoding.chain decoding.self_speculation decoding.hf_peers",
+    21: "tuned_llama plain_llama planted",
     30: "speculative",
+    31: "tuning",
     40: "evaluation",
-    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft",
+    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark_torch_compile",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

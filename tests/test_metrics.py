@@ -17,9 +17,10 @@ def run(*rounds: tuple[int, int]) -> DecodeStats:
 
 
 def test_acceptance_figures():
-    row = metrics.speculation_metrics([run((3, 3), (3, 0)), run((3, 1), (3, 2), (1, 1))], gamma=3)
+    row = metrics.speculation_metrics([run((3, 3), (3, 0)), run((3, 1), (3, 2), (1, 1))], longest=3)
     assert row["spec_mean_accepted"] == 7 / 5
-    assert row["spec_accept_rate"] == 7 / 15
+    assert row["spec_mean_proposed"] == 13 / 5
+    assert row["spec_accept_rate"] == 7 / 13
     assert row["spec_tested"] == 3 + 1 + 2 + 3 + 1
     assert row["spec_token_accept_rate"] == 7 / 10
     assert row["spec_tokens_per_call"] == 12 / 5 and row["spec_target_calls_per_token"] == 5 / 12
@@ -31,7 +32,7 @@ def test_acceptance_figures():
 
 
 def test_a_position_never_reached_has_no_rate():
-    assert "spec_accept_at_2" not in metrics.speculation_metrics([run((3, 0))], gamma=3)
+    assert "spec_accept_at_2" not in metrics.speculation_metrics([run((3, 0))], longest=3)
 
 
 def test_speedup_leaves_prefill_out():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import metrics
-from decoding.kv_cache import CachedModel
 from decoding.sampling import SamplingPolicy
-from speculative import DecodeOptions, generate
+from decoding.state import DecodeState
+from speculative import DecodeOptions, _new_engine, generate
 from toy_models import (
     bigram_pair,
     check_all_accepted,
@@ -61,40 +61,43 @@ def test_draft_equal_to_target_has_everything_accepted(target, policy, verificat
     check_all_accepted(target, TruncatedLlama(target, Exit(target, 3)), policy, verification, count=50)
 
 
-@pytest.mark.parametrize(("verification", "runs"), [("rejection", 10_000), ("coupled", 1000)])
-def test_joint_law_of_the_first_two_tokens(verification, runs):
-    check_first_two_tokens(SamplingPolicy(1.0), verification, runs)
+@pytest.mark.parametrize(("verification", "runs", "dtype"), [("rejection", 6000, torch.float32), ("coupled", 1000, torch.float32), ("rejection", 1000, torch.float64)])
+def test_joint_law_of_the_first_two_tokens(verification, runs, dtype):
+    check_first_two_tokens(SamplingPolicy(1.0), verification, runs, dtype)
 
 
-@pytest.mark.parametrize(("verification", "tested"), [("rejection", 20_000), ("coupled", 8000)])
-def test_law_and_acceptance_of_a_long_text(verification, tested):
+@pytest.mark.parametrize(
+    ("verification", "tested", "dtype"), [("rejection", 20_000, torch.float32), ("coupled", 8000, torch.float32), ("rejection", 4000, torch.float64)])
+def test_law_and_acceptance_of_a_long_text(verification, tested, dtype):
     """Tokens within and behind rounds have the target's law; acceptance has its closed form (Σ min(p, q); P-MinHash)."""
-    stats = check_law(SamplingPolicy(0.7, top_p=0.95), verification, tokens=int(1.3 * tested))
-    row = metrics.speculation_metrics([stats], gamma=2)
+    stats = check_law(SamplingPolicy(0.7, top_p=0.95), verification, int(1.3 * tested), bigram_pair(dtype=dtype))
+    row = metrics.speculation_metrics([stats], longest=2)
     assert row["spec_tested"] >= tested and abs(row["spec_accept_z"]) < 4
 
 
+@pytest.mark.parametrize("engine", ["static", "transformers"])
 @pytest.mark.parametrize("verification", ["rejection", "coupled"])
-def test_caches_equal_a_fresh_prefill_after_every_round(target, verification, monkeypatch):
+def test_caches_equal_a_fresh_prefill_after_every_round(target, verification, engine, monkeypatch):
     """Draft-side cache errors only lower acceptance, so texts never show them: compare keys and values per block."""
-    import speculative
-
-    def checked_round(state, options):
-        result = plain_round(state, options)
-        text = state.committed + result.tokens
-        for model in (state.target, state.draft):
-            fresh = CachedModel(model.model)
-            fresh.forward(torch.tensor(text[: model.length]))
-            assert len(text) - 2 <= model.length <= len(text) - 1
-            for held, wanted in zip(model.layers(), fresh.layers(), strict=True):
-                assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(held, wanted, strict=True) if b is not None)
-        return result
-
-    method = speculative.METHODS["speculative"]
-    plain_round = method.round
-    monkeypatch.setitem(speculative.METHODS, "speculative", speculative.Method(checked_round, lossless=True, needs_draft=True))
     for draft in (noisy_exit(target, 1), noisy_exit(target, 2, own_block=True), tiny_llama(seed=9, num_hidden_layers=1)):
-        decode(target, draft, [1, 2, 3], policy=SamplingPolicy(0.7), verification=verification, max_new_tokens=40)
+        with pytest.MonkeyPatch.context() as patch:
+            checked = []
+
+            def compare(state, target=target, draft=draft, checked=checked):
+                plain_roll_back(state)
+                checked.append(len(state.committed[0]))
+                for model, cached in ((target, state.target), (draft, state.draft)):
+                    held = cached.lengths[0]
+                    assert len(state.committed[0]) - 2 <= held <= len(state.committed[0]) - 1
+                    fresh = _new_engine(model, held, 1, engine)
+                    fresh.prefill([state.committed[0][:held]])
+                    for pair, wanted in zip(cached.layers(), fresh.layers(), strict=True):
+                        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(pair, wanted, strict=True))
+
+            plain_roll_back = DecodeState.roll_back
+            patch.setattr(DecodeState, "roll_back", compare)
+            _, stats = decode(target, draft, [1, 2, 3], policy=SamplingPolicy(0.7), verification=verification, max_new_tokens=24, engine=engine)
+            assert len(checked) == len(stats.rounds)
 
 
 def test_counters(target):

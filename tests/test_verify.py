@@ -122,7 +122,7 @@ def test_coupled_agreement_matches_its_definition_and_simulation():
     agreement = verify.coupled_agreement(p, q)
     assert torch.allclose(agreement, plain, atol=1e-12)
     positions = torch.arange(20_000)
-    noise = Noise(seed=1)
+    noise = Noise.of(seed=1)
     for row in range(VOCAB):
         same = draw(p[row].expand(len(positions), -1), noise, positions) == draw(q[row].expand(len(positions), -1), noise, positions)
         deviation = (agreement[row] * (1 - agreement[row]) / len(positions)).sqrt()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import torch
@@ -11,37 +11,39 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoding.sampling import SamplingPolicy, policy_probs
-from decoding.state import DecodeStats
-from speculative import DecodeOptions, generate
+from decoding.state import DecodeStats, RoundResult
+from decoding.static_llama import StaticLlama
+from speculative import DecodeOptions, generate, generate_batch
 from truncated_llama import Exit, TruncatedLlama
 
 TOY_VOCAB = 8
 
 
 class BigramModel(nn.Module):
-    """A first-order language model: the next token's logits are a row of a table. Called as transformers' models are."""
+    """A first-order language model: the next token's logits are a row of a table. Called as transformers' models are, and counts it."""
 
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.calls = table, 0
         self.device = table.device
         self.config = SimpleNamespace(vocab_size=len(table), max_position_embeddings=10**9)
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        self.calls += 1
         return SimpleNamespace(logits=self.table[input_ids])
 
 
-def bigram_pair(seed: int = 0) -> tuple[BigramModel, BigramModel]:
-    """A target and a draft that differs from it by logit noise, fp64."""
+def bigram_pair(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[BigramModel, BigramModel]:
+    """A target and a draft that differs from it by logit noise. In fp32 sampling and verification run in C++."""
     generator = torch.Generator().manual_seed(seed)
     table = 1.5 * torch.randn(TOY_VOCAB, TOY_VOCAB, generator=generator, dtype=torch.float64)
     noise = torch.randn(TOY_VOCAB, TOY_VOCAB, generator=generator, dtype=torch.float64)
-    return BigramModel(table), BigramModel(table + noise)
+    return BigramModel(table.to(dtype)), BigramModel((table + noise).to(dtype))
 
 
-def context_free_pair(p: list[float], q: list[float]) -> tuple[BigramModel, BigramModel]:
+def context_free_pair(p: list[float], q: list[float], dtype: torch.dtype = torch.float64) -> tuple[BigramModel, BigramModel]:
     """A target and a draft that draw every token from p and from q."""
-    return tuple(BigramModel(torch.tensor([law] * len(law), dtype=torch.float64).log()) for law in (p, q))
+    return tuple(BigramModel(torch.tensor([law] * len(law), dtype=dtype).log()) for law in (p, q))
 
 
 def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
@@ -54,6 +56,11 @@ def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**shape, "rope_parameters": rope, **overrides})).double().eval().requires_grad_(False)
 
 
+def native_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    """`tiny_llama` in fp32, of sizes that the C++ blocks take (multiples of 16)."""
+    return tiny_llama(seed, **{"hidden_size": 64, "intermediate_size": 96, **overrides}).float()
+
+
 def noisy_exit(target: LlamaForCausalLM, layer: int, own_block: bool = False, scale: float = 0.05) -> TruncatedLlama:
     """A truncated draft whose exit was disturbed, so that it differs from the target in every tensor that it owns."""
     exit_ = Exit(target, layer, own_block)
@@ -64,16 +71,16 @@ def noisy_exit(target: LlamaForCausalLM, layer: int, own_block: bool = False, sc
 
 
 def decode(target: nn.Module, draft: nn.Module | None, prompt: list[int], prompt_id: int = 0, **options: object) -> tuple[list[int], DecodeStats]:
-    """Tokens and stats of one generation; speculative where there is a draft."""
+    """Tokens and stats of one generation; speculative where there is a draft and no other method is named."""
     method = "vanilla" if draft is None else "speculative"
-    generation = generate(target, prompt, DecodeOptions(method=method, **options), draft, prompt_id=prompt_id)
+    generation = generate(target, prompt, DecodeOptions(**{"method": method, **options}), draft, prompt_id=prompt_id)
     return generation.tokens, generation.stats
 
 
-def some_prompts(count: int, vocab_size: int = 64) -> list[list[int]]:
-    """Random prompts of 1 to 12 tokens."""
+def some_prompts(count: int, vocab_size: int = 64, longest: int = 12) -> list[list[int]]:
+    """Random prompts of 1 to `longest` tokens."""
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 13, (count,), generator=generator).tolist()
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
@@ -104,27 +111,36 @@ def transition_p(pairs: list[tuple[int, int]], target: BigramModel, policy: Samp
 
 # ---- checks: each raises AssertionError when a law or an equality does not hold ----
 
-def check_same_text(target: LlamaForCausalLM, draft: nn.Module, policy: SamplingPolicy, verification: str, count: int = 6, gamma: int = 3) -> None:
-    """Speculative text equals vanilla's, token for token, on `count` prompts."""
+def check_same_text(
+    target: nn.Module, draft: nn.Module, policy: SamplingPolicy, verification: str, count: int = 6, **options: object
+) -> list[DecodeStats]:
+    """Speculative text equals vanilla's, token for token, on `count` prompts. Returns the speculative stats."""
+    settings = {"policy": policy, "max_new_tokens": 32, "seed": 5}
+    found = []
     for prompt_id, prompt in enumerate(some_prompts(count)):
-        settings = {"policy": policy, "max_new_tokens": 32, "seed": 5}
         vanilla, _ = decode(target, None, prompt, prompt_id, **settings)
-        speculated, _ = decode(target, draft, prompt, prompt_id, gamma=gamma, verification=verification, **settings)
+        speculated, stats = decode(target, draft, prompt, prompt_id, **{**settings, "gamma": 3, "verification": verification, **options})
         assert speculated == vanilla
+        found.append(stats)
+    return found
 
 
-def check_all_accepted(target: LlamaForCausalLM, draft: nn.Module, policy: SamplingPolicy, verification: str, count: int = 6) -> None:
+def check_all_accepted(target: nn.Module, draft: nn.Module, policy: SamplingPolicy, verification: str, count: int = 6, **options: object) -> None:
     """A draft that equals the target has every proposal accepted."""
     for prompt_id, prompt in enumerate(some_prompts(count)):
-        _, stats = decode(target, draft, prompt, prompt_id, policy=policy, verification=verification, max_new_tokens=16)
+        _, stats = decode(target, draft, prompt, prompt_id, policy=policy, verification=verification, max_new_tokens=16, **options)
         assert all(r.accepted == r.proposed for r in stats.rounds)
 
 
-def check_law(policy: SamplingPolicy, verification: str, tokens: int = 6000, pair: tuple[BigramModel, BigramModel] | None = None) -> DecodeStats:
+def check_law(
+    policy: SamplingPolicy, verification: str, tokens: int = 2500, pair: tuple[BigramModel, BigramModel] | None = None, gamma: object = 2
+) -> DecodeStats:
     """In one long generation, tokens behind a round boundary and tokens within a round have the target's law."""
     target, draft = pair or bigram_pair()
-    text, stats = decode(target, draft, [0], policy=policy, verification=verification, gamma=2, max_new_tokens=tokens, seed=3, record_overlap=True)
-    assert stats.target_calls == len(stats.rounds)
+    before = target.calls, draft.calls
+    text, stats = decode(target, draft, [0], policy=policy, verification=verification, gamma=gamma, max_new_tokens=tokens, seed=3, record_overlap=True)
+    assert stats.target_calls == target.calls - before[0] == len(stats.rounds)
+    assert stats.draft_calls == draft.calls - before[1] == sum(r.proposed for r in stats.rounds)
     text = [0, *text]
     boundaries = set(accumulate((len(r.tokens) for r in stats.rounds), initial=0))
     pairs = list(zip(text[:-1], text[1:], strict=True))
@@ -135,12 +151,12 @@ def check_law(policy: SamplingPolicy, verification: str, tokens: int = 6000, pai
     return stats
 
 
-def check_first_two_tokens(policy: SamplingPolicy, verification: str, runs: int = 2000) -> None:
+def check_first_two_tokens(policy: SamplingPolicy, verification: str, runs: int = 2000, dtype: torch.dtype = torch.float64) -> None:
     """The joint law of the first two tokens after a fixed prompt, over independent generations.
 
     γ = 1, so the second token is behind a round boundary whenever the first draft was rejected.
     """
-    target, draft = bigram_pair()
+    target, draft = bigram_pair(dtype=dtype)
     counts = torch.zeros(TOY_VOCAB, TOY_VOCAB)
     for prompt_id in range(runs):
         (first, second), _ = decode(target, draft, [0], prompt_id, policy=policy, verification=verification, gamma=1, max_new_tokens=2)
@@ -148,3 +164,68 @@ def check_first_two_tokens(policy: SamplingPolicy, verification: str, runs: int 
     p = policy_probs(target.table, policy)
     joint = p[0][:, None] * p
     assert chi_square_p(counts.flatten()[None], runs * joint.flatten()[None]) > 1e-4
+
+
+class PeekingLength:
+    """Drafts in a round only if the signal that ended the round before was no larger than `limit`.
+
+    It asks signals alone, so it is a rule that rejection verification has to be exact under. The signal behind a drafted
+    token tells which it was, though it was thrown away; were it drawn again with the same noise, the rule would choose its draft.
+    """
+
+    wants_signals = True
+
+    def __init__(self, longest: int, limit: float) -> None:
+        self.longest, self.limit, self.last = longest, limit, -math.inf
+
+    def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
+        return drafted < self.longest and (drafted > 0 or self.last <= self.limit)
+
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult]) -> None:
+        self.last = float(signals[-1]) if signals else -math.inf
+
+
+def check_law_under_a_peeking_rule(dtype: torch.dtype, tokens: int = 2500) -> None:
+    """A rule that learns from drafted tokens that were thrown away changes no law: looked at where the next round drafts again."""
+    p, q = [0.1, 0.5, 0.4], [0.5, 0.1, 0.4]
+    target, _ = context_free_pair(p, q, dtype)
+    draft = BigramModel(torch.tensor([q, q, [0.499, 0.1, 0.401]], dtype=dtype).log())  # the third row's largest entry tells that token 2 was drafted
+    rule = PeekingLength(3, math.log(0.4995 / 0.5005))
+    _, stats = decode(target, draft, [0], policy=SamplingPolicy(1.0), gamma=rule, max_new_tokens=tokens, seed=3)
+    again = [now.tokens[0] for before, now in pairwise(stats.rounds) if before.proposed == 3 and before.accepted == 0 and now.proposed]
+    counts = torch.bincount(torch.tensor(again), minlength=3)
+    assert len(again) > 100 and chi_square_p(counts[None], len(again) * torch.tensor([p])) > 1e-4
+
+
+def check_batch(target: nn.Module, draft: nn.Module | None, prompts: list[list[int]], **options: object) -> None:
+    """A batch gives each text what it gets alone: the same tokens in the same rounds."""
+    settings = DecodeOptions(**{"method": "vanilla" if draft is None else "speculative", **options})
+    together = generate_batch(target, prompts, settings, draft)
+    for prompt_id, (prompt, found) in enumerate(zip(prompts, together, strict=True)):
+        alone = generate(target, prompt, settings, draft, prompt_id=prompt_id)
+        assert found.tokens == alone.tokens
+        assert [(r.proposed, r.accepted) for r in found.stats.rounds] == [(r.proposed, r.accepted) for r in alone.stats.rounds]
+
+
+def random_text(length: int, vocab_size: int = 64, seed: int = 0) -> torch.Tensor:
+    """Token ids (1, length)."""
+    return torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def pass_logits(engine: StaticLlama, text: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """Logits (1, T, V) of `text` (1, T) fed to an empty `engine` in passes of these widths, the last one for what is left."""
+    engine.start(text.shape[1])
+    ends = [*accumulate(widths, initial=0), text.shape[1]]
+    return torch.cat([engine.append(text[:, start:end]).clone() for start, end in pairwise(ends) if end > start], 1)
+
+
+@torch.inference_mode()
+def check_logits(target: LlamaForCausalLM, widths: list[int], length: int = 100, tolerance: float = 1e-4) -> None:
+    """A StaticLlama's logits and keys and values are transformers', in passes of any widths."""
+    text = random_text(length, target.config.vocab_size)
+    engine = StaticLlama(target, length)
+    found, wanted = pass_logits(engine, text, widths), target(text, use_cache=True)
+    assert (found - wanted.logits).abs().max() < tolerance
+    for held, layer in zip(engine.layers(), wanted.past_key_values.layers, strict=True):
+        assert all((a - b).abs().max() < tolerance for a, b in zip(held, (layer.keys, layer.values), strict=True))

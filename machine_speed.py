@@ -1,0 +1,42 @@
+"""What this machine can do, measured on the spot: the bounds that measured steps are compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+BUFFER_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # several times the largest caches of either
+RUNS = 10
+
+
+def memory_bandwidth(device: torch.device | str) -> float:
+    """Bytes per second between memory and processor: the best of RUNS passes over a buffer that fits in no cache.
+
+    On the CPU a buffer is read (summed) by torch's current number of threads; on CUDA it is copied, and its bytes
+    count twice, as read and as written. Not yet measured on a GPU.
+    """
+    device = torch.device(device)
+    # Written in full: pages that never were are all one page of zeros, and read at the speed of the cache.
+    buffer = torch.ones(BUFFER_BYTES[device.type] // 4, device=device)
+    if device.type == "cpu":
+        return buffer.nbytes / min(_host_seconds(buffer.sum) for _ in range(RUNS))
+    copy = torch.empty_like(buffer)
+    return 2 * buffer.nbytes / min(_device_seconds(lambda: copy.copy_(buffer)) for _ in range(RUNS))
+
+
+def _host_seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _device_seconds(work: Callable[[], object]) -> float:
+    """By the device's own clock: what starting the work takes on the host is no part of it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
