@@ -27,7 +27,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,6 @@ from command_line import UserError, parse_args, run
 import pandas as pd
 import torch
 from torch import nn
-from torch._inductor.utils import fresh_inductor_cache
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig, StaticCache
 
 from decoding.kv_cache import CachedModel
@@ -70,7 +69,9 @@ COLUMNS = {
     "context": "tokens in the cache before the step",
     "width": "tokens of the step",
     "implementation": "see the head of this file",
-    "ms_per_step": "median of `steps` steps, in ms; with first and third quartile in ms_per_step_q1, ms_per_step_q3",
+    "ms_per_step": "median of `steps` steps, in ms",
+    "ms_per_step_q1": "first quartile",
+    "ms_per_step_q3": "third quartile",
     "steps": "timed steps, STEPS_PER_TURN in each of --repeats turns",
     "speedup": "the baseline's ms_per_step / this one's, same model, context and width",
     "compile_seconds": "first call of a compiled implementation, with empty caches of the compiler; for engine+graph the capture",
@@ -288,6 +289,12 @@ def error_line(error: BaseException) -> str:
     return " ".join([f"{type(error).__name__}:", *lines[:2]])[:300]
 
 
+def load_compiler(device: torch.device) -> None:
+    """Compile a trifle, so that the first compile_seconds does not hold what loading the compiler takes (8 s on 2 cores)."""
+    with suppress(*FAILURES):  # those who need it will say so
+        torch.compile(lambda x: x.sin())(torch.ones(8, device=device))
+
+
 def measure_cell(works: dict[str, Implementation], tokens: torch.Tensor, repeats: int) -> dict[str, dict]:
     """Name -> compile_seconds, max_logit_difference and the `seconds` of all timed steps on `tokens` (1, T); or an error."""
     torch.compiler.reset()  # the graphs of other widths count against torch's limit of compiled versions
@@ -301,6 +308,8 @@ def measure_cell(works: dict[str, Implementation], tokens: torch.Tensor, repeats
 
 def first_steps(implementation: Implementation, tokens: torch.Tensor, reference: torch.Tensor) -> dict:
     """Compile, compare the logits with `reference` (1, T, V), and warm up."""
+    from torch._inductor.utils import fresh_inductor_cache  # slow to load
+
     figures = {}
     try:
         with fresh_inductor_cache() if implementation.compiles else nullcontext():
@@ -355,6 +364,8 @@ def timed_step(implementation: Implementation, tokens: torch.Tensor) -> tuple[to
 def measure(model: LlamaForCausalLM, args: Args, base: dict) -> Iterator[list[dict]]:
     """The rows of one cell after another; each begins with the columns `base`."""
     widths, generator = sorted(set(args.widths)), torch.Generator().manual_seed(args.seed)
+    if args.compile_modes():
+        load_compiler(model.device)
     for variant, part in variants(model, args.exit_layers):
         for context in sorted(set(args.contexts)):
             tokens = torch.randint(model.config.vocab_size, (1, context + widths[-1]), generator=generator).to(model.device)

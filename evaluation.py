@@ -16,6 +16,7 @@ from command_line import UserError
 import pandas as pd
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from data_utils import EncodeOptions, encode_example, encode_prompt, held_out_batches
 from decoding.draft_length import AdaptiveLength
@@ -39,7 +40,7 @@ EvaluationData = dict[str, Sequence[dict]]
 
 
 @dataclass(kw_only=True)
-class SpeculationArgs(DeviceArgs):
+class PromptArgs(DeviceArgs):
     """Flags of every command that decodes prompts with a target."""
 
     model_path: str = field(metadata={"help": f"the target: a Hugging Face id or folder ({EMBEDDED_TARGET.name} lies in assets/)"})
@@ -49,15 +50,20 @@ class SpeculationArgs(DeviceArgs):
     spec_num_prompts: int = field(default=32, metadata={"help": "prompts, from the test split"})
     spec_prompt_length: int = field(default=64, metadata={"help": "tokens kept of each prompt; 0: all, up to where the assistant speaks"})
     spec_max_new_tokens: int = field(default=128, metadata={"help": "new tokens per prompt"})
-    gamma: str = field(default="4", metadata={"help": "drafted tokens per round, or auto: as many as pay", "aliases": ["--speculate_len", "--k"]})
-    method: Literal["auto", "self_speculative", "speculative"] = field(
-        default="auto", metadata={"help": "self_speculative: an exit shares blocks and cache with the target (auto: where it can); speculative: any draft"})
-    engine: Literal["static", "transformers"] = field(default="static", metadata={"help": "the suite's own forward pass, or transformers'"})
     seed: int = field(default=0, metadata={"help": "seed of data order, noise and bootstrap"})
 
     def dataset_names(self) -> list[str]:
         """The data sets that are read; the first is the prompts' own."""
         return [self.spec_prompt_dataset or "ultrachat"]
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a round drafts."""
+        return 0
+
+    def config(self) -> PretrainedConfig:
+        """The target's configuration. Raises UserError."""
+        return load_config(self.model_path)
 
     def check(self) -> None:
         """Raise UserError for flags that cannot work, before anything is loaded."""
@@ -67,26 +73,12 @@ class SpeculationArgs(DeviceArgs):
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
         for name in ("spec_num_prompts", "spec_max_new_tokens"):
             self.check_positive(name)
-        if self.gamma != "auto" and not (self.gamma.isdecimal() and 1 <= int(self.gamma) < KEPT_WIDTHS):
-            raise UserError(f"--gamma {self.gamma}: must be auto, or a number from 1 to {KEPT_WIDTHS - 1}")
         names = {find_dataset(name).name for name in self.dataset_names()}
         if self.dataset_path is not None and len(names) > 1:
             raise UserError(f"--dataset_path holds one data set, but {', '.join(sorted(names))} are named")
-        context = load_config(self.model_path).max_position_embeddings
+        context = self.config().max_position_embeddings
         if self.spec_prompt_length + self.spec_max_new_tokens + self.longest > context:
-            raise UserError(f"the context of {self.model_path} is {context} tokens: lower --spec_prompt_length, --spec_max_new_tokens or --gamma")
-
-    @property
-    def longest(self) -> int:
-        """Most tokens that a round drafts."""
-        return LONGEST if self.gamma == "auto" else int(self.gamma)
-
-    def method_for(self, target: Target, draft: nn.Module) -> str:
-        """The method to decode with, given the draft."""
-        if self.method != "auto":
-            return self.method
-        shares = isinstance(draft, TruncatedLlama) and self.engine == "static" and why_unsupported(target.model) is None
-        return "self_speculative" if shares else "speculative"
+            raise UserError(f"the context of the target is {context} tokens: lower --spec_prompt_length, --spec_max_new_tokens or --gamma")
 
     def check_positive(self, name: str) -> None:
         if getattr(self, name) < 1:
@@ -105,8 +97,52 @@ class SpeculationArgs(DeviceArgs):
         return {"target_hash": weights_hash(target.model), "data": [fingerprint(self.stream(data, name)) for name in data]}
 
 
+def drafted_at_most(gamma: str) -> int:
+    """Most tokens that a round drafts with `gamma`, a number or "auto". Raises UserError for anything else."""
+    if gamma != "auto" and not (gamma.isdecimal() and 1 <= int(gamma) < KEPT_WIDTHS):
+        raise UserError(f"--gamma {gamma}: must be auto, or a number from 1 to {KEPT_WIDTHS - 1}")
+    return LONGEST if gamma == "auto" else int(gamma)
+
+
 @dataclass(kw_only=True)
-class EvaluationArgs(SpeculationArgs):
+class SpeculationArgs(PromptArgs):
+    """Flags of commands that decode in one way."""
+
+    gamma: str = field(default="4", metadata={"help": "drafted tokens per round, or auto: as many as pay", "aliases": ["--speculate_len", "--k"]})
+    method: Literal["auto", "self_speculative", "speculative"] = field(
+        default="auto", metadata={"help": "self_speculative: an exit shares blocks and cache with the target (auto: where it can); speculative: any draft"})
+    engine: Literal["static", "transformers"] = field(default="static", metadata={"help": "the suite's own forward pass, or transformers'"})
+
+    @property
+    def longest(self) -> int:
+        return drafted_at_most(self.gamma)
+
+    def method_for(self, target: Target, draft: nn.Module) -> str:
+        """The method to decode with, given the draft."""
+        if self.method != "auto":
+            return self.method
+        shares = isinstance(draft, TruncatedLlama) and self.engine == "static" and why_unsupported(target.model) is None
+        return "self_speculative" if shares else "speculative"
+
+
+@dataclass(kw_only=True)
+class PolicyArgs:
+    """Flags that choose the sampling policy."""
+
+    spec_temperature: float = field(default=0.7, metadata={"help": "0: greedy"})
+    spec_top_p: float = field(default=1.0, metadata={"help": "1: off"})
+    spec_top_k: int = field(default=0, metadata={"help": "0: off"})
+
+    def policy(self) -> SamplingPolicy:
+        """The policy. Raises UserError for values that no policy has."""
+        try:
+            return SamplingPolicy(self.spec_temperature, self.spec_top_k, self.spec_top_p)
+        except ValueError as error:
+            raise UserError(f"--spec_{error}") from error
+
+
+@dataclass(kw_only=True)
+class EvaluationArgs(PolicyArgs, SpeculationArgs):
     """Flags that both evaluators have."""
 
     quality_datasets: list[str] = field(default_factory=lambda: ["ultrachat"], metadata={"help": "data sets for KL, perplexity, agreement"})
@@ -114,9 +150,6 @@ class EvaluationArgs(SpeculationArgs):
     quality_batch_size: int = field(default=8, metadata={"help": "examples per batch"})
     max_length: int = field(default=512, metadata={"help": "longest sequence of the quality batches, in tokens"})
     kl_temperature: float | None = field(default=None, metadata={"help": "for <dataset>_kl_at_train_temperature (default: the exit's own)"})
-    spec_temperature: float = field(default=0.7, metadata={"help": "0: greedy"})
-    spec_top_p: float = field(default=1.0, metadata={"help": "1: off"})
-    spec_top_k: int = field(default=0, metadata={"help": "0: off"})
     verification: Verification = field(default="rejection", metadata={"help": "coupled returns vanilla's own tokens for the seed"})
 
     def dataset_names(self) -> list[str]:
@@ -128,16 +161,10 @@ class EvaluationArgs(SpeculationArgs):
             self.check_positive(name)
         if self.kl_temperature is not None and self.kl_temperature <= 0:
             raise UserError(f"--kl_temperature {self.kl_temperature}: must be positive")
-        try:
-            self.policy()
-        except ValueError as error:
-            raise UserError(f"--spec_{error}") from error
+        self.policy()
         context = load_config(self.model_path).max_position_embeddings
         if not 2 <= self.max_length <= context:
             raise UserError(f"--max_length {self.max_length}: must lie between 2 and the context of {self.model_path}, {context}")
-
-    def policy(self) -> SamplingPolicy:
-        return SamplingPolicy(self.spec_temperature, self.spec_top_k, self.spec_top_p)
 
     def settings_hash(self, facts: dict) -> str:
         """Identifies all that figures depend on, the draft apart; a results file holds rows of one such hash."""
@@ -203,7 +230,7 @@ def measure_quality(target: Target, draft: Draft, stream: ExampleStream, args: E
 
 # ---- speculation ----
 
-def choose_prompts(target: Target, args: SpeculationArgs, data: EvaluationData) -> list[list[int]]:
+def choose_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> list[list[int]]:
     """`spec_num_prompts` prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer.
 
     With length 0 whole prompts, up to where the assistant speaks. Raises UserError where there are too few.

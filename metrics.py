@@ -168,20 +168,29 @@ def acceptance_z(runs: list[DecodeStats]) -> float | None:
 def speed_metrics(vanilla: list[DecodeStats], speculative: list[DecodeStats], seed: int = 0) -> dict[str, float]:
     """Tokens per second and phases of both, and the speedup with its interval over prompts (paired)."""
     row: dict[str, float] = {}
-    per_token = []
-    for name, runs in (("vanilla", vanilla), ("spec", speculative)):
-        seconds, emitted = np.array([run.decode_s for run in runs]), np.array([run.emitted for run in runs])
-        per_token.append((seconds, emitted))
-        row |= with_interval(f"{name}_tokens_per_s", emitted, seconds, seed)
+    paces = {name: pace([[run] for run in runs]) for name, runs in (("vanilla", vanilla), ("spec", speculative))}
+    for (name, (tokens, seconds)), runs in zip(paces.items(), (vanilla, speculative), strict=True):
+        row |= with_interval(f"{name}_tokens_per_s", tokens, seconds, seed)
         row[f"{name}_decode_s"], row[f"{name}_host_s"] = seconds.sum(), sum(run.host_s for run in runs)
         row |= {f"{name}_{phase}_s": sum(run.seconds[phase] for run in runs) for phase in PHASES if phase != "record"}
-    (vanilla_s, vanilla_n), (spec_s, spec_n) = per_token
+    return {**row, **speedup_interval("spec_speedup", paces["vanilla"], paces["spec"], seed)}
+
+
+def pace(batches: list[list[DecodeStats]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and the seconds that decoding them took, for each batch of texts that were decoded together."""
+    return np.array([sum(run.timed for run in batch) for batch in batches]), np.array([batch[0].decode_s for batch in batches])
+
+
+def speedup_interval(name: str, baseline: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], seed: int = 0) -> dict[str, float]:
+    """{name, name_ci_low, name_ci_high}: tokens per second of `other` over those of `baseline`, both (tokens, seconds) of the same
+    prompts or batches, paired bootstrap."""
+    (base_n, base_s), (other_n, other_s) = baseline, other
 
     def speedup(pick: np.ndarray) -> np.ndarray:
-        return (vanilla_s[pick].sum(-1) / vanilla_n[pick].sum(-1)) / (spec_s[pick].sum(-1) / spec_n[pick].sum(-1))
+        return (base_s[pick].sum(-1) / base_n[pick].sum(-1)) / (other_s[pick].sum(-1) / other_n[pick].sum(-1))
 
-    row["spec_speedup"] = float(speedup(np.arange(len(vanilla))))
-    return {**row, **_interval("spec_speedup", speedup(_resamples(len(vanilla), seed)), len(vanilla))}
+    count = len(base_n)
+    return {name: float(speedup(np.arange(count))), **_interval(name, speedup(_resamples(count, seed)), count)}
 
 
 def with_interval(name: str, numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> dict[str, float]:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from decoding.chain import chain_round
 from decoding.draft_length import DraftLength, FixedLength
+from decoding.hf_peers import generation_config, hf_decode
 from decoding.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy
 from decoding.self_speculation import SharedExit, self_speculation_round
@@ -30,6 +31,7 @@ from decoding.state import DecodeState, DecodeStats, Model, RoundResult, synchro
 from decoding.static_llama import KEPT_WIDTHS, StaticLlama, why_unsupported
 from decoding.vanilla import vanilla_round
 from decoding.verify import VERIFICATIONS, Verification
+from plain_llama import as_llama, drafting_config
 from truncated_llama import TruncatedLlama
 
 Stop = Callable[[list[int]], bool]
@@ -71,21 +73,56 @@ class DecodeOptions:
 
 @dataclass(frozen=True)
 class Method:
-    """One round of a decoding method, whether its output has the target's law, and what it drafts with.
+    """How a decoding method decodes, whether its output has the target's law, and what it drafts with.
 
+    It has a `round`, or, as transformers' own decoders, decodes a `whole` text (target, prompt, options, draft, seed).
     `draft`: "none", "model" (any with the target's vocabulary) or "exit" (a TruncatedLlama of this very target).
     """
 
-    round: Callable[[DecodeState, DecodeOptions], list[RoundResult]]
     lossless: bool
     draft: Literal["none", "model", "exit"]
+    round: Callable[[DecodeState, DecodeOptions], list[RoundResult]] | None = None
+    whole: Callable[[nn.Module, list[int], DecodeOptions, nn.Module | None, int], tuple[list[int], DecodeStats]] | None = None
+
+
+def _hf_generate(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
+    return hf_decode(target, prompt, generation_config(options.policy, options.max_new_tokens, options.eos_ids), seed)
+
+
+def _hf_assisted(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
+    assistant = _as_assistant(draft)
+    assistant.generation_config = drafting_config(target, options.length().longest)
+    return hf_decode(target, prompt, generation_config(options.policy, options.max_new_tokens, options.eos_ids), seed, assistant)
+
+
+def _hf_early_exit(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
+    config = generation_config(options.policy, options.max_new_tokens, options.eos_ids)
+    config.assistant_early_exit = draft.exit.target_layer + 1
+    own, target.generation_config = target.generation_config, drafting_config(target, options.length().longest)
+    try:  # transformers reads how much to draft from the drafting model's own configuration, here the target's
+        return hf_decode(target, prompt, config, seed)
+    finally:
+        target.generation_config = own
 
 
 METHODS = {
-    "vanilla": Method(lambda state, options: vanilla_round(state), lossless=True, draft="none"),
-    "speculative": Method(lambda state, options: chain_round(state, options.length(), options.verification), lossless=True, draft="model"),
-    "self_speculative": Method(lambda state, options: self_speculation_round(state, options.length(), options.verification), lossless=True, draft="exit"),
+    "vanilla": Method(True, "none", lambda state, options: vanilla_round(state)),
+    "speculative": Method(True, "model", lambda state, options: chain_round(state, options.length(), options.verification)),
+    "self_speculative": Method(True, "exit", lambda state, options: self_speculation_round(state, options.length(), options.verification)),
+    "hf_generate": Method(True, "none", whole=_hf_generate),
+    "hf_assisted": Method(True, "model", whole=_hf_assisted),
+    "hf_early_exit": Method(True, "exit", whole=_hf_early_exit),
 }
+_assistants: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
+
+
+def _as_assistant(draft: nn.Module) -> PreTrainedModel:
+    """`draft` as transformers takes it: an exit as a plain Llama, made once. Raises UserError where there is no such Llama."""
+    if not isinstance(draft, TruncatedLlama):
+        return draft
+    if draft not in _assistants:
+        _assistants[draft] = as_llama(draft.target, draft.exit)
+    return _assistants[draft]
 
 
 @dataclass(frozen=True)
@@ -133,9 +170,12 @@ def generate_batch(
     method = METHODS[options.method]
     for prompt in prompts:
         _check(target, prompt, options, draft if method.draft != "none" else target)
+    prompt_ids = prompt_ids or list(range(len(prompts)))
+    if method.whole is not None:
+        return [Generation(*method.whole(target, prompt, options, draft, options.seed + key)) for prompt, key in zip(prompts, prompt_ids, strict=True)]
     synchronize(target.device)
     start = time.perf_counter()
-    state = _prepare(target, prompts, options, draft, prompt_ids or list(range(len(prompts))))
+    state = _prepare(target, prompts, options, draft, prompt_ids)
     with state.clock("prefill"):
         _prefill(state, [prompt[:-1] for prompt in prompts])
     stats = [DecodeStats(prompt_tokens=len(prompt)) for prompt in prompts]
@@ -169,7 +209,8 @@ def _cut(generated: list[int], new: list[int], options: DecodeOptions) -> tuple[
 def _finish(state: DecodeState, row: int, stats: DecodeStats, wall_s: float) -> Generation:
     """The generation of text `row`, with the counts of the models and clocks that all texts share."""
     tokens = state.committed[row][stats.prompt_tokens :]
-    stats.emitted, stats.wall_s, stats.seconds = len(tokens), wall_s, state.clock.seconds()
+    stats.emitted = stats.timed = len(tokens)
+    stats.wall_s, stats.seconds = wall_s, state.clock.seconds()
     stats.target_calls, stats.target_tokens = state.target.calls, state.target.tokens
     if state.draft is not None:
         stats.draft_calls, stats.draft_tokens = state.draft.calls, state.draft.tokens
@@ -183,7 +224,7 @@ def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: 
         raise ValueError(f"method {options.method!r} drafts with a model: pass draft=")
     if draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(f"draft and target have different vocabularies ({draft.config.vocab_size} and {target.config.vocab_size} tokens)")
-    if METHODS[options.method].draft == "exit":
+    if options.method == "self_speculative":
         _check_exit(target, draft, options)
     ahead = options.length().longest if METHODS[options.method].draft != "none" else 0
     context = min(context_length(model.config) for model in (target, draft))

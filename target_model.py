@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-EMBEDDED_TARGET = Path(__file__).parent / "assets" / "pydoc-llama-7m"
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED_TARGET, CONFIGS = ASSETS / "pydoc-llama-7m", ASSETS / "configs"
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,17 @@ def load_config(path: str) -> PretrainedConfig:
     if config.model_type != "llama":
         raise UserError(f"{path} is a {config.model_type} model; this suite exits early from Llama models only")
     return config
+
+
+def named_config(name: str) -> PretrainedConfig:
+    """The configuration `name` of assets/configs, or of a folder or config.json. Raises UserError."""
+    path = CONFIGS / f"{name}.json"
+    if path.exists():
+        return load_config(str(path))
+    if not Path(name).exists():
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+        raise UserError(f"no shape {name}: give one of {known}, a folder or a config.json")
+    return load_config(name)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

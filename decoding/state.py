@@ -42,13 +42,14 @@ class RoundResult:
 class DecodeStats:
     """Raw counts and unrounded seconds of one text's generation; rates are computed by `metrics.speculation_metrics`.
 
-    `emitted` counts tokens after the cuts at end-of-text and length; `rounds`, calls and processed tokens are after the
-    prefill. `seconds` holds the phases of PHASES, sampling included, of which "record" is measurement, not decoding;
+    `emitted` counts tokens after the cuts at end-of-text and length, `timed` those of them that `decode_s` covers (all, but
+    in transformers' own decoders); `rounds`, calls and processed tokens are after the prefill. `seconds` holds the phases of PHASES, sampling included, of which "record" is measurement, not decoding;
     `wall_s` is the whole. In a batch the calls and seconds are those of all texts together.
     """
 
     prompt_tokens: int = 0
     emitted: int = 0
+    timed: int = 0
     target_calls: int = 0
     draft_calls: int = 0
     target_tokens: int = 0

@@ -238,7 +238,7 @@ class Scatter:
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot and text of each row, int64 (B·T,), both."""
-        return self._positions.flatten(), self._rows.expand_as(self._positions).flatten()
+        return self._positions.flatten(), self._rows.expand_as(self._positions).flatten().contiguous()
 
     def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
         """Put `x` (B·T, D) where `store` (B, S, D) has this place."""

@@ -1,0 +1,269 @@
+"""Every way to decode side by side on the same prompts: tokens per second, acceptance, prediction, share of the roofline.
+
+    python benchmark.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000100.safetensors \\
+        --spec_prompt_dataset arithmetic --spec_prompt_length 0 --gammas 1 2 4 6 auto --num_threads 2 --out_dir runs/speed
+    python benchmark.py --random_init llama-3.2-1b --planted_alpha 0.8 --planted_layer 1 --draft_vocab_size 32768 --torch_dtype bf16 \\
+        --gammas 2 4 auto --spec_num_prompts 8 --spec_max_new_tokens 32 --out_dir runs/speed-1b
+
+All entries decode a prompt before the next prompt begins, in an order that rotates from prompt to prompt; the first
+prompt is decoded once more before, uncounted. Speedups are ratios of tokens per second over the same prompts, with a paired
+bootstrap interval. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
+are those of the true shape, texts mean nothing, and every row says `planted`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from command_line import UserError, parse_args, run
+
+import pandas as pd
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from data_utils import encode_example
+from decoding.draft_length import AdaptiveLength
+from decoding.state import DecodeStats
+from decoding.verify import VERIFICATIONS
+from evaluation import PolicyArgs, PromptArgs, choose_prompts, drafted_at_most
+from machine_speed import memory_bandwidth
+from metrics import expected_tokens, pace, speculation_metrics, speedup_interval, with_interval
+from planted import planted_pair
+from results import make_output_dir, record_run, write_csv
+from row_files import ExampleStream, open_rows
+from speculative import METHODS, DecodeOptions, generate_batch
+from target_model import Target, eos_token_ids, load_target, named_config
+from text_datasets import find_dataset
+from truncated_llama import TruncatedLlama, load_exit, read_exit_info, step_bytes
+from tuning import frequent_tokens, round_costs
+
+RESULTS_NAME = "results.csv"
+FREQUENCY_TEXTS = 500  # training examples whose tokens are counted for a trimmed draft vocabulary
+PLANTED_PROMPT = 64
+
+
+@dataclass(kw_only=True)
+class Args(PolicyArgs, PromptArgs):
+    """Compare ways to decode."""
+
+    model_path: str | None = field(default=None, metadata={"help": "the target: a Hugging Face id or folder"})
+    checkpoint: str | None = field(default=None, metadata={"help": "the exit to draft with, made by train.py"})
+    random_init: str | None = field(default=None, metadata={"help": "random weights in this shape: a name in assets/configs, a folder or a config.json"})
+    planted_alpha: float = field(default=0.8, metadata={"help": "with --random_init: the acceptance that the exit is made to have"})
+    planted_layer: int = field(default=1, metadata={"help": "with --random_init: the exit's layer"})
+    draft_vocab_size: int | None = field(default=None, metadata={"help": "the exit's head knows only so many tokens, the most frequent"})
+    methods: list[str] = field(
+        default_factory=lambda: ["vanilla", "hf_generate", "hf_assisted", "speculative", "self_speculative"],
+        metadata={"help": f"of {', '.join(METHODS)}; vanilla is always measured"})
+    gammas: list[str] = field(default_factory=lambda: ["1", "2", "4", "auto"], metadata={"help": "drafted tokens per round; auto: as many as pay"})
+    verifications: list[str] = field(default_factory=lambda: ["rejection"], metadata={"help": "rejection, coupled, or both"})
+    batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "prompts decoded together by the suite's methods"})
+
+    @property
+    def longest(self) -> int:
+        return max(map(drafted_at_most, self.gammas))
+
+    def config(self) -> PretrainedConfig:
+        return super().config() if self.random_init is None else named_config(self.random_init)
+
+    def check(self) -> None:
+        for name, known in (("methods", METHODS), ("verifications", VERIFICATIONS)):
+            unknown = set(getattr(self, name)) - set(known)
+            if unknown:
+                raise UserError(f"--{name} {' '.join(sorted(unknown))}: choose from {', '.join(known)}")
+        if (self.model_path is None) == (self.random_init is None):
+            raise UserError("give either --model_path MODEL with --checkpoint EXIT, or --random_init SHAPE")
+        if self.model_path is not None and self.checkpoint is None and any(METHODS[name].draft != "none" for name in self.methods):
+            raise UserError("drafting methods need --checkpoint EXIT; or give --methods vanilla hf_generate")
+        if not 1 <= min(self.batch_sizes) <= max(self.batch_sizes) <= self.spec_num_prompts:
+            raise UserError(f"--batch_sizes {' '.join(map(str, self.batch_sizes))}: must lie between 1 and --spec_num_prompts {self.spec_num_prompts}")
+        if self.checkpoint is not None:
+            read_exit_info(self.checkpoint)
+        self.policy()
+        super().check()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is decoded: target, exit, prompts, and the tokens that end a text. `facts` identify them.
+
+    transformers drafts with `untrimmed`, as it knows no part of a vocabulary.
+    """
+
+    model: nn.Module
+    draft: TruncatedLlama | None
+    untrimmed: TruncatedLlama | None
+    prompts: list[list[int]]
+    eos_ids: frozenset[int]
+    facts: dict
+
+
+def load_subject(args: Args) -> Subject:
+    """Trained weights with prompts of a data set, or random ones with planted acceptance and random prompts."""
+    if args.random_init is None:
+        data = args.open_data()
+        target = load_target(args.model_path, args)
+        draft = None if args.checkpoint is None else TruncatedLlama(target.model, load_exit(args.checkpoint, target)[0])
+        return Subject(target.model, trimmed(draft, target, args), draft, choose_prompts(target, args, data), eos_token_ids(target), args.facts(target, data))
+    device, dtype, _ = args.resolve()
+    pair = planted_pair(
+        args.config(), args.planted_layer, args.planted_alpha, args.policy(), args.verifications[0], dtype, device, args.seed,
+        draft_vocab_size=args.draft_vocab_size,
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = (args.spec_num_prompts, args.spec_prompt_length or PLANTED_PROMPT)
+    prompts = torch.randint(0, pair.model.config.vocab_size, shape, generator=generator).tolist()
+    return Subject(pair.model, pair.draft, None if args.draft_vocab_size else pair.draft, prompts, frozenset(), {"planted": True, "planted_alpha_reached": pair.alpha})
+
+
+def trimmed(draft: TruncatedLlama | None, target: Target, args: Args) -> TruncatedLlama | None:
+    """The draft with its head cut to the training text's most frequent tokens, where that is asked for."""
+    if draft is None or args.draft_vocab_size is None:
+        return draft
+    tokens = frequent_tokens(training_texts(target, args), args.draft_vocab_size, target.model.config.vocab_size)
+    return TruncatedLlama(target.model, draft.exit.trimmed(tokens.to(target.model.device)))
+
+
+def training_texts(target: Target, args: Args) -> list[list[int]]:
+    """Tokens of the first FREQUENCY_TEXTS training examples of the prompts' data set."""
+    dataset = find_dataset(args.dataset_names()[0])
+    examples = ExampleStream(dataset, open_rows(dataset, "train", args.dataset_path), args.seed).rest_of_epoch()
+    return [encode_example(target.tokenizer, example).input_ids for example in islice(examples, FREQUENCY_TEXTS)]
+
+
+# ---- what is measured ----
+
+@dataclass(frozen=True)
+class Entry:
+    """One way to decode; `costs` are the seconds of rounds that draft 0, 1, … tokens, where it drafts."""
+
+    options: DecodeOptions
+    batch: int
+    gamma: str | None = None
+    costs: tuple[float, ...] = ()
+
+    def columns(self) -> dict:
+        """What the entry is."""
+        own = {"method": self.options.method, "lossless": METHODS[self.options.method].lossless, "batch": self.batch}
+        return own if self.gamma is None else {**own, "gamma": self.gamma, "verification": self.options.verification}
+
+
+def entries(subject: Subject, args: Args) -> list[Entry]:
+    """Every combination that the flags ask for; transformers' decoders draft their own way and only by fixed numbers."""
+    base = DecodeOptions(policy=args.policy(), max_new_tokens=args.spec_max_new_tokens, eos_ids=subject.eos_ids, seed=args.seed)
+    found = [Entry(replace(base, method=name), batch) for batch in args.batch_sizes for name in dict.fromkeys(["vanilla", *args.methods])
+             if METHODS[name].draft == "none" and (batch == 1 or METHODS[name].whole is None)]
+    for name in args.methods:
+        if METHODS[name].whole is not None and METHODS[name].draft != "none":
+            if subject.untrimmed is None:
+                print(f"{name} is left out: transformers cannot draft with a part of the vocabulary", flush=True)
+                continue
+            found += [Entry(replace(base, method=name, gamma=int(gamma)), 1, gamma) for gamma in args.gammas if gamma != "auto"]
+        elif METHODS[name].draft != "none":
+            found += [entry for verification in args.verifications for entry in drafting_entries(replace(base, method=name, verification=verification), subject, args)]
+    return found
+
+
+def drafting_entries(options: DecodeOptions, subject: Subject, args: Args) -> list[Entry]:
+    """The entries of one drafting method and verification: γ by γ and batch by batch."""
+    costs = tuple(round_costs(subject.model, subject.draft, subject.prompts[0], options, args.longest))
+    found = []
+    for batch in args.batch_sizes:
+        for gamma in args.gammas:
+            if gamma == "auto" and batch > 1:
+                continue  # its costs are those of a batch of one
+            rule = AdaptiveLength(costs) if gamma == "auto" else int(gamma)
+            found.append(Entry(replace(options, gamma=rule), batch, gamma, costs if batch == 1 else ()))
+    return found
+
+
+def decode_all(subject: Subject, todo: list[Entry]) -> dict[Entry, list[list[DecodeStats]]]:
+    """Counts and seconds of every entry, batch by batch of the prompts; entries take turns in a rotating order."""
+    largest = max(entry.batch for entry in todo)
+    usable = len(subject.prompts) // largest * largest
+    runs: dict[Entry, list[list[DecodeStats]]] = {entry: [] for entry in todo}
+    for turn, first in enumerate([0, *range(0, usable, largest)]):
+        for entry in [*todo[turn % len(todo) :], *todo[: turn % len(todo)]]:
+            draft = subject.draft if METHODS[entry.options.method].whole is None else subject.untrimmed
+            for start in range(first, first + largest, entry.batch):
+                keys = list(range(start, start + entry.batch))
+                generations = generate_batch(subject.model, [subject.prompts[key] for key in keys], entry.options, draft, prompt_ids=keys)
+                runs[entry] += [[generation.stats for generation in generations]] if turn > 0 else []
+        print(f"[{turn}/{usable // largest}] {'warm-up' if turn == 0 else 'prompts'} done", flush=True)
+    return runs
+
+
+# ---- rows ----
+
+def result_rows(runs: dict[Entry, list[list[DecodeStats]]], subject: Subject, bandwidth: float, args: Args) -> list[dict]:
+    """A row per entry, in the order of measurement."""
+    vanilla = {entry.batch: batches for entry, batches in runs.items() if entry.options.method == "vanilla"}
+    peer = next((batches for entry, batches in runs.items() if entry.options.method == "hf_generate"), None)
+    rows = []
+    for entry, batches in runs.items():
+        own = pace(batches)
+        row = {**entry.columns(), **with_interval("tokens_per_s", *own, args.seed)}
+        row |= speedup_interval("speedup", pace(vanilla[entry.batch]), own, args.seed)
+        if peer is not None and entry.batch == 1:
+            row |= speedup_interval("over_hf_generate", pace(peer), own, args.seed)
+        rounds = sum(len(batch[0].rounds) for batch in batches)
+        row["ms_per_round"] = 1000 * own[1].sum() / rounds
+        if entry.costs:
+            row |= drafting_columns(entry, [run for batch in batches for run in batch], args)
+        if METHODS[entry.options.method].whole is None:
+            row["roofline_share"] = bytes_read(entry, batches, subject) / bandwidth / own[1].sum()
+        rows.append({**row, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k, "planted": args.random_init is not None})
+    return rows
+
+
+def drafting_columns(entry: Entry, runs: list[DecodeStats], args: Args) -> dict:
+    """Acceptance, tokens per call, round costs in vanilla steps, and the speedup that these predict."""
+    figures = speculation_metrics(runs, args.longest, args.seed)
+    kept = ("spec_token_accept_rate", "spec_tokens_per_call", "spec_mean_proposed")
+    row = {name: figures[name] for name in kept if name in figures}
+    costs, rounds = entry.costs, [r for run in runs for r in run.rounds]
+    if entry.gamma == "auto":
+        row["predicted"] = sum(run.emitted for run in runs) * costs[0] / sum(costs[r.proposed] for r in rounds)
+    else:
+        gamma = int(entry.gamma)
+        row["predicted"] = expected_tokens(figures["spec_token_accept_rate"], gamma) * costs[0] / costs[gamma]
+    return {**row, "round_costs": " ".join(f"{cost / costs[0]:.2f}" for cost in costs)}
+
+
+def bytes_read(entry: Entry, batches: list[list[DecodeStats]], subject: Subject) -> float:
+    """Bytes of weights that all rounds read: the target's once a round, a draft's once a drafted token."""
+    target_calls, draft_calls = (sum(getattr(batch[0], name) for batch in batches) for name in ("target_calls", "draft_calls"))
+    whole = step_bytes(subject.model)
+    return whole * (target_calls + (draft_calls * subject.draft.exit.cost_ratio(subject.model) if draft_calls else 0))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as they are printed."""
+    shown = {
+        "method": "method", "γ": "gamma", "verification": "verification", "batch": "batch", "tokens/s": "tokens_per_s", "speedup": "speedup",
+        "low": "speedup_ci_low", "high": "speedup_ci_high", "predicted": "predicted", "over hf": "over_hf_generate", "α": "spec_token_accept_rate",
+        "τ": "spec_tokens_per_call", "ms/round": "ms_per_round", "roofline": "roofline_share",
+    }
+    frame = pd.DataFrame([{title: row.get(column) for title, column in shown.items()} for row in rows])
+    return frame.dropna(axis="columns", how="all").to_string(index=False, float_format="%.2f", na_rep="")
+
+
+def main() -> None:
+    args = parse_args(Args)
+    args.check()
+    folder = make_output_dir(args.out_dir)
+    if (folder / RESULTS_NAME).exists():
+        raise UserError(f"{folder} holds a benchmark already; choose another --out_dir")
+    subject = load_subject(args)
+    bandwidth = memory_bandwidth(subject.model.device)
+    record_run(folder, args, {**subject.facts, "bandwidth_bytes_per_s": bandwidth, "threads": torch.get_num_threads()})
+    rows = result_rows(decode_all(subject, entries(subject, args)), subject, bandwidth, args)
+    write_csv(folder / RESULTS_NAME, rows)
+    print(table(rows))
+    print(f"memory: {bandwidth / 1e9:.1f} GB/s; {folder / RESULTS_NAME}")
+
+
+if __name__ == "__main__":
+    run(main)
