@@ -14,7 +14,6 @@ are those of the true shape, texts mean nothing, and every row says `planted`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 from command_line import UserError, parse_args, run
 
@@ -23,24 +22,20 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from data_utils import encode_example
 from decoding.draft_length import AdaptiveLength
 from decoding.state import DecodeStats
 from decoding.verify import VERIFICATIONS
-from evaluation import PolicyArgs, PromptArgs, choose_prompts, drafted_at_most
+from evaluation import PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, training_texts
 from machine_speed import memory_bandwidth
 from metrics import expected_tokens, pace, speculation_metrics, speedup_interval, with_interval
 from planted import planted_pair
 from results import make_output_dir, record_run, write_csv
-from row_files import ExampleStream, open_rows
 from speculative import METHODS, DecodeOptions, generate_batch
 from target_model import Target, eos_token_ids, load_target, named_config
-from text_datasets import find_dataset
 from truncated_llama import TruncatedLlama, load_exit, read_exit_info, step_bytes
 from tuning import frequent_tokens, round_costs
 
 RESULTS_NAME = "results.csv"
-FREQUENCY_TEXTS = 500  # training examples whose tokens are counted for a trimmed draft vocabulary
 PLANTED_PROMPT = 64
 
 
@@ -124,13 +119,6 @@ def trimmed(draft: TruncatedLlama | None, target: Target, args: Args) -> Truncat
         return draft
     tokens = frequent_tokens(training_texts(target, args), args.draft_vocab_size, target.model.config.vocab_size)
     return TruncatedLlama(target.model, draft.exit.trimmed(tokens.to(target.model.device)))
-
-
-def training_texts(target: Target, args: Args) -> list[list[int]]:
-    """Tokens of the first FREQUENCY_TEXTS training examples of the prompts' data set."""
-    dataset = find_dataset(args.dataset_names()[0])
-    examples = ExampleStream(dataset, open_rows(dataset, "train", args.dataset_path), args.seed).rest_of_epoch()
-    return [encode_example(target.tokenizer, example).input_ids for example in islice(examples, FREQUENCY_TEXTS)]
 
 
 # ---- what is measured ----

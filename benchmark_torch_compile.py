@@ -27,7 +27,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ FAILURES = (RuntimeError, ValueError)  # those of torch.compile and CUDA are Run
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_DIFFERENCE = 1e-3  # of fp32 logits from the baseline's; a wrong mask or position moves them by far more
 WARM_UPS = 5  # steps behind the first one: a mode that uses CUDA graphs records them in the second or third
-SETTLE_SECONDS = 0.01  # threads of the implementation before keep a core busy that long, waiting for more work
+SETTLE_SECONDS = 0.01  # of untimed steps at the start of a turn: the turn before has left its own data in the processor's caches
 STEPS_PER_TURN = 3
 
 COLUMNS = {
@@ -284,9 +284,10 @@ def try_all(made: dict[str, Callable[[], Implementation]]) -> tuple[dict[str, Im
 
 
 def error_line(error: BaseException) -> str:
-    """The type and the first two lines of an error's message: the compiler's own errors say the cause in the second."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join([f"{type(error).__name__}:", *lines[:2]])[:300]
+    """The type and the first line of an error's message; the second too where the first only announces it ("... raised:")."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = lines[:2] if lines[0].endswith(":") else lines[:1]
+    return " ".join([f"{type(error).__name__}:", *said])[:300]
 
 
 def load_compiler(device: torch.device) -> None:
@@ -308,21 +309,26 @@ def measure_cell(works: dict[str, Implementation], tokens: torch.Tensor, repeats
 
 def first_steps(implementation: Implementation, tokens: torch.Tensor, reference: torch.Tensor) -> dict:
     """Compile, compare the logits with `reference` (1, T, V), and warm up."""
+    figures = {}
+    with empty_compiler_caches() if implementation.compiles else nullcontext():
+        try:
+            logits, seconds = timed_step(implementation, tokens)
+            figures |= {"compile_seconds": seconds} if implementation.compiles else {}
+            figures |= compare(logits, reference)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                for _ in range(WARM_UPS):
+                    timed_step(implementation, tokens)
+        except FAILURES as error:
+            implementation.rewind()
+            figures["error"] = error_line(error)
+    return figures
+
+
+def empty_compiler_caches() -> AbstractContextManager[None]:
+    """Inside, nothing that torch.compile made before is used."""
     from torch._inductor.utils import fresh_inductor_cache  # slow to load
 
-    figures = {}
-    try:
-        with fresh_inductor_cache() if implementation.compiles else nullcontext():
-            logits, seconds = timed_step(implementation, tokens)
-        figures |= {"compile_seconds": seconds} if implementation.compiles else {}
-        figures |= compare(logits, reference)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for _ in range(WARM_UPS):
-                timed_step(implementation, tokens)
-    except FAILURES as error:
-        implementation.rewind()
-        figures["error"] = error_line(error)
-    return figures
+    return fresh_inductor_cache()
 
 
 def compare(logits: torch.Tensor, reference: torch.Tensor) -> dict:

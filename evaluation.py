@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Literal
 
 from command_line import UserError
@@ -33,6 +34,7 @@ from text_datasets import find_dataset, fingerprint
 from truncated_llama import ExitInfo, TruncatedLlama, module_bytes, step_bytes
 from tuning import LONGEST, round_costs, step_seconds
 
+FREQUENCY_TEXTS = 500
 NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "model_path", "dataset_path"}
 
 
@@ -249,6 +251,13 @@ def choose_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> li
         if len(found) == args.spec_num_prompts:
             return found
     raise UserError(f"only {len(found)} prompts of {args.spec_prompt_length} tokens in {name}: lower --spec_num_prompts or --spec_prompt_length")
+
+
+def training_texts(target: Target, args: PromptArgs) -> list[list[int]]:
+    """Tokens of the first FREQUENCY_TEXTS training examples of the prompts' data set: their frequent ones make a draft vocabulary."""
+    dataset = find_dataset(args.dataset_names()[0])
+    examples = ExampleStream(dataset, open_rows(dataset, "train", args.dataset_path), args.seed).rest_of_epoch()
+    return [encode_example(target.tokenizer, example).input_ids for example in islice(examples, FREQUENCY_TEXTS)]
 
 
 def measure_speculation(target: Target, draft: nn.Module, prompts: list[list[int]], args: EvaluationArgs) -> dict[str, float]:

@@ -4,8 +4,8 @@
     python plots.py results/chat_layers --train_logs runs/layer3/train_log.jsonl runs/layer7/train_log.jsonl
 
 Reads `results.csv` in the given folder and the training logs (by default those beside the checkpoints that the table
-names), or the `step_times.json` of benchmark_torch_compile.py, and writes `plots/<figure>.png` (300 dpi) and `.pdf`. A panel whose numbers are missing is left out, and a
-line says so.
+names), or, where benchmark_torch_compile.py wrote it, `step_times.json`. Writes `plots/<figure>.png` (300 dpi) and `.pdf`.
+A panel whose numbers are missing is left out, and a line says so.
 """
 
 from __future__ import annotations

@@ -176,6 +176,7 @@ def generate_batch(
     synchronize(target.device)
     start = time.perf_counter()
     state = _prepare(target, prompts, options, draft, prompt_ids)
+    state.clock.add("prefill", time.perf_counter() - start)
     with state.clock("prefill"):
         _prefill(state, [prompt[:-1] for prompt in prompts])
     stats = [DecodeStats(prompt_tokens=len(prompt)) for prompt in prompts]

@@ -138,9 +138,9 @@ class TruncatedLlama(nn.Module):
         return self.target.device
 
     def parts(self) -> dict:
-        """The blocks, norm and head that this model is made of, by those names."""
+        """The blocks, norm, head and known tokens that this model is made of, by the names of StaticLlama's arguments."""
         blocks = [*self.target.model.layers[: self.exit.prefix], *filter(None, [self.exit.block])]
-        return {"layers": blocks, "norm": self.exit.norm, "head": self.exit.head}
+        return {"layers": blocks, "norm": self.exit.norm, "head": self.exit.head, "token_ids": self.exit.token_ids}
 
     def forward(
         self,

@@ -119,11 +119,12 @@ def tokens_per_round(chances: list[torch.Tensor], gamma: int) -> float:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A draft with its head size, measured round costs (seconds, by drafted tokens) and expected tokens per round."""
+    """A draft with its head size, mean chance α of being kept, round costs (seconds, by drafted tokens) and tokens per round."""
 
     name: str
     draft: TruncatedLlama
     vocab: int
+    alpha: float
     costs: list[float]
     tokens: list[float]  # by drafted tokens, from 0
 

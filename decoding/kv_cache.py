@@ -19,7 +19,7 @@ class CachedModel:
     `lengths`, `calls`, `tokens`, `forward`, `advance`, `prefill`, `crop` and `layers` are those of StaticLlama.
     """
 
-    batch, on_host, reach = 1, True, 0
+    batch, on_host, reach, token_ids = 1, True, 0, None
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.device = model, model.device

@@ -91,6 +91,10 @@ class Clock:
             yield
             self._seconds[phase] += time.perf_counter() - start
 
+    def add(self, phase: str, seconds: float) -> None:
+        """Count `seconds` of the host's time as `phase`."""
+        self._seconds[phase] += seconds
+
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds so far; waits for the device."""
         total = dict(self._seconds)

@@ -437,6 +437,8 @@ class Watch:
 class StaticLlama:
     """A Llama with a cache of `capacity` slots for each of `batch` texts; `layers`, `norm` and `head` may be an exit's own.
 
+    `token_ids` (V_d,) names the tokens of the logits' columns where the head knows only part of the vocabulary.
+
     `lengths[b]` tokens of text b are in the cache; `calls` passes over `tokens` tokens were made. `forward` computes a
     pass behind them, `advance` counts it as appended, `crop` rolls back; after any sequence of these the cache equals that of a fresh
     pass over the same tokens. With one text on the CPU all places are known on the host and nothing is masked that
@@ -445,13 +447,14 @@ class StaticLlama:
 
     def __init__(
         self, model: LlamaForCausalLM, capacity: int, batch: int = 1, *,
-        layers: Iterable[nn.Module] | None = None, norm: nn.Module | None = None, head: nn.Linear | None = None, cpp: bool = True,
+        layers: Iterable[nn.Module] | None = None, norm: nn.Module | None = None, head: nn.Linear | None = None,
+        token_ids: torch.Tensor | None = None, cpp: bool = True,
     ) -> None:
         """`cpp` False: torch's calls also where the C++ could run. Raises ValueError for a model that `why_unsupported` names."""
         reason = why_unsupported(model)
         if reason is not None:
             raise ValueError(f"StaticLlama cannot run {reason}")
-        self.config, self.batch = model.config, batch
+        self.config, self.batch, self.token_ids = model.config, batch, token_ids
         self.embedding = model.model.embed_tokens.weight.detach()
         self.device = self.embedding.device
         self.on_host = self.device.type == "cpu" and batch == 1

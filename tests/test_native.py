@@ -183,16 +183,14 @@ def at_the_edge(logits: torch.Tensor, policy: SamplingPolicy) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_logits_are_equally_likely_and_the_nucleus_keeps_the_lowest_ids(dtype):
+def test_of_equal_logits_the_nucleus_keeps_the_lowest_ids(dtype):
     """bf16 logits tie often. Which of the tied are kept must not hang on where they stand in a vector register."""
     for size in range(2, 70):
-        for value in (-4.7, -2.3, -0.7):
+        for value in torch.linspace(-5, -0.1, 12).tolist():
             logits = torch.full((1, size), value, dtype=dtype)
             logits[0, size // 2] = 0
-            others = policy_probs(logits, SamplingPolicy(1.0))[0, [i for i in range(size) if i != size // 2]]
             kept = (policy_probs(logits, SamplingPolicy(1.0, top_p=0.45))[0] > 0).nonzero()[:, 0].tolist()
-            assert others.unique().numel() == 1
-            assert sorted({*range(len(kept) - 1), size // 2} if size // 2 >= len(kept) - 1 else range(len(kept))) == kept
+            assert kept == sorted([*[i for i in range(size) if i != size // 2][: len(kept) - 1], size // 2])
 
 
 def test_policy_probs_of_any_shape_and_layout():
