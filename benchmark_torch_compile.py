@@ -413,7 +413,7 @@ def summary_table(rows: list[dict]) -> str:
     }
     table = table.assign(achieved_bytes_per_s=table["achieved_bytes_per_s"] / 1e9)
     table = table[["variant", "context", "width", "implementation", *shown]].rename(columns=shown)
-    return table.to_string(index=False, float_format="%.3g", na_rep="")
+    return table.to_string(index=False, float_format="%.4g", na_rep="")
 
 
 def main() -> None:

@@ -210,8 +210,7 @@ def _cut(generated: list[int], new: list[int], options: DecodeOptions) -> tuple[
 def _finish(state: DecodeState, row: int, stats: DecodeStats, wall_s: float) -> Generation:
     """The generation of text `row`, with the counts of the models and clocks that all texts share."""
     tokens = state.committed[row][stats.prompt_tokens :]
-    stats.emitted = stats.timed = len(tokens)
-    stats.wall_s, stats.seconds = wall_s, state.clock.seconds()
+    stats.emitted, stats.wall_s, stats.seconds = len(tokens), wall_s, state.clock.seconds()
     stats.target_calls, stats.target_tokens = state.target.calls, state.target.tokens
     if state.draft is not None:
         stats.draft_calls, stats.draft_tokens = state.draft.calls, state.draft.tokens

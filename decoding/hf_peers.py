@@ -61,6 +61,6 @@ def hf_decode(
     tokens = out[0, len(prompt) :].tolist()
     rounds = [RoundResult([0] * count) for count in marks.counts[1:]]
     stats = DecodeStats(
-        prompt_tokens=len(prompt), emitted=len(tokens), timed=len(tokens) - marks.counts[1], target_calls=len(rounds), rounds=rounds, wall_s=wall_s)
+        prompt_tokens=len(prompt), emitted=len(tokens), with_prefill=marks.counts[1], target_calls=len(rounds), rounds=rounds, wall_s=wall_s)
     stats.seconds["prefill"] = marks.times[1] - start
     return tokens, stats

@@ -42,14 +42,14 @@ class RoundResult:
 class DecodeStats:
     """Raw counts and unrounded seconds of one text's generation; rates are computed by `metrics.speculation_metrics`.
 
-    `emitted` counts tokens after the cuts at end-of-text and length, `timed` those of them that `decode_s` covers (all, but
-    in transformers' own decoders); `rounds`, calls and processed tokens are after the prefill. `seconds` holds the phases of PHASES, sampling included, of which "record" is measurement, not decoding;
+    `emitted` counts tokens after the cuts at end-of-text and length, `with_prefill` those of them that came with the prefill (none,
+    but in transformers' own decoders); `rounds`, calls and processed tokens are after the prefill. `seconds` holds the phases of PHASES, sampling included, of which "record" is measurement, not decoding;
     `wall_s` is the whole. In a batch the calls and seconds are those of all texts together.
     """
 
     prompt_tokens: int = 0
     emitted: int = 0
-    timed: int = 0
+    with_prefill: int = 0
     target_calls: int = 0
     draft_calls: int = 0
     target_tokens: int = 0
@@ -57,6 +57,11 @@ class DecodeStats:
     rounds: list[RoundResult] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     wall_s: float = 0.0
+
+    @property
+    def timed(self) -> int:
+        """Tokens that `decode_s` covers."""
+        return self.emitted - self.with_prefill
 
     @property
     def decode_s(self) -> float:

@@ -498,7 +498,7 @@ class StaticLlama:
         cache = cache or self.cache
         if self.on_host:
             return Span(cache, self.rotary, self.lengths[0] + offset, count)
-        positions = starts[:, None] + torch.arange(offset, offset + count, device=self.device)
+        positions = (starts[:, None] + torch.arange(offset, offset + count, device=self.device)).clamp(min=0)  # ended texts may be empty
         return Scatter(cache, self.rotary, positions, self.reach)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ LEVELS = {
     30: "speculative",
     31: "tuning",
     40: "evaluation",
-    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark_torch_compile",
+    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark benchmark_torch_compile tune",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

@@ -93,7 +93,7 @@ def test_noise_that_is_reused_at_every_position(monkeypatch, dtype):
     with pytest.raises(AssertionError):
         check_law(SAMPLED, "rejection", pair=bigram_pair(dtype=dtype))
     with pytest.raises(AssertionError):
-        check_first_two_tokens(SamplingPolicy(1.0), "coupled", 500, dtype)
+        check_first_two_tokens(SamplingPolicy(1.0), "coupled", 300, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -42,7 +42,7 @@ def test_text_is_vanillas(llama, exit_):
     """Coupled at every temperature; greedy under both verifications, and transformers' too."""
     target = LLAMAS[llama]()
     draft = noisy_exit(target, *exit_)
-    for prompt_id, prompt in enumerate(some_prompts(2)):
+    for prompt_id, prompt in enumerate(some_prompts(3 if llama == "cpp" else 1)):
         for policy in (GREEDY, NUCLEUS, SAMPLED):
             settings = {"policy": policy, "max_new_tokens": 20, "seed": 5}
             vanilla, _ = decode(target, None, prompt, prompt_id, **settings)
@@ -57,8 +57,8 @@ def test_text_is_vanillas(llama, exit_):
 
 
 def test_coupled_text_is_vanillas_over_200_prompts():
-    target = native_llama()
-    draft = noisy_exit(target, 2, own_block=True, scale=0.02)
+    target = native_llama(num_hidden_layers=2)
+    draft = noisy_exit(target, 1, own_block=True, scale=0.02)
     proposed = accepted = 0
     for prompt_id, prompt in enumerate(some_prompts(200)):
         settings = {"policy": SAMPLED, "max_new_tokens": 64, "verification": "coupled"}
@@ -320,7 +320,7 @@ def trimmed(target, keep: int, own_block: bool = False, scale: float = 0.02) -> 
 def test_trimmed_vocabulary_coupled(target, method, own_block):
     draft = trimmed(target, 32, own_block)
     accepted = 0
-    for prompt_id, prompt in enumerate(some_prompts(4)):
+    for prompt_id, prompt in enumerate(some_prompts(2)):
         for policy in (GREEDY, NUCLEUS, SAMPLED):
             settings = {"policy": policy, "verification": "coupled", "max_new_tokens": 24, "gamma": 2}
             speculated, stats = decode(target, draft, prompt, prompt_id, method=method, **settings)
@@ -328,26 +328,25 @@ def test_trimmed_vocabulary_coupled(target, method, own_block):
             accepted += sum(r.accepted for r in stats.rounds)
             drafted = [token for r in stats.rounds for token in r.tokens[: r.accepted]]
             assert all(token % 2 == 0 for token in drafted)
-    assert accepted > 20
+    assert accepted > 10
 
 
 @pytest.mark.parametrize("method", ["self_speculative", "speculative"])
 def test_trimmed_vocabulary_has_the_acceptance_of_its_distributions(method):
-    """|z| of Σ min(p, q) over 3500 positions, with q 0 for the tokens that the draft does not know."""
+    """|z| of Σ min(p, q) over 2000 positions, with q 0 for the tokens that the draft does not know."""
     target = native_llama()
     draft, policy = trimmed(target, 32, scale=0.05), SamplingPolicy(1.5)
-    runs = [decode(target, draft, [1, 2, i], i, method=method, policy=policy, gamma=2, max_new_tokens=200, record_overlap=True)[1] for i in range(25)]
-    assert sum(r.tested for stats in runs for r in stats.rounds) > 3500
+    runs = [decode(target, draft, [1, 2, i], i, method=method, policy=policy, gamma=2, max_new_tokens=200, record_overlap=True)[1] for i in range(15)]
+    assert sum(r.tested for stats in runs for r in stats.rounds) > 2000
     assert abs(metrics.acceptance_z(runs)) < 4
     assert 0.1 < metrics.speculation_metrics(runs, longest=2)["spec_overlap"] < 0.9
 
 
-@pytest.mark.parametrize("method", ["self_speculative", "speculative"])
-def test_trimmed_vocabulary_leaves_the_law_as_it_is(method):
-    """The first two tokens behind a fixed prompt, over 1500 generations: tokens that the draft does not know are as likely as ever."""
+def test_trimmed_vocabulary_leaves_the_law_as_it_is():
+    """The first two tokens behind a fixed prompt, over 1200 generations: tokens that the draft does not know are as likely as ever."""
     target = native_llama()
-    draft, policy, runs = trimmed(target, 16, scale=0.05), SamplingPolicy(1.5), 1500
-    texts = torch.tensor([decode(target, draft, [1, 2, 3], i, method=method, policy=policy, gamma=1, max_new_tokens=2)[0] for i in range(runs)])
+    draft, policy, runs = trimmed(target, 16, scale=0.05), SamplingPolicy(1.5), 1200
+    texts = torch.tensor([decode(target, draft, [1, 2, 3], i, method="self_speculative", policy=policy, gamma=1, max_new_tokens=2)[0] for i in range(runs)])
     with torch.inference_mode():
         first = policy_probs(target(torch.tensor([[1, 2, 3]])).logits[0, -1], policy)
         rows = torch.cat([torch.tensor([[1, 2, 3]]).expand(64, -1), torch.arange(64)[:, None]], 1)

@@ -15,6 +15,7 @@ from toy_models import (
     check_same_text,
     decode,
     noisy_exit,
+    same_layers,
     some_prompts,
     tiny_llama,
 )
@@ -38,12 +39,12 @@ def drafts(target):
 @pytest.mark.parametrize("policy", [GREEDY, *SAMPLED])
 def test_coupled_text_is_vanillas_for_every_draft(target, policy):
     for draft in drafts(target):
-        check_same_text(target, draft, policy, "coupled", count=3)
+        check_same_text(target, draft, policy, "coupled", count=2)
 
 
 def test_greedy_text_is_vanillas_for_every_draft(target):
     for draft in drafts(target):
-        check_same_text(target, draft, GREEDY, "rejection", count=3)
+        check_same_text(target, draft, GREEDY, "rejection", count=2)
 
 
 def test_greedy_vanilla_is_transformers_greedy(target):
@@ -58,16 +59,16 @@ def test_greedy_vanilla_is_transformers_greedy(target):
 @pytest.mark.parametrize("policy", [GREEDY, *SAMPLED])
 def test_draft_equal_to_target_has_everything_accepted(target, policy, verification):
     """The predecessor's evaluator reported 0.11 of 8 for such a draft: its caches were references to one object."""
-    check_all_accepted(target, TruncatedLlama(target, Exit(target, 3)), policy, verification, count=50)
+    check_all_accepted(target, TruncatedLlama(target, Exit(target, 3)), policy, verification, count=15)
 
 
-@pytest.mark.parametrize(("verification", "runs", "dtype"), [("rejection", 6000, torch.float32), ("coupled", 1000, torch.float32), ("rejection", 1000, torch.float64)])
+@pytest.mark.parametrize(("verification", "runs", "dtype"), [("rejection", 4000, torch.float32), ("coupled", 1000, torch.float32), ("rejection", 1000, torch.float64)])
 def test_joint_law_of_the_first_two_tokens(verification, runs, dtype):
     check_first_two_tokens(SamplingPolicy(1.0), verification, runs, dtype)
 
 
 @pytest.mark.parametrize(
-    ("verification", "tested", "dtype"), [("rejection", 20_000, torch.float32), ("coupled", 8000, torch.float32), ("rejection", 4000, torch.float64)])
+    ("verification", "tested", "dtype"), [("rejection", 20_000, torch.float32), ("coupled", 6000, torch.float32), ("rejection", 4000, torch.float64)])
 def test_law_and_acceptance_of_a_long_text(verification, tested, dtype):
     """Tokens within and behind rounds have the target's law; acceptance has its closed form (Σ min(p, q); P-MinHash)."""
     stats = check_law(SamplingPolicy(0.7, top_p=0.95), verification, int(1.3 * tested), bigram_pair(dtype=dtype))
@@ -79,25 +80,23 @@ def test_law_and_acceptance_of_a_long_text(verification, tested, dtype):
 @pytest.mark.parametrize("verification", ["rejection", "coupled"])
 def test_caches_equal_a_fresh_prefill_after_every_round(target, verification, engine, monkeypatch):
     """Draft-side cache errors only lower acceptance, so texts never show them: compare keys and values per block."""
+    def compare(state):
+        plain_roll_back(state)
+        text = state.committed[0]
+        for model, cached in ((target, state.target), (draft, state.draft)):
+            held = cached.lengths[0]
+            assert len(text) - 2 <= held <= len(text) - 1
+            fresh = _new_engine(model, held, 1, engine)
+            fresh.prefill([text[:held]])
+            assert same_layers(cached.layers(), fresh.layers(), 1e-12)
+        checked.append(len(text))
+
+    plain_roll_back = DecodeState.roll_back
+    monkeypatch.setattr(DecodeState, "roll_back", compare)
     for draft in (noisy_exit(target, 1), noisy_exit(target, 2, own_block=True), tiny_llama(seed=9, num_hidden_layers=1)):
-        with pytest.MonkeyPatch.context() as patch:
-            checked = []
-
-            def compare(state, target=target, draft=draft, checked=checked):
-                plain_roll_back(state)
-                checked.append(len(state.committed[0]))
-                for model, cached in ((target, state.target), (draft, state.draft)):
-                    held = cached.lengths[0]
-                    assert len(state.committed[0]) - 2 <= held <= len(state.committed[0]) - 1
-                    fresh = _new_engine(model, held, 1, engine)
-                    fresh.prefill([state.committed[0][:held]])
-                    for pair, wanted in zip(cached.layers(), fresh.layers(), strict=True):
-                        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(pair, wanted, strict=True))
-
-            plain_roll_back = DecodeState.roll_back
-            patch.setattr(DecodeState, "roll_back", compare)
-            _, stats = decode(target, draft, [1, 2, 3], policy=SamplingPolicy(0.7), verification=verification, max_new_tokens=24, engine=engine)
-            assert len(checked) == len(stats.rounds)
+        checked: list[int] = []
+        _, stats = decode(target, draft, [1, 2, 3], policy=SamplingPolicy(0.7), verification=verification, max_new_tokens=24, engine=engine)
+        assert len(checked) == len(stats.rounds)
 
 
 def test_counters(target):
