@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -257,6 +257,7 @@ class Engines:
 
 
 _engines: WeakKeyDictionary[nn.Module, Engines] = WeakKeyDictionary()
+_noted: WeakSet[nn.Module] = WeakSet()
 
 
 def _prepare(target: nn.Module, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int]) -> DecodeState:
@@ -266,7 +267,7 @@ def _prepare(target: nn.Module, prompts: list[list[int]], options: DecodeOptions
     engines = _engines_for(target, capacity, len(prompts), options.engine)
     drafter = None if kind == "none" else _draft_for(engines, draft, kind, capacity, options.engine)
     for model in filter(None, (engines.target, drafter)):
-        model.start(len(prompts[0]))
+        model.start([len(prompt) for prompt in prompts])
     return DecodeState(
         target=engines.target, draft=drafter, policy=options.policy, noise=Noise.of(options.seed, prompt_ids, target.device),
         committed=[list(prompt) for prompt in prompts], eos_ids=options.eos_ids, record_overlap=options.record_overlap,
@@ -274,9 +275,9 @@ def _prepare(target: nn.Module, prompts: list[list[int]], options: DecodeOptions
 
 
 def _engines_for(target: nn.Module, capacity: int, batch: int, engine: str) -> Engines:
-    """The target's engines, made anew where they are too small, for another batch or engine, or the weights have moved."""
+    """The target's engines, made anew where they are too small, for another batch or engine, or the weights have changed place."""
     known = _engines.get(target)
-    if known is None or not known.target.serves(capacity, batch, engine):
+    if known is None or not known.target.serves(target, capacity, batch, engine):
         known = Engines(_new_engine(target, capacity, batch, engine))
         if isinstance(known.target, StaticLlama):  # a CachedModel holds the model, and would keep it alive here
             _engines[target] = known
@@ -285,22 +286,33 @@ def _engines_for(target: nn.Module, capacity: int, batch: int, engine: str) -> E
 
 def _draft_for(engines: Engines, draft: nn.Module, kind: str, capacity: int, engine: str) -> Model | SharedExit:
     known = engines.drafts.get(draft)
-    fits = isinstance(known, SharedExit) == (kind == "exit") and known.serves(capacity, engines.target.batch, engine) if known else False
+    if kind == "exit":
+        fits = isinstance(known, SharedExit) and known.serves(engines.target, draft.exit)
+    else:
+        model, parts = _parts(draft)
+        fits = isinstance(known, StaticLlama) and known.serves(model, capacity, engines.target.batch, engine, **parts)
     if not fits:
         known = SharedExit(engines.target, draft.exit) if kind == "exit" else _new_engine(draft, capacity, engines.target.batch, engine)
-        engines.drafts[draft] = known
+        if not isinstance(known, CachedModel):
+            engines.drafts[draft] = known
     return known
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, dict]:
+    """The Llama that `model` is, or is cut from, and what it has of its own."""
+    return (model.target, model.parts()) if isinstance(model, TruncatedLlama) else (model, {})
 
 
 def _new_engine(model: nn.Module, capacity: int, batch: int, engine: str) -> Model:
     """StaticLlama where it can run `model` and is wanted; else transformers' own forward pass, said once."""
-    target, parts = (model.target, model.parts()) if isinstance(model, TruncatedLlama) else (model, {})
+    target, parts = _parts(model)
     reason = why_unsupported(target)
     if engine == "static" and reason is None:
         return StaticLlama(target, capacity, batch, **parts)
     if batch > 1:
         raise ValueError(f"only StaticLlama decodes several texts together, and it cannot run {reason or 'engine=transformers'}")
-    if engine == "static" and isinstance(target, PreTrainedModel):
+    if engine == "static" and isinstance(target, PreTrainedModel) and target not in _noted:
+        _noted.add(target)
         print(f"decoding with transformers' own forward pass, which is slower: StaticLlama cannot run {reason}", file=sys.stderr)
     return CachedModel(model)
 

@@ -19,7 +19,7 @@ def chain_round(state: DecodeState, length: DraftLength, verification: Verificat
     """Draft, and verify in one target call. What both caches then hold too much is rolled back when tokens are committed."""
     target, draft = state.target, state.draft
     pending = max(len(text) - held for text, held in zip(state.committed, draft.lengths, strict=True))
-    draft.crop([len(text) - pending for text in state.committed])
+    draft.crop([max(len(text) - pending, 0) for text in state.committed])
 
     def step(tokens: torch.Tensor, starts: torch.Tensor, index: int) -> torch.Tensor:
         return draft.forward(tokens, starts + (index + 1 - tokens.shape[1]))[:, -1:]

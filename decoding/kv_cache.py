@@ -26,14 +26,10 @@ class CachedModel:
         self.programs = Programs(torch.device("cpu"))  # a growing cache cannot be captured
         self.start()
 
-    def start(self, prompt_length: int = 0) -> None:
+    def start(self, prompt_lengths: list[int] | None = None) -> None:
         """Forget all tokens and counts."""
         self.lengths, self.calls, self.tokens = [0], 0, 0
         self._cache = DynamicCache()
-
-    def serves(self, capacity: int, batch: int, engine: str) -> bool:
-        """Whether this object can decode `batch` texts of any length with `engine` (see speculative.DecodeOptions)."""
-        return batch == 1
 
     def starts(self) -> torch.Tensor:
         """Where the next pass begins, int64 (1,)."""

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("llama_blocks.cpp", "sampling.cpp"))
-FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
+COMPILE = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-fPIC", "-std=c++17")
+LINK = ("-shared", "-fopenmp")  # without -ffast-math, which would make the whole process round its smallest numbers to 0
 SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 UP_TO = {torch.float32: 96, torch.bfloat16: 12}  # rows for which the C++ blocks are faster than torch's
 
@@ -48,15 +49,23 @@ class Rows(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled SOURCES, or None where it cannot be had: said once, on stderr."""
+    """The compiled SOURCES, or None where they cannot be had: said once, on stderr."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64") or compiler is None:
-        print("no C++ compiler (g++): decoding on the CPU goes through torch, which is slower", file=sys.stderr)
-        return None
-    path = _cache_folder() / f"decoding-{_fingerprint(compiler)}.so"
-    if not path.exists() and not _compile(compiler, path):
-        return None
-    return ctypes.CDLL(str(path))
+        return _without("no C++ compiler (g++)")
+    try:
+        path = _cache_folder() / f"decoding-{_fingerprint(compiler)}.so"
+        if not path.exists():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        return _without(f"the C++ of decoding/ does not compile here: {(error.stderr or str(error)).strip()[:300]}")
+    except OSError as error:
+        return _without(f"the C++ of decoding/ cannot be kept or loaded: {error}")
+
+
+def _without(reason: str) -> None:
+    print(f"{' '.join(reason.split())}; decoding on the CPU goes through torch, which is slower", file=sys.stderr)
 
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
@@ -82,6 +91,11 @@ def serves(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
     return device.type == "cpu" and dtype in SUFFIXES and all(size % 16 == 0 for size in sizes) and library() is not None
 
 
+def samples(*tensors: torch.Tensor) -> bool:
+    """Whether the C++ samples from these tensors: fp32 on the CPU."""
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and library() is not None
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     """Where a tensor's data begins."""
     return None if tensor is None else tensor.data_ptr()
@@ -95,17 +109,17 @@ def _fingerprint(compiler: str) -> str:
     """Identifies the source, the flags, the compiler and, as -march=native depends on it, the CPU."""
     features = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.lower().startswith(("flags", "features"))), "")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    return hashlib.sha256("\0".join([*(source.read_text() for source in SOURCES), *FLAGS, version, features]).encode()).hexdigest()[:16]
+    sources = (source.read_text() for source in SOURCES)
+    return hashlib.sha256("\0".join([*sources, *COMPILE, *LINK, version, features]).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, path: Path) -> bool:
-    """Build the library, complete or not at all; a failure is said on stderr."""
+def _compile(compiler: str, path: Path) -> None:
+    """Build the library, complete or not at all. Raises CalledProcessError, or OSError where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = [f"{folder}/{source.stem}.o" for source in SOURCES]
+        for source, made in zip(SOURCES, objects, strict=True):
+            subprocess.run([compiler, *COMPILE, "-c", str(source), "-o", made], capture_output=True, text=True, check=True)
         built = Path(folder) / path.name
-        run = subprocess.run([compiler, *FLAGS, *map(str, SOURCES), "-o", str(built)], capture_output=True, text=True)
-        if run.returncode != 0:
-            print(f"the C++ of decoding/ does not compile here; decoding on the CPU goes through torch, which is slower:\n{run.stderr.strip()[:500]}", file=sys.stderr)
-            return False
+        subprocess.run([compiler, *LINK, *objects, "-lm", "-o", str(built)], capture_output=True, text=True, check=True)
         built.replace(path)
-    return True

@@ -48,9 +48,11 @@ extern "C" void policy_probs(const float* logits, float* probs, int64_t rows, in
         if (top_k > 0 && top_k < n) keep_top_k(scaled, top_k);
         float most = -1e30f, total = 0;
         for (float value : scaled) most = value > most ? value : most;
-        for (int64_t i = 0; i < n; i++) probs[i] = std::exp(scaled[i] - most);
-        for (int64_t i = 0; i < n; i++) total += probs[i];
-        for (int64_t i = 0; i < n; i++) probs[i] /= total;
+        scaled.resize((n + 15) / 16 * 16, -1e30f);  // so that equal logits take the same instructions, and get equal probabilities
+        for (float& value : scaled) value = std::exp(value - most);
+        for (float value : scaled) total += value;
+        for (float& value : scaled) value /= total;
+        std::copy(scaled.begin(), scaled.begin() + n, probs);
         if (top_p < 1) keep_nucleus(probs, n, top_p);
     }
 }

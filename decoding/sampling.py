@@ -39,7 +39,7 @@ def policy_probs(logits: torch.Tensor, policy: SamplingPolicy) -> torch.Tensor:
     At temperature 0 each row is one-hot at the lowest-index argmax, so exact accept rules need no greedy case.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if native.serves(logits.dtype, logits.device):
+    if native.samples(logits):
         probs, logits = torch.empty_like(logits, memory_format=torch.contiguous_format), logits.contiguous()
         vocab_size = logits.shape[-1]
         native.function("policy_probs")(
@@ -158,7 +158,7 @@ def draw(
     A token of probability 0 is never drawn; ties go to the lowest index. `token_ids` (V,) names the columns of `probs`
     where they are not all ids in order.
     """
-    if native.serves(probs.dtype, probs.device):
+    if native.samples(probs):
         return _draw_natively(probs, noise, positions, purpose, token_ids)[0]
     columns = _scores(probs, noise, positions, purpose, token_ids).argmax(-1)
     return columns if token_ids is None else token_ids[columns]
@@ -168,7 +168,7 @@ def draw_with_margin(
     probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw`, and by how much the drawn token won: fp64 (...), the distance of the two largest log p + g."""
-    if native.serves(probs.dtype, probs.device):
+    if native.samples(probs):
         return _draw_natively(probs, noise, positions, purpose, token_ids)
     scores = _scores(probs, noise, positions, purpose, token_ids)
     best, columns = scores.max(-1)
@@ -185,10 +185,10 @@ def _draw_natively(
     probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw_with_margin` in C++, which computes the noise of possible tokens only."""
-    probs, places = probs.contiguous(), noise_places(positions, purpose)
-    tokens, margins = torch.empty_like(places), torch.empty_like(places, dtype=torch.float64)
+    inputs = [probs.contiguous(), noise.key.contiguous(), noise_places(positions, purpose).contiguous()]
+    inputs.append(None if token_ids is None else token_ids.contiguous())
+    rows = positions.numel()
+    tokens, margins = torch.empty(positions.shape, dtype=torch.int64), torch.empty(positions.shape, dtype=torch.float64)
     native.function("draw")(
-        *map(native.address, (probs, noise.key, places, token_ids)), places.numel(), places.numel() // noise.key.numel(), probs.shape[-1],
-        tokens.data_ptr(), margins.data_ptr(),
-    )
+        *map(native.address, inputs), rows, rows // noise.key.numel(), probs.shape[-1], *map(native.address, (tokens, margins)))
     return tokens, margins

@@ -14,7 +14,7 @@ from torch import nn
 from decoding.draft_length import DraftLength
 from decoding.drafting import ChainRound
 from decoding.state import DecodeState, RoundResult
-from decoding.static_llama import Head, KeyValues, Span, Stack, StaticLlama, Watch
+from decoding.static_llama import Head, KeyValues, Span, Stack, StaticLlama, weights_at
 from decoding.verify import Verification
 
 
@@ -32,10 +32,10 @@ class SharedExit:
             self.head = Head(exit_.norm, exit_.head, target.config.rms_norm_eps)
             self.hidden = target.embedding.new_zeros(target.batch, target.capacity, target.embedding.shape[-1])  # h_E by position
             self.own = None if exit_.block is None else self._own_stack(exit_.block)
-        self._watch = Watch(*exit_.parameters())
+        self._weights = weights_at(exit_)
         self.start()
 
-    def start(self, prompt_length: int = 0) -> None:
+    def start(self, prompt_lengths: list[int] | None = None) -> None:
         """Forget all tokens and counts."""
         self.lengths, self.calls, self.tokens, self.block_tokens = [0] * self.target.batch, 0, 0, 0
 
@@ -79,9 +79,14 @@ class SharedExit:
         cache = KeyValues(1, self.target.batch, self.target.capacity, self.target.config, self.target.embedding)
         return Stack([block], cache, self.target.config, self.target.embedding)
 
-    def serves(self, capacity: int, batch: int, engine: str) -> bool:
-        """Whether this exit can decode `batch` texts of up to `capacity` tokens with the target's engine."""
-        return self.target.serves(capacity, batch, engine) and self._watch.unmoved()
+    def serves(self, target: StaticLlama, exit_: nn.Module) -> bool:
+        """Whether this is still that exit on that target."""
+        return target is self.target and self._weights == weights_at(exit_)
+
+    @property
+    def reach(self) -> int:
+        """See StaticLlama."""
+        return self.target.reach
 
     def crop(self, lengths: list[int]) -> None:
         """Forget what the own block holds behind the first `lengths[b]` tokens of text b."""

@@ -130,7 +130,8 @@ class DecodeState:
 
     def last(self, count: int = 1) -> torch.Tensor:
         """The last `count` committed tokens of every text, int64 (B, count)."""
-        return torch.tensor([text[-count:] for text in self.committed], device=self.target.device)
+        texts = [(text[:1] * count + text)[-count:] for text in self.committed]  # one that has ended may be shorter: what is fed for it is not used
+        return torch.tensor(texts, device=self.target.device)
 
     def roll_back(self) -> None:
         """Let every cache hold no more than the committed tokens but the last."""
@@ -141,7 +142,7 @@ class DecodeState:
         self, programs: Programs, key: Hashable, function: Callable[..., tuple[torch.Tensor, ...]], *inputs: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """function(*inputs, noise) as one of `programs`; `key` must name all that the work depends on beside policy and cache."""
-        whole = (key, self.policy, self.target.reach)
+        whole = (key, self.policy, *(model.reach for model in (self.target, self.draft) if model is not None))
         return programs(whole, lambda *tensors: function(*tensors[:-1], Noise(tensors[-1])), *inputs, self.noise.key)
 
     def results(self, drafted: torch.Tensor, decision: torch.Tensor) -> list[RoundResult]:

@@ -45,9 +45,20 @@ def why_unsupported(model: nn.Module) -> str | None:
         return "sliding-window attention"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "weights on several devices"
-    if any(type(module) is not nn.Linear for layer in model.model.layers for module in (layer.self_attn.q_proj, layer.mlp.up_proj)):
+    if any(type(linear) is not nn.Linear for linear in (*(linear for layer in model.model.layers for linear in linears(layer)), model.lm_head)):
         return "quantised or adapted linear layers"
     return None
+
+
+def linears(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The linear maps of a decoder block."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def weights_at(*modules: nn.Module) -> list[tuple]:
+    """Where the parameters of `modules` lie: differs once one was moved, replaced or adapted."""
+    return [(parameter.data_ptr(), parameter.stride(), parameter.dtype) for module in modules for parameter in module.parameters()]
 
 
 # ---- weights ----
@@ -57,7 +68,8 @@ def join(linears: list[nn.Linear]) -> Projection:
     parts = [("weight", [linear.weight for linear in linears])]
     if linears[0].bias is not None:
         parts.append(("bias", [linear.bias for linear in linears]))
-    joined = {name: _joined(parameters) for name, parameters in parts}
+    with torch.inference_mode(linears[0].weight.is_inference()):  # views of a tensor of another kind could not be the parameters' data
+        joined = {name: _joined(parameters) for name, parameters in parts}
     return Projection(joined["weight"], joined.get("bias"))
 
 
@@ -66,7 +78,8 @@ def _joined(parameters: list[nn.Parameter]) -> torch.Tensor:
     first = parameters[0]
     rows = sum(len(parameter) for parameter in parameters)
     offsets = torch.tensor([0, *[parameter.numel() for parameter in parameters]]).cumsum(0).tolist()
-    same_storage = {parameter.untyped_storage().data_ptr() for parameter in parameters} == {first.untyped_storage().data_ptr()}
+    dense = all(parameter.is_contiguous() for parameter in parameters)
+    same_storage = dense and {parameter.untyped_storage().data_ptr() for parameter in parameters} == {first.untyped_storage().data_ptr()}
     if same_storage and all(p.storage_offset() == first.storage_offset() + offset for p, offset in zip(parameters, offsets, strict=False)):
         return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
     whole = torch.cat([parameter.detach() for parameter in parameters])
@@ -79,29 +92,49 @@ class Block:
     """The weights of one decoder block, joined."""
 
     def __init__(self, layer: nn.Module) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = Projection(attention.o_proj.weight, attention.o_proj.bias)
-        self.gate_up = join([mlp.gate_proj, mlp.up_proj])
-        self.down = Projection(mlp.down_proj.weight, mlp.down_proj.bias)
-        self.attention_norm, self.mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        q, k, v, out, gate, up, down = linears(layer)
+        self.qkv, self.gate_up = join([q, k, v]), join([gate, up])
+        self.out, self.down = (Projection(linear.weight.detach(), None if linear.bias is None else linear.bias.detach()) for linear in (out, down))
+        self.attention_norm, self.mlp_norm = (norm.weight.detach() for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Weights and biases, in the order of llama_blocks.cpp."""
+        products = [tensor for linear in (self.qkv, self.out, self.gate_up, self.down) for tensor in (linear.weight, linear.bias)]
+        return [*products, self.attention_norm, self.mlp_norm]
 
 
 class Rotary:
-    """Cosines (S, 1, head_dim) and sines (S, 1, head_dim/2) of every position, in the model's dtype.
+    """Cosines (B, S, 1, head_dim) and sines (B, S, 1, head_dim/2) of every text's positions, in the model's dtype.
 
     Dynamic NTK scaling makes them depend on the length that is reached: transformers rotates a prompt with the
-    frequencies of its length and each later token with those of its own. `prompt_length` gives the same here, whatever
-    the passes.
+    frequencies of its length and each later token with those of its own. `start` gives the same here, whatever the passes. Else
+    all texts share one table.
     """
 
-    def __init__(self, rotary_emb: LlamaRotaryEmbedding, like: torch.Tensor, capacity: int, prompt_length: int) -> None:
-        positions = torch.arange(capacity, device=like.device)
-        if rotary_emb.config.rope_parameters.get("rope_type") == "dynamic":
-            cos, sin = _dynamic_rotary(rotary_emb.config, positions, prompt_length, like.dtype)
-        else:
-            cos, sin = (table[0] for table in rotary_emb(like, position_ids=positions[None]))
-        self.cos, self.sin = cos[:, None].contiguous(), sin[:, None, : sin.shape[-1] // 2].contiguous()
+    def __init__(self, rotary_emb: LlamaRotaryEmbedding, like: torch.Tensor, capacity: int, batch: int) -> None:
+        self._config, self._positions = rotary_emb.config, torch.arange(capacity, device=like.device)
+        self._dynamic = self._config.rope_parameters.get("rope_type") == "dynamic"
+        cos, sin = (table[0] for table in rotary_emb(like, position_ids=self._positions.clamp(max=0)[None])) if self._dynamic else (
+            table[0] for table in rotary_emb(like, position_ids=self._positions[None]))
+        texts = batch if self._dynamic else 1
+        self.cos = cos[None, :, None].repeat(texts, 1, 1, 1)
+        self.sin = sin[None, :, None, : sin.shape[-1] // 2].repeat(texts, 1, 1, 1)
+
+    def start(self, prompt_lengths: list[int]) -> None:
+        """Fill the tables for texts with these prompts, in place: a captured program reads them where they are."""
+        for text, length in enumerate(prompt_lengths if self._dynamic else []):
+            cos, sin = _dynamic_rotary(self._config, self._positions, length, self.cos.dtype)
+            self.cos[text], self.sin[text] = cos[:, None], sin[:, None, : sin.shape[-1] // 2]
+
+    def span(self, text: int, where: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines (T, 1, head_dim) and sines (T, 1, head_dim/2) of text `text` at the positions `where`."""
+        text = text % len(self.cos)
+        return self.cos[text, where], self.sin[text, where]
+
+    def scatter(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same (B·T, …) for `positions` (B, T) of every text."""
+        texts = torch.arange(len(positions), device=positions.device)[:, None] % len(self.cos)
+        return self.cos[texts, positions].flatten(0, 1), self.sin[texts, positions].flatten(0, 1)
 
 
 def _dynamic_rotary(config: PretrainedConfig, positions: torch.Tensor, prompt_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,8 +182,7 @@ class Span:
     ) -> None:
         self.batch, self.count, self.start, self.visible = 1, count, start, visible
         self._cache, self._row = cache, row
-        where = slice(start, start + count) if offsets is None else start + offsets
-        self.cos, self.sin = rotary.cos[where], rotary.sin[where]
+        self.cos, self.sin = rotary.span(row, slice(start, start + count) if offsets is None else start + offsets)
         self.causal = count > 1 and start == 0 and visible is None
 
     @cached_property
@@ -213,8 +245,7 @@ class Scatter:
         self.batch, self.count = positions.shape
         self._cache, self._positions, self._reach = cache, positions, reach
         self._rows = torch.arange(self.batch, device=positions.device)[:, None]
-        flat = positions.reshape(-1)
-        self.cos, self.sin = rotary.cos[flat], rotary.sin[flat]
+        self.cos, self.sin = rotary.scatter(positions)
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor, ...]:
@@ -332,7 +363,7 @@ class Stack:
         self.blocks, self.cache = [Block(layer) for layer in layers], cache
         self._config, self._like = config, like
         self._spaces: dict[tuple[int, int], Workspace] = {}
-        self._native = NativeStack(self.blocks, cache, config) if cpp and NativeStack.serves(config, like) else None
+        self._native = NativeStack(self.blocks, cache, config) if cpp and NativeStack.serves(self.blocks, config, like) else None
 
     def run(self, x: torch.Tensor, place: Span | Scatter, first: int = 0, last: int | None = None) -> torch.Tensor:
         """`x` (B·T, D) through blocks first … last−1 (default: to the last), in place."""
@@ -371,9 +402,10 @@ class NativeStack:
         self._call = native.function("run_blocks", cache.store.dtype)
 
     @staticmethod
-    def serves(config: PretrainedConfig, like: torch.Tensor) -> bool:
-        """Whether the C++ blocks can run this model's."""
-        return native.serves(like.dtype, like.device, config.hidden_size, config.intermediate_size, config.head_dim)
+    def serves(blocks: list[Block], config: PretrainedConfig, like: torch.Tensor) -> bool:
+        """Whether the C++ can run these blocks: it reads dense tensors."""
+        dense = all(tensor is None or tensor.is_contiguous() for block in blocks for tensor in block.tensors())
+        return dense and native.serves(like.dtype, like.device, config.hidden_size, config.intermediate_size, config.head_dim)
 
     def run(self, x: torch.Tensor, place: Span | Scatter, first: int, last: int) -> None:
         """`x` (B·T, D) through blocks first … last−1, in place."""
@@ -385,18 +417,18 @@ class NativeStack:
 
 
 def _pointers(block: Block, cache: KeyValues, index: int) -> native.BlockPointers:
-    tensors = [t for linear in (block.qkv, block.out, block.gate_up, block.down) for t in (linear.weight, linear.bias)]
     keys, values = cache.store[index, 0, : cache.heads], cache.store[index, 0, cache.heads :]
-    return native.BlockPointers(*map(native.address, [*tensors, block.attention_norm, block.mlp_norm, keys, values]))
+    return native.BlockPointers(*map(native.address, [*block.tensors(), keys, values]))
 
 
 class Head:
     """Final norm and output matrix: hidden states (R, D) -> logits (R, V)."""
 
     def __init__(self, norm: nn.Module, linear: nn.Linear, eps: float, cpp: bool = True) -> None:
-        self._norm, self._eps, self._projection = norm.weight, eps, Projection(linear.weight, linear.bias)
+        bias = None if linear.bias is None else linear.bias.detach()
+        self._norm, self._eps, self._projection = norm.weight.detach(), eps, Projection(linear.weight.detach(), bias)
         self._spaces: dict[int, tuple[Norm, Product]] = {}
-        self._native = cpp and native.serves(linear.weight.dtype, linear.weight.device, len(linear.weight))
+        self._native = cpp and linear.weight.is_contiguous() and native.serves(linear.weight.dtype, linear.weight.device, len(linear.weight))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (R, V); valid until the next call with as many rows."""
@@ -424,16 +456,6 @@ class Head:
 
 # ---- the model ----
 
-class Watch:
-    """Notices when parameters that were seen at one place in memory have moved, as by `model.to(...)`."""
-
-    def __init__(self, *parameters: nn.Parameter) -> None:
-        self._seen = [(parameter, parameter.data_ptr()) for parameter in parameters]
-
-    def unmoved(self) -> bool:
-        return all(parameter.data_ptr() == place for parameter, place in self._seen)
-
-
 class StaticLlama:
     """A Llama with a cache of `capacity` slots for each of `batch` texts; `layers`, `norm` and `head` may be an exit's own.
 
@@ -459,29 +481,35 @@ class StaticLlama:
         self.device = self.embedding.device
         self.on_host = self.device.type == "cpu" and batch == 1
         self.capacity = -(-capacity // REACH_STEP) * REACH_STEP
-        self._rotary_emb = model.model.rotary_emb
         layers, head = list(layers or model.model.layers), head or model.lm_head
         with torch.inference_mode(False), torch.no_grad():
             self.cache = KeyValues(len(layers), batch, self.capacity, self.config, self.embedding)
             self.stack = Stack(layers, self.cache, self.config, self.embedding, cpp)
             self.head = Head(norm or model.model.norm, head, self.config.rms_norm_eps, cpp)
-            self.rotary = self._new_rotary(0)
-        self._watch = Watch(model.model.embed_tokens.weight, head.weight, *(layer.self_attn.q_proj.weight for layer in (layers[0], layers[-1])))
+            self.rotary = Rotary(model.model.rotary_emb, self.embedding, self.capacity, batch)
+        self._weights = weights_at(model.model.embed_tokens, norm or model.model.norm, head, *layers)
         self.programs = Programs(self.device)
         self.start()
 
-    def serves(self, capacity: int, batch: int, engine: str) -> bool:
-        """Whether this object can decode `batch` texts of up to `capacity` tokens with `engine` (see speculative.DecodeOptions)."""
-        return engine == "static" and batch == self.batch and capacity <= self.capacity and self._watch.unmoved()
+    def serves(
+        self, model: nn.Module, capacity: int, batch: int, engine: str, *, layers: list[nn.Module] | None = None,
+        norm: nn.Module | None = None, head: nn.Module | None = None, token_ids: torch.Tensor | None = None,
+    ) -> bool:
+        """Whether this object can decode `batch` texts of up to `capacity` tokens of `model`, its arguments at construction still true.
 
-    def start(self, prompt_length: int = 0) -> None:
-        """Forget all tokens and counts. `prompt_length` matters to dynamic NTK scaling only (see Rotary)."""
+        `engine` as in speculative.DecodeOptions.
+        """
+        if engine != "static" or batch != self.batch or capacity > self.capacity or why_unsupported(model) is not None:
+            return False
+        layers, ends = list(layers or model.model.layers), (model.model.embed_tokens, norm or model.model.norm, head or model.lm_head)
+        return self._weights == weights_at(*ends, *layers)
+
+    def start(self, prompt_lengths: list[int] | None = None) -> None:
+        """Forget all tokens and counts. `prompt_lengths` matter to dynamic NTK scaling only (see Rotary)."""
         self.lengths, self.calls, self.tokens = [0] * self.batch, 0, 0
-        if self.config.rope_parameters.get("rope_type") == "dynamic":
-            self.rotary = self._new_rotary(prompt_length)
-
-    def _new_rotary(self, prompt_length: int) -> Rotary:
-        return Rotary(self._rotary_emb, self.embedding, self.capacity, prompt_length)
+        self.rotary.start(prompt_lengths or [0] * self.batch)
+        if not self.on_host:
+            self.cache.store.zero_()  # masked slots are multiplied by 0, which a number that is none survives
 
     def starts(self) -> torch.Tensor:
         """Where the next pass begins in each text, int64 (B,) on the device."""

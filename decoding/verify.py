@@ -34,7 +34,7 @@ def verify_rejection(
     p (..., γ+1, V), q (..., γ, V); `positions` (..., γ+1) are the absolute positions decided by the rows of p. Lossless
     for tokens drawn from q. Returns int64 (...), both on p's device.
     """
-    if native.serves(p.dtype, p.device):
+    if native.samples(p, q):
         return _verify_natively(p, q, drafted, noise, positions)
     uniforms = noise.uniform(positions[..., :-1], Purpose.ACCEPT)
     accepted = _leading(accepts(p[..., :-1, :], q, drafted, uniforms))
