@@ -12,7 +12,7 @@ them: width 1 is plain decoding, width γ+1 verification. An exit at layer ℓ r
     transformers+compile <mode>  torch.compile over the StaticCache; "reduce-overhead" and "max-autotune" use CUDA
                                  graphs on CUDA only
     engine                       decoding/static_llama.py as decoding uses it: on the CPU its C++
-    engine torch                 on the CPU, the engine without its C++
+    engine torch                 on the CPU, the engine without its C++ (where there is no C++ compiler, the same as engine)
     engine+graph                 on CUDA, the engine's pass as a captured graph (not yet measured on a GPU)
 
 All implementations of one model, context and width take turns. Before, each one's logits are compared with those of
@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfi
 
 from decoding.kv_cache import CachedModel
 from decoding.state import synchronize
-from decoding.static_llama import KEPT_WIDTHS, NativeStack, StaticLlama
+from decoding.static_llama import KEPT_WIDTHS, StaticLlama
 from machine_speed import memory_bandwidth
 from results import make_output_dir, record_run, write_json
 from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, load_config, load_target, weights_hash
@@ -263,7 +263,7 @@ def implementations(model: LlamaForCausalLM, prompt: torch.Tensor, args: Args) -
     made["engine"] = partial(EngineSteps, model, prompt, capacity)
     if prompt.device.type == "cuda":
         made["engine+graph"] = partial(EngineSteps, model, prompt, capacity, graph=True)
-    elif NativeStack.serves(model.config, model.model.embed_tokens.weight):
+    else:
         made["engine torch"] = partial(EngineSteps, model, prompt, capacity, cpp=False)
     return made
 

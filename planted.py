@@ -215,7 +215,7 @@ class _Planting:
         prompts = torch.randint(self.target.config.vocab_size, (TEXTS, PROMPT_TOKENS), generator=self._generator, device=self.target.device).tolist()
         noise = Noise.of(self._generator.initial_seed(), list(range(TEXTS)), self.target.device)
         state = DecodeState(self._engine, None, self.policy, noise, prompts)
-        self._engine.start(PROMPT_TOKENS)
+        self._engine.start([PROMPT_TOKENS] * TEXTS)
         self._engine.prefill([prompt[:-1] for prompt in prompts])
         for _ in range(NEW_TOKENS):
             for text, result in zip(state.committed, vanilla_round(state), strict=True):

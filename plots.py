@@ -750,7 +750,7 @@ def draw_steps(axis: Axes, rows: pd.DataFrame) -> None:
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda width, _: f"{width:g}"))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.set(xlabel="tokens of a step", ylabel="ms per step")
-    scale_axis(axis, "y", pd.concat([rows["ms_per_step"], pd.Series([floor])]))
+    scale_axis(axis, "y", pd.concat([rows["ms_per_step_q1"], rows["ms_per_step_q3"], pd.Series([floor])]))
     if axis.get_yscale() == "linear":
         axis.set_ylim(bottom=0)
 

@@ -180,6 +180,8 @@ class Span:
         self, cache: KeyValues, rotary: Rotary, start: int, count: int, row: int = 0,
         offsets: torch.Tensor | None = None, visible: torch.Tensor | None = None,
     ) -> None:
+        if start + count > cache.store.shape[3]:
+            raise ValueError(f"{count} tokens behind {start} exceed the cache's {cache.store.shape[3]} slots")
         self.batch, self.count, self.start, self.visible = 1, count, start, visible
         self._cache, self._row = cache, row
         self.cos, self.sin = rotary.span(row, slice(start, start + count) if offsets is None else start + offsets)
@@ -411,6 +413,8 @@ class NativeStack:
         """`x` (B·T, D) through blocks first … last−1, in place."""
         visible = None if place.visible is None else place.visible.to(torch.uint8).contiguous()
         slots, texts = place.slots()
+        if not (len(place.cos) == len(place.sin) == len(slots) == len(x)) or int(slots.max()) >= self._shape.capacity:
+            raise IndexError(f"a pass of {len(x)} rows does not fit slots up to {int(slots.max())} of {self._shape.capacity}")  # C++ would write elsewhere
         rows = native.Rows(len(x), *map(native.address, (slots, texts)), place.start, *map(native.address, (place.cos, place.sin, visible)))
         self._call(ctypes.byref(self._blocks[first]) if first < last else None, last - first, ctypes.byref(self._shape), ctypes.byref(rows),
                    native.address(x), torch.get_num_threads())

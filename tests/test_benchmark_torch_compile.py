@@ -12,11 +12,10 @@ import machine_speed
 import plots
 from decoding import static_llama
 from test_commands import check_one_line, run_main
-from toy_models import tiny_llama
+from toy_models import native_llama, tiny_llama
 from truncated_llama import Exit, TruncatedLlama
 
 CONTEXT, WIDTHS = 9, [1, 3]
-NATIVE = {"num_attention_heads": 2, "num_key_value_heads": 1}  # the C++ blocks want heads of a multiple of 16
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +44,8 @@ def test_rows_figure_and_table(tiny_target_path, tmp_path, monkeypatch, capsys):
     assert run_main(benchmark, command(tmp_path, model_path=tiny_target_path), monkeypatch) == 0
     rows = json.loads((tmp_path / "step_times.json").read_text())
     assert [(row["variant"], row["blocks"], row["width"], row["implementation"]) for row in rows] == [
-        (*variant, width, name) for variant in (("full", 4), ("exit 1", 2)) for width in WIDTHS for name in ("transformers", "transformers static", "engine")]
+        (*variant, width, name) for variant in (("full", 4), ("exit 1", 2)) for width in WIDTHS
+        for name in ("transformers", "transformers static", "engine", "engine torch")]
     config = AutoConfig.from_pretrained(tiny_target_path)
     block = 32 * (2 * 32 + 2 * 16) + 3 * 32 * 64 + 2 * 32  # queries and output, keys and values, mlp, norms
     for row in rows:
@@ -119,7 +119,7 @@ def test_first_blocks_are_the_untuned_exit_in_the_same_memory():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="without a compiler the engine has no C++ to leave out")
 def test_engine_torch_runs_no_cpp(monkeypatch):
-    model, tokens = tiny_llama(**NATIVE).float(), torch.arange(CONTEXT)[None]
+    model, tokens = native_llama(), torch.arange(CONTEXT)[None]
     made = benchmark.implementations(model, tokens, benchmark.Args(out_dir="unused", modes=["none"]))
     engines = {name: make() for name, make in made.items() if name.startswith("engine")}
     called = []

@@ -305,6 +305,9 @@ def test_names_of_a_batch():
     got: list[list[int]] = [[], []]
     found = generate_batch(target, [[1], [2]], options, prompt_ids=[7, 3], on_tokens=lambda row, tokens: got[row].extend(tokens))
     assert [g.tokens for g in found] == got == [generate(target, [prompt], options, prompt_id=i).tokens for prompt, i in ((1, 7), (2, 3))]
+    for ids in ([7], [7, 3, 1]):  # the C++ would read noise keys behind the end
+        with pytest.raises(ValueError, match="prompt_ids"):
+            generate_batch(target, [[1], [2]], options, prompt_ids=ids)
 
 
 # ---- a draft that knows fewer tokens ----

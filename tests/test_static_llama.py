@@ -136,7 +136,7 @@ def test_dynamic_ntk_beyond_its_length_is_transformers_stepwise(path, prompt_len
             logits.append(model(text[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
         engine = StaticLlama(llama(**settings), 110)
         for widths in ([1] * 20, [7, 2, 9]):
-            engine.start(prompt_length)
+            engine.start([prompt_length])
             engine.prefill([text[0, : prompt_length - 1].tolist()])
             found = [engine.append(piece).clone() for piece in text[:, prompt_length - 1 :].split(widths + [111 - prompt_length - sum(widths)], 1)]
             assert near(torch.cat(found, 1), torch.cat(logits, 1)[:, prompt_length - 1 :])
@@ -529,6 +529,19 @@ def test_a_cache_without_a_slot_to_spare(monkeypatch, path, method):
     assert speculative._engines[target].target.capacity == 70 + 30 + 5 + 1
     for row, prompt in enumerate(prompts):
         assert generate(target, prompt, options, draft, prompt_id=row).tokens == wanted[row]
+
+
+@pytest.mark.parametrize("make", [StaticLlama, on_device])
+def test_a_pass_behind_the_last_slot_is_refused(make):
+    """The C++ writes where it is told to, into the next head's slots or behind the cache."""
+    engine = make(llama(), 256)
+    engine.lengths = [255]
+    assert engine.place(engine.starts(), 1).count == 1
+    for count, offset in ((2, 0), (1, 1), (40, 0)):
+        with pytest.raises(ValueError, match="256"):
+            engine.place(engine.starts(), count, offset)
+    with pytest.raises(ValueError, match="256"):
+        engine.prefill([[1] * 257])
 
 
 # ---- models that the engine does not run ----

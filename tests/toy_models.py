@@ -215,7 +215,7 @@ def random_text(length: int, vocab_size: int = 64, seed: int = 0) -> torch.Tenso
 @torch.inference_mode()
 def pass_logits(engine: StaticLlama, text: torch.Tensor, widths: list[int]) -> torch.Tensor:
     """Logits (1, T, V) of `text` (1, T) fed to an empty `engine` in passes of these widths, the last one for what is left."""
-    engine.start(text.shape[1])
+    engine.start([text.shape[1]])
     ends = [*accumulate(widths, initial=0), text.shape[1]]
     return torch.cat([engine.append(text[:, start:end]).clone() for start, end in pairwise(ends) if end > start], 1)
 
