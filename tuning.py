@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -21,41 +22,48 @@ from speculative import DecodeOptions, generate
 from truncated_llama import TruncatedLlama
 
 LONGEST = 8  # most tokens that an adaptive round drafts
-REPEATS = 12  # measured rounds of each length
-WARM_UP = 2  # rounds of each length before
+HOLD, UNSETTLED = 8, 3  # rounds of one length in a row, of which the first do not count: caches hold what the length before used
+REPEATS = 3  # turns of each length
 STEP_ROUNDS, STEP_REPEATS = 12, 5
 
 
 class EveryLength:
-    """Drafts 0, 1, … longest tokens, round by round and over again."""
+    """Drafts 0, 1, … longest tokens, each HOLD rounds in a row, and over again."""
 
     wants_signals = True
 
     def __init__(self, longest: int) -> None:
-        self.longest, self._now = longest, 0
+        self.longest, self._rounds = longest, 0
+
+    def length_of(self, number: int) -> int:
+        """How many tokens round `number` drafts."""
+        return number // HOLD % (self.longest + 1)
 
     def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
-        return drafted < self._now
+        return drafted < self.length_of(self._rounds)
 
     def learn(self, signals: list[torch.Tensor], results: list[RoundResult]) -> None:
-        self._now = (self._now + 1) % (self.longest + 1)
+        self._rounds += 1
 
 
 def round_costs(target: nn.Module, draft: nn.Module, prompt: list[int], options: DecodeOptions, longest: int = LONGEST) -> list[float]:
-    """Median seconds of a round of `options` that drafts 0, 1, … `longest` tokens, in turn behind `prompt`; never falling."""
+    """Median seconds of a round of `options` that drafts 0, 1, … `longest` tokens behind `prompt`; never falling.
+
+    A length is measured among rounds of its own: a vanilla step that follows others is faster than one that follows drafting,
+    and whether drafting pays is a question of the former.
+    """
     marks: list[float] = []
-    rounds = (REPEATS + WARM_UP) * (longest + 1)
+    rule, rounds = EveryLength(longest), REPEATS * HOLD * (longest + 1)
     generate(
-        target, prompt, replace(options, gamma=EveryLength(longest), eos_ids=frozenset(), record_overlap=False, max_new_tokens=rounds * (longest + 1),
+        target, prompt, replace(options, gamma=rule, eos_ids=frozenset(), record_overlap=False, max_new_tokens=rounds * (longest + 1),
                                 stop=lambda tokens: len(marks) >= rounds),
         draft, on_tokens=lambda tokens: marks.append(time.perf_counter()),
     )
-    seconds = [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]  # of rounds 1, 2, …
-    costs: list[float] = []
-    for length in range(longest + 1):
-        own = [s for i, s in enumerate(seconds, start=1) if i % (longest + 1) == length and i >= WARM_UP * (longest + 1)]
-        costs.append(max([statistics.median(own), *costs[-1:]]))
-    return costs
+    seconds: dict[int, list[float]] = {length: [] for length in range(longest + 1)}
+    for number, (earlier, later) in enumerate(zip(marks, marks[1:], strict=False), start=1):
+        if number % HOLD >= UNSETTLED:
+            seconds[rule.length_of(number)].append(later - earlier)
+    return list(accumulate(map(statistics.median, seconds.values()), max))
 
 
 def step_seconds(target: nn.Module, draft: nn.Module, prompt: list[int], options: DecodeOptions) -> dict[str, float]:

@@ -51,7 +51,7 @@ class Calibration:
         self._information = [2.0, 0.0, 2.0]  # of (offset, offset), (offset, slope), (slope, slope): the weight of the guess above
 
     def __call__(self, signal: float) -> float:
-        return 1 / (1 + math.exp(-self.offset - self.slope * _limited(signal)))
+        return 1 / (1 + math.exp(-max(-30.0, min(30.0, self.offset + self.slope * _limited(signal)))))
 
     def learn(self, signal: float, kept: bool) -> None:
         """One outcome."""

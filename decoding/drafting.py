@@ -54,6 +54,7 @@ class ChainRound:
 
         Coupled drafting uses the noise that the target will use; its signal is the margin by which the token won.
         Rejection must not look at how a token was drawn: its signal is a function of q, the log odds of the largest entry.
+        Greedy drafting: the distance of the two largest logits.
         """
         q = policy_probs(logits, self.state.policy)
         coupled = self.verification == "coupled"
@@ -62,6 +63,9 @@ class ChainRound:
         if not self.length.wants_signals:
             return draw(q, noise, place, purpose, self.token_ids), q
         tokens, margin = draw_with_margin(q, noise, place, purpose, self.token_ids)
+        if self.state.policy.temperature == 0:  # q is one-hot and tells nothing
+            best, second = logits.double().topk(2).values.unbind(-1)
+            return tokens, q, best - second
         return tokens, q, margin if coupled else q.amax(-1).double().logit()
 
     def verify(self, forward: Forward) -> list[RoundResult]:
