@@ -170,7 +170,9 @@ def generate_batch(
     method = METHODS[options.method]
     for prompt in prompts:
         _check(target, prompt, options, draft if method.draft != "none" else target)
-    prompt_ids = prompt_ids or list(range(len(prompts)))
+    prompt_ids = list(range(len(prompts))) if prompt_ids is None else prompt_ids
+    if len(prompt_ids) != len(prompts):
+        raise ValueError(f"{len(prompt_ids)} prompt_ids for {len(prompts)} prompts")
     if method.whole is not None:
         return [Generation(*method.whole(target, prompt, options, draft, options.seed + key)) for prompt, key in zip(prompts, prompt_ids, strict=True)]
     synchronize(target.device)

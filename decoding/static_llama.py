@@ -530,6 +530,8 @@ class StaticLlama:
         cache = cache or self.cache
         if self.on_host:
             return Span(cache, self.rotary, self.lengths[0] + offset, count)
+        if max(self.lengths) + offset + count > self.capacity:
+            raise ValueError(f"{count} tokens behind {max(self.lengths) + offset} exceed the cache's {self.capacity} slots")
         positions = (starts[:, None] + torch.arange(offset, offset + count, device=self.device)).clamp(min=0)  # ended texts may be empty
         return Scatter(cache, self.rotary, positions, self.reach)
 
