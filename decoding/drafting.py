@@ -9,7 +9,7 @@ import torch
 from decoding.draft_length import DraftLength
 from decoding.sampling import Noise, Purpose, draw, draw_with_margin, policy_probs
 from decoding.state import DecodeState, RoundResult
-from decoding.verify import Verification, expected_acceptance, overlap, verify_chain
+from decoding.verify import Verification, expected_acceptance, over_vocabulary, overlap, verify_chain
 
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -75,9 +75,9 @@ class ChainRound:
         """
         def decide(tokens: torch.Tensor, q: torch.Tensor, starts: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, ...]:
             p = policy_probs(forward(tokens, starts), self.state.policy)
-            q = self.over_vocabulary(q, p)
+            q = q if self.rows else p[:, :0]
             positions = starts[:, None] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            decision = torch.stack(verify_chain(self.verification, p, q, tokens[:, 1:], noise, positions), 1)
+            decision = torch.stack(verify_chain(self.verification, p, q, tokens[:, 1:], noise, positions, self.token_ids), 1)
             return (decision, p, q) if self.state.record_overlap else (decision,)
 
         tokens = torch.cat(self.tokens, 1)
@@ -92,16 +92,10 @@ class ChainRound:
             self.record(results, *recorded)
         return results
 
-    def over_vocabulary(self, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """q (B, γ, V_d) as (B, γ, V), 0 for tokens that the draft does not know; p (B, γ+1, V) gives the vocabulary."""
-        whole = torch.zeros_like(p[:, :-1])
-        if q.shape[1] == 0:
-            return whole
-        return q if self.token_ids is None else whole.index_copy_(-1, self.token_ids, q)
-
     def record(self, results: list[RoundResult], p: torch.Tensor, q: torch.Tensor) -> None:
-        """Fill in `overlaps` and `expected` of every text's result from p (B, γ+1, V) and q (B, γ, V)."""
+        """Fill in `overlaps` and `expected` of every text's result from p (B, γ+1, V) and q (B, γ, V_d)."""
         with self.state.clock("record"):
+            q = over_vocabulary(q, self.token_ids, p.shape[-1])
             for result, text_p, text_q in zip(results, p, q, strict=True):
                 tested_p, tested_q = text_p[: result.tested], text_q[: result.tested]
                 result.overlaps = overlap(tested_p, tested_q).tolist()

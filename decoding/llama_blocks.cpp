@@ -13,9 +13,8 @@
 typedef float floats __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(64)));
-typedef float four __attribute__((vector_size(16)));
 constexpr int64_t LANES = 16;
-constexpr int64_t AHEAD = 8192;  // bytes of prefetch: without it products of two or more rows take twice the time
+constexpr int64_t FAR = 12288, NEAR = 3072;  // bytes of prefetch into the L2 and L1 caches: without the first, two or more rows take up to twice the time
 
 // ---- numbers ----
 
@@ -70,42 +69,52 @@ static inline floats load_or_zero(const W* from, int64_t at) { return from ? loa
 
 // ---- products ----
 
-// The sums of four vectors' lanes: interleave and add until each lane of a quarter holds one partial sum of each.
-static inline four sums(floats a, floats b, floats c, floats d) {
+// Lane 4 q + r of the result is the sum of quarter q of vector r's lanes, of four vectors.
+static inline floats quarter_sums(floats a, floats b, floats c, floats d) {
     floats ab = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
                 __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
     floats cd = __builtin_shufflevector(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
                 __builtin_shufflevector(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    floats abcd = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                  __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return (__builtin_shufflevector(abcd, abcd, 0, 1, 2, 3) + __builtin_shufflevector(abcd, abcd, 4, 5, 6, 7)) +
-           (__builtin_shufflevector(abcd, abcd, 8, 9, 10, 11) + __builtin_shufflevector(abcd, abcd, 12, 13, 14, 15));
+    return __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
-// out[4 t] = four rows of w (each of length k) times row t of x, for T rows.
+// The quarters of four such results added: lane i is the sum of vector i's lanes, of sixteen vectors.
+static inline floats whole_sums(floats a, floats b, floats c, floats d) {
+    floats ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    floats cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                __builtin_shufflevector(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    return __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+// Four rows of w (each of length k) times each of T rows of x: the sums of quarters. Not inlined, as the compiler would run short of registers.
 template <int T, typename W>
-static inline void four_products(const W* w, const float* x, four* out, int64_t k) {
-    floats total[T][4] = {};
-    int64_t i = 0;
-    for (; i + LANES <= k; i += LANES) {
+__attribute__((noinline)) static void four_products(const W* w, const float* x, floats* out, int64_t k) {
+    floats total[T][4];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) total[t][0] = total[t][1] = total[t][2] = total[t][3] = floats{};
+    for (int64_t i = 0; i < k; i += LANES) {
         floats column[T];
+#pragma GCC unroll 8
         for (int t = 0; t < T; t++) column[t] = load(x + t * k + i);
+#pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
-            floats weights = load(w + r * k + i);
-            __builtin_prefetch(w + r * k + i + AHEAD / sizeof(W));
+            const floats weights = load(w + r * k + i);
+            __builtin_prefetch(w + r * k + i + FAR / sizeof(W), 0, 2);
+            __builtin_prefetch(w + r * k + i + NEAR / sizeof(W));
+#pragma GCC unroll 8
             for (int t = 0; t < T; t++) total[t][r] += weights * column[t];
         }
     }
-    for (int t = 0; t < T; t++) {
-        four& sum = out[4 * t] = sums(total[t][0], total[t][1], total[t][2], total[t][3]);
-        for (int64_t j = i; j < k; j++)
-            for (int r = 0; r < 4; r++) sum[r] += to_float(w[r * k + j]) * x[t * k + j];
-    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) out[t] = quarter_sums(total[t][0], total[t][1], total[t][2], total[t][3]);
 }
 
-// The same for any number of rows, in groups whose sums stay in 24 of the 32 vector registers.
+// The same for any number of rows of x, in groups whose sums stay in 24 of the 32 vector registers.
 template <typename W>
-static inline void four_products(const W* w, const float* x, four* out, int64_t k, int64_t rows) {
+static inline void four_products(const W* w, const float* x, floats* out, int64_t k, int64_t rows) {
     while (rows > 0) {
         int64_t group = rows <= 6 ? rows : rows < 12 ? (rows + 1) / 2 : 6;
         switch (group) {
@@ -118,14 +127,15 @@ static inline void four_products(const W* w, const float* x, four* out, int64_t 
         }
         rows -= group;
         x += group * k;
-        out += 4 * group;
+        out += group;
     }
 }
 
-// out[t] = sixteen rows of w times row t of x.
+// out[t] = sixteen rows of w times row t of x; `space` holds four times as many vectors.
 template <typename W>
-static inline void products(const W* w, const float* x, floats* out, int64_t k, int64_t rows) {
-    for (int64_t quarter = 0; quarter < 4; quarter++) four_products(w + 4 * quarter * k, x, (four*)out + quarter, k, rows);
+static inline void products(const W* w, const float* x, floats* out, floats* space, int64_t k, int64_t rows) {
+    for (int64_t quarter = 0; quarter < 4; quarter++) four_products(w + 4 * quarter * k, x, space + quarter * rows, k, rows);
+    for (int64_t t = 0; t < rows; t++) out[t] = whole_sums(space[t], space[rows + t], space[2 * rows + t], space[3 * rows + t]);
 }
 
 // ---- one pass ----
@@ -141,21 +151,36 @@ struct Shape {
     float eps;
 };
 
-// T rows; the keys and values of row t go to slot slots[t] of text texts[t]. A row sees its text up to its own slot. With `visible` (T, T)
-// all rows are the first text's and lie behind `start` slots that each sees, besides the rows j with visible[t, j].
+// T rows. Row t goes to slot slots[t] of text texts[t] and is rotated to positions[t]; without these, to slot start + t of text `text`,
+// rotated to its slot. A row sees its text up to its own slot. With `visible` (T, T) all rows lie behind `start` slots that
+// each sees, besides the rows j with visible[t, j].
 template <typename W>
 struct Rows {
-    int64_t count;
-    const int64_t *slots, *texts;
-    int64_t start;
-    const W *cos, *sin;  // (T, head_dim), of which the first half is read, and (T, head_dim / 2)
+    int64_t count, start, one_text;
+    const int64_t *slots, *texts, *positions;
+    const W *cosines, *sines;  // (texts, capacity, head_dim), of which the first half is read, and (texts, capacity, head_dim / 2)
+    int64_t tables;            // texts that have tables of their own; 1: all share the first
     const uint8_t* visible;
+
+    int64_t text(int64_t t) const { return texts ? texts[t] : one_text; }
+    int64_t slot(int64_t t) const { return slots ? slots[t] : start + t; }
+    int64_t table_row(int64_t t, int64_t capacity) const { return text(t) % tables * capacity + (positions ? positions[t] : slot(t)); }
+};
+
+// What to run: x (T, hidden) through `number` blocks in place. Before block `kept_at` (or at the end) x is copied to kept (texts, capacity, hidden).
+template <typename W>
+struct Pass {
+    const Block<W>* blocks;
+    int64_t number;
+    W *x, *kept;
+    int64_t kept_at;
 };
 
 template <typename W>
 static void norm(const float* x, const W* weight, float* out, int64_t rows, int64_t size, float eps) {
     for (int64_t t = 0; t < rows; t++) {
         float square = 0;
+#pragma omp simd reduction(+ : square)
         for (int64_t i = 0; i < size; i++) square += x[t * size + i] * x[t * size + i];
         float scale = 1 / std::sqrt(square / size + eps);
         for (int64_t i = 0; i < size; i++) out[t * size + i] = rounded<W>(rounded<W>(x[t * size + i] * scale) * to_float(weight[i]));
@@ -171,9 +196,14 @@ static void rotate(float* head, const W* cos, const W* sin, int64_t half) {
     }
 }
 
+// Room for `size` numbers, aligned.
+static inline float* room(std::vector<floats>& store, int64_t size) {
+    store.resize((size + LANES - 1) / LANES);
+    return (float*)store.data();
+}
+
 struct Scratch {  // of one thread
-    std::vector<float> normed, queries, scores;
-    std::vector<floats> sums;
+    std::vector<floats> normed, queries, scores, sums, space;
 };
 
 // Rotates the queries and keys of one key-value head in qkv (T, heads + 2 kv_heads, head_dim), and stores its keys and values.
@@ -181,10 +211,11 @@ template <typename W>
 static void place(const Block<W>& block, const Shape& shape, const Rows<W>& rows, int64_t kv, float* qkv) {
     const int64_t size = shape.head_dim, groups = shape.heads / shape.kv_heads;
     for (int64_t t = 0; t < rows.count; t++) {
-        const W *cos = rows.cos + t * size, *sin = rows.sin + t * size / 2;
+        const int64_t at = rows.table_row(t, shape.capacity);
+        const W *cos = rows.cosines + at * size, *sin = rows.sines + at * size / 2;
         float* row = qkv + t * (shape.heads + 2 * shape.kv_heads) * size;
         float *key = row + (shape.heads + kv) * size, *value = key + shape.kv_heads * size;
-        const int64_t slot = rows.texts[t] * shape.text_stride + (kv * shape.capacity + rows.slots[t]) * size;
+        const int64_t slot = rows.text(t) * shape.text_stride + (kv * shape.capacity + rows.slot(t)) * size;
         rotate(key, cos, sin, size / 2);
         for (int64_t g = 0; g < groups; g++) rotate(row + (kv * groups + g) * size, cos, sin, size / 2);
         for (int64_t i = 0; i < size; i++) store(key[i], block.keys + slot + i);
@@ -197,8 +228,10 @@ static float soften(float* score, int64_t seen, int64_t start, const uint8_t* vi
     for (int64_t s = start; visible && s < seen; s++)
         if (!visible[s - start]) score[s] = -1e30f;
     float most = -1e30f, total = 0;
+#pragma omp simd reduction(max : most)
     for (int64_t s = 0; s < seen; s++) most = score[s] > most ? score[s] : most;
     for (int64_t s = 0; s < seen; s++) score[s] = std::exp(score[s] - most);
+#pragma omp simd reduction(+ : total)
     for (int64_t s = 0; s < seen; s++) total += score[s];
     return total;
 }
@@ -207,23 +240,22 @@ static float soften(float* score, int64_t seen, int64_t start, const uint8_t* vi
 template <typename W>
 static void attend(const Block<W>& block, const Shape& shape, const Rows<W>& rows, int64_t kv, int64_t t, const float* qkv, float* attended, Scratch& own) {
     const int64_t size = shape.head_dim, groups = shape.heads / shape.kv_heads;
-    const int64_t seen = rows.visible ? rows.start + rows.count : rows.slots[t] + 1, padded = (seen + 3) / 4 * 4;
-    const int64_t first = rows.texts[t] * shape.text_stride + kv * shape.capacity * size;
+    const int64_t seen = rows.visible ? rows.start + rows.count : rows.slot(t) + 1, padded = (seen + LANES - 1) / LANES * LANES;
+    const int64_t first = rows.text(t) * shape.text_stride + kv * shape.capacity * size;
     const W *keys = block.keys + first, *values = block.values + first;
     const float* query = qkv + (t * (shape.heads + 2 * shape.kv_heads) + kv * groups) * size;
     float* out = attended + (t * shape.heads + kv * groups) * size;
-    own.queries.resize(groups * size);
-    own.scores.resize(groups * padded);
+    float *queries = room(own.queries, groups * size), *scores = room(own.scores, groups * padded);
     own.sums.resize(groups);
-    four* sums = (four*)own.sums.data();
+    own.space.resize(4 * groups);
     const float scale = 1 / std::sqrt(float(size));
-    for (int64_t i = 0; i < groups * size; i++) own.queries[i] = query[i] * scale;
-    for (int64_t s = 0; s < padded; s += 4) {
-        four_products(keys + s * size, own.queries.data(), sums, size, groups);
-        for (int64_t g = 0; g < groups; g++) std::memcpy(&own.scores[g * padded + s], sums + 4 * g, sizeof(four));
+    for (int64_t i = 0; i < groups * size; i++) queries[i] = query[i] * scale;
+    for (int64_t s = 0; s < padded; s += LANES) {
+        products(keys + s * size, queries, own.sums.data(), own.space.data(), size, groups);
+        for (int64_t g = 0; g < groups; g++) store(own.sums[g], scores + g * padded + s);
     }
     for (int64_t g = 0; g < groups; g++) {
-        float* score = &own.scores[g * padded];
+        float* score = scores + g * padded;
         const float total = soften(score, seen, rows.start, rows.visible ? rows.visible + t * rows.count : nullptr);
         for (int64_t i = 0; i < size; i += LANES) {
             floats mixed[4] = {};  // four chains of additions: one alone would wait for itself
@@ -240,9 +272,10 @@ static void attend(const Block<W>& block, const Shape& shape, const Rows<W>& row
 template <typename W>
 static void add_product(const W* w, const W* bias, const float* in, int64_t inner, float* x, int64_t hidden, int64_t rows, Scratch& own) {
     own.sums.resize(rows);
+    own.space.resize(4 * rows);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < hidden; n += LANES) {
-        products(w + n * inner, in, own.sums.data(), inner, rows);
+        products(w + n * inner, in, own.sums.data(), own.space.data(), inner, rows);
         for (int64_t t = 0; t < rows; t++) {
             float* to = x + t * hidden + n;
             store(rounded<W>(load(to) + rounded<W>(own.sums[t] + load_or_zero(bias, n))), to);
@@ -260,12 +293,13 @@ static inline floats silu(floats v) {
 template <typename W>
 static void run_block(const Block<W>& block, const Shape& shape, const Rows<W>& rows, float* x, float* qkv, float* attended, float* gated, Scratch& own) {
     const int64_t count = rows.count, width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-    own.normed.resize(count * shape.hidden);
-    own.sums.resize(count);
-    norm(x, block.attention_norm, own.normed.data(), count, shape.hidden, shape.eps);
+    float* normed = room(own.normed, count * shape.hidden);
+    own.sums.resize(2 * count);
+    own.space.resize(4 * count);
+    norm(x, block.attention_norm, normed, count, shape.hidden, shape.eps);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < width; n += LANES) {
-        products(block.qkv + n * shape.hidden, own.normed.data(), own.sums.data(), shape.hidden, count);
+        products(block.qkv + n * shape.hidden, normed, own.sums.data(), own.space.data(), shape.hidden, count);
         for (int64_t t = 0; t < count; t++) store(rounded<W>(own.sums[t] + load_or_zero(block.qkv_bias, n)), qkv + t * width + n);
     }
 #pragma omp for schedule(static)
@@ -274,13 +308,14 @@ static void run_block(const Block<W>& block, const Shape& shape, const Rows<W>& 
     for (int64_t t = 0; t < count; t++)
         for (int64_t kv = 0; kv < shape.kv_heads; kv++) attend(block, shape, rows, kv, t, qkv, attended, own);
     add_product(block.out, block.out_bias, attended, shape.heads * shape.head_dim, x, shape.hidden, count, own);
-    norm(x, block.mlp_norm, own.normed.data(), count, shape.hidden, shape.eps);
+    norm(x, block.mlp_norm, normed, count, shape.hidden, shape.eps);
     own.sums.resize(2 * count);
+    own.space.resize(4 * count);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < shape.intermediate; n += LANES) {
         floats *gate = own.sums.data(), *up = gate + count;
-        products(block.gate_up + n * shape.hidden, own.normed.data(), gate, shape.hidden, count);
-        products(block.gate_up + (shape.intermediate + n) * shape.hidden, own.normed.data(), up, shape.hidden, count);
+        products(block.gate_up + n * shape.hidden, normed, gate, own.space.data(), shape.hidden, count);
+        products(block.gate_up + (shape.intermediate + n) * shape.hidden, normed, up, own.space.data(), shape.hidden, count);
         for (int64_t t = 0; t < count; t++) {
             floats g = rounded<W>(gate[t] + load_or_zero(block.gate_up_bias, n));
             floats u = rounded<W>(up[t] + load_or_zero(block.gate_up_bias, shape.intermediate + n));
@@ -291,47 +326,58 @@ static void run_block(const Block<W>& block, const Shape& shape, const Rows<W>& 
 }
 
 template <typename W>
-static void run_blocks(const Block<W>* blocks, int64_t number, const Shape& shape, const Rows<W>& rows, W* x, int threads) {
-    static thread_local std::vector<float> wide, qkv, attended, gated;
-    wide.resize(rows.count * shape.hidden);
-    qkv.resize(rows.count * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
-    attended.resize(rows.count * shape.heads * shape.head_dim);
-    gated.resize(rows.count * shape.intermediate);
-    for (size_t i = 0; i < wide.size(); i++) wide[i] = to_float(x[i]);
-    float *shared_x = wide.data(), *shared_qkv = qkv.data(), *shared_attended = attended.data(), *shared_gated = gated.data();
-#pragma omp parallel num_threads(threads)
+static void keep(const float* x, const Pass<W>& pass, const Shape& shape, const Rows<W>& rows) {
+    for (int64_t t = 0; t < rows.count; t++) {
+        W* to = pass.kept + (rows.text(t) * shape.capacity + rows.slot(t)) * shape.hidden;
+        for (int64_t i = 0; i < shape.hidden; i++) store(x[t * shape.hidden + i], to + i);
+    }
+}
+
+template <typename W>
+static void run_blocks(const Pass<W>& pass, const Shape& shape, const Rows<W>& rows, int threads) {
+    static thread_local std::vector<floats> store_x, store_qkv, store_attended, store_gated;
+    const int64_t size = rows.count * shape.hidden;
+    float *x = room(store_x, size), *qkv = room(store_qkv, rows.count * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+    float *attended = room(store_attended, rows.count * shape.heads * shape.head_dim), *gated = room(store_gated, rows.count * shape.intermediate);
+    for (int64_t i = 0; i < size; i++) x[i] = to_float(pass.x[i]);
+#pragma omp parallel num_threads(threads) if (pass.number > 0)
     {
         static thread_local Scratch own;
-        for (int64_t i = 0; i < number; i++) run_block(blocks[i], shape, rows, shared_x, shared_qkv, shared_attended, shared_gated, own);
+        for (int64_t i = 0; i <= pass.number; i++) {
+            if (pass.kept && i == pass.kept_at) {
+#pragma omp single
+                keep(x, pass, shape, rows);
+            }
+            if (i < pass.number) run_block(pass.blocks[i], shape, rows, x, qkv, attended, gated, own);
+        }
     }
-    for (size_t i = 0; i < wide.size(); i++) store(wide[i], x + i);
+    for (int64_t i = 0; i < size; i++) store(x[i], pass.x + i);
 }
 
 // out (T, n) = RMS norm of x (T, k) times w (n, k) transposed.
 template <typename W>
 static void run_head(const W* weight, const W* w, const W* bias, const W* x, W* out, int64_t n, int64_t k, int64_t rows, float eps, int threads) {
-    static thread_local std::vector<float> wide, normed;
-    wide.resize(rows * k);
-    normed.resize(rows * k);
-    for (size_t i = 0; i < wide.size(); i++) wide[i] = to_float(x[i]);
-    norm(wide.data(), weight, normed.data(), rows, k, eps);
-    const float* shared = normed.data();
+    static thread_local std::vector<floats> store_x, store_normed;
+    float *wide = room(store_x, rows * k), *normed = room(store_normed, rows * k);
+    for (int64_t i = 0; i < rows * k; i++) wide[i] = to_float(x[i]);
+    norm(wide, weight, normed, rows, k, eps);
 #pragma omp parallel num_threads(threads)
     {
-        static thread_local std::vector<floats> own;
-        own.resize(rows);
+        static thread_local Scratch own;
+        own.sums.resize(rows);
+        own.space.resize(4 * rows);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n; i += LANES) {
-            products(w + i * k, shared, own.data(), k, rows);
-            for (int64_t t = 0; t < rows; t++) store(own[t] + load_or_zero(bias, i), out + t * n + i);
+            products(w + i * k, normed, own.sums.data(), own.space.data(), k, rows);
+            for (int64_t t = 0; t < rows; t++) store(own.sums[t] + load_or_zero(bias, i), out + t * n + i);
         }
     }
 }
 
-// Numbers of outputs and head_dim must be multiples of 16, and all arrays dense.
+// All sizes but the numbers of rows and heads must be multiples of 16, and all arrays dense.
 #define EXPORT(W, name)                                                                                                           \
-    extern "C" void run_blocks_##name(const Block<W>* blocks, int64_t number, const Shape* shape, const Rows<W>* rows, W* x, int threads) { \
-        run_blocks(blocks, number, *shape, *rows, x, threads);                                                                   \
+    extern "C" void run_blocks_##name(const Pass<W>* pass, const Shape* shape, const Rows<W>* rows, int threads) {               \
+        run_blocks(*pass, *shape, *rows, threads);                                                                               \
     }                                                                                                                            \
     extern "C" void run_head_##name(const W* weight, const W* w, const W* bias, const W* x, W* out, int64_t n, int64_t k, int64_t rows, float eps, int threads) { \
         run_head(weight, w, bias, x, out, n, k, rows, eps, threads);                                                             \

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("llama_blocks.cpp", "sampling.cpp"))
-COMPILE = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-fPIC", "-std=c++17")
+COMPILE = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fno-associative-math", "-fopenmp", "-fPIC", "-std=c++17")
 LINK = ("-shared", "-fopenmp")  # without -ffast-math, which would make the whole process round its smallest numbers to 0
 SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 UP_TO = {torch.float32: 96, torch.bfloat16: 12}  # rows for which the C++ blocks are faster than torch's
@@ -43,8 +43,26 @@ class Shape(ctypes.Structure):
 class Rows(ctypes.Structure):
     """struct Rows of the source."""
 
-    _fields_ = [("count", ctypes.c_int64), ("slots", ctypes.c_void_p), ("texts", ctypes.c_void_p), ("start", ctypes.c_int64),
-                *[(name, ctypes.c_void_p) for name in ("cos", "sin", "visible")]]
+    _fields_ = [*[(name, ctypes.c_int64) for name in ("count", "start", "one_text")],
+                *[(name, ctypes.c_void_p) for name in ("slots", "texts", "positions", "cosines", "sines")], ("tables", ctypes.c_int64), ("visible", ctypes.c_void_p)]
+
+
+class Pass(ctypes.Structure):
+    """struct Pass of the source."""
+
+    _fields_ = [("blocks", ctypes.c_void_p), ("number", ctypes.c_int64), ("x", ctypes.c_void_p), ("kept", ctypes.c_void_p), ("kept_at", ctypes.c_int64)]
+
+
+class Noise(ctypes.Structure):
+    """struct Noise of the source."""
+
+    _fields_ = [("keys", ctypes.c_void_p), ("starts", ctypes.c_void_p), ("rows_per_key", ctypes.c_int64)]
+
+
+class Places(ctypes.Structure):
+    """struct Places of the source."""
+
+    _fields_ = [("spacing", ctypes.c_int64), ("offset", ctypes.c_int64)]
 
 
 @cache
@@ -68,13 +86,14 @@ def _without(reason: str) -> None:
     print(f"{' '.join(reason.split())}; decoding on the CPU goes through torch, which is slower", file=sys.stderr)
 
 
-_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_POINTER, _NUMBER, _NOISE, _PLACES = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Noise), ctypes.POINTER(Places)
 ARGUMENTS = {
-    "run_blocks": [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER, ctypes.c_int],
+    "run_blocks": [ctypes.POINTER(Pass), ctypes.POINTER(Shape), ctypes.POINTER(Rows), ctypes.c_int],
     "run_head": [*[_POINTER] * 5, *[_NUMBER] * 3, ctypes.c_float, ctypes.c_int],
-    "policy_probs": [_POINTER, _POINTER, _NUMBER, _NUMBER, ctypes.c_float, _NUMBER, ctypes.c_float],
-    "draw": [*[_POINTER] * 4, *[_NUMBER] * 3, _POINTER, _POINTER],
-    "verify_rejection": [*[_POINTER] * 6, *[_NUMBER] * 4, _POINTER, _POINTER],
+    "policy_probs": [_POINTER, _POINTER, _NUMBER, _NUMBER, ctypes.c_float, _NUMBER, ctypes.c_float, ctypes.c_int],
+    "draw": [_POINTER, _NOISE, _PLACES, *[_POINTER] * 2, *[_NUMBER] * 2, *[_POINTER] * 2],
+    "verify_coupled": [*[_POINTER] * 2, _NOISE, _PLACES, _POINTER, *[_NUMBER] * 3, *[_POINTER] * 2],
+    "verify_rejection": [*[_POINTER] * 4, _NOISE, _PLACES, _PLACES, _POINTER, *[_NUMBER] * 4, *[_POINTER] * 2],
 }
 
 
@@ -94,6 +113,11 @@ def serves(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
 def samples(*tensors: torch.Tensor) -> bool:
     """Whether the C++ samples from these tensors: fp32 on the CPU."""
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and library() is not None
+
+
+def dense(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as C++ reads them: row after row, without gaps."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

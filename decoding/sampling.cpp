@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 // ---- policy_probs ----
@@ -15,61 +16,93 @@ static void keep_top_k(std::vector<float>& scaled, int64_t k) {
         if (value < least) value = -1e30f;
 }
 
-// Leaves the smallest head of `probs` whose mass reaches top_p, ties by id. A token below (1 - top_p) / n cannot be in it, as all such together weigh less than the tail.
+constexpr uint32_t LEVELS = (0x3f800000u >> 20) + 1;  // that of 1 is the highest
+
+// The upper bits of a probability: orders them coarsely.
+static inline uint32_t level(float prob) {
+    uint32_t bits;
+    std::memcpy(&bits, &prob, sizeof bits);
+    return std::min(bits >> 20, LEVELS - 1);  // also for what is no number
+}
+
+// Leaves the smallest head of `probs` whose mass reaches top_p, ties by id: whole levels from the top, and of the level that crosses, sorted, what is needed.
 static void keep_nucleus(float* probs, int64_t n, float top_p) {
+    float mass[LEVELS] = {};
+    for (int64_t i = 0; i < n; i++) mass[level(probs[i])] += probs[i];
+    uint32_t crossing = LEVELS - 1;
+    float kept = 0;
+    while (crossing > 0 && kept + mass[crossing] < top_p) kept += mass[crossing--];
     static thread_local std::vector<int64_t> candidates;
     candidates.clear();
-    const float least = (1 - top_p) / n;
     for (int64_t i = 0; i < n; i++)
-        if (probs[i] >= least) candidates.push_back(i);
+        if (level(probs[i]) == crossing) candidates.push_back(i);
     std::sort(candidates.begin(), candidates.end(), [&](int64_t a, int64_t b) { return probs[a] != probs[b] ? probs[a] > probs[b] : a < b; });
-    static thread_local std::vector<float> kept;
-    kept.clear();
-    float before = 0;
     for (int64_t token : candidates) {
-        if (before >= top_p) break;
-        kept.push_back(probs[token]);
-        before += kept.back();
+        if (kept < top_p) kept += probs[token];
+        else probs[token] = 0;
     }
-    std::fill(probs, probs + n, 0.0f);
-    for (size_t i = 0; i < kept.size(); i++) probs[candidates[i]] = kept[i] / before;
+    for (int64_t i = 0; i < n; i++) probs[i] = level(probs[i]) >= crossing ? probs[i] / kept : 0.0f;
 }
 
-extern "C" void policy_probs(const float* logits, float* probs, int64_t rows, int64_t n, float temperature, int64_t top_k, float top_p) {
+static void row_probs(const float* logits, float* probs, int64_t n, float temperature, int64_t top_k, float top_p) {
     static thread_local std::vector<float> scaled;
-    for (int64_t row = 0; row < rows; row++, logits += n, probs += n) {
-        if (temperature == 0) {
-            std::fill(probs, probs + n, 0.0f);
-            probs[std::max_element(logits, logits + n) - logits] = 1;
-            continue;
-        }
-        scaled.assign(logits, logits + n);
-        for (float& value : scaled) value /= temperature;
-        if (top_k > 0 && top_k < n) keep_top_k(scaled, top_k);
-        float most = -1e30f, total = 0;
-        for (float value : scaled) most = value > most ? value : most;
-        scaled.resize((n + 15) / 16 * 16, -1e30f);  // so that equal logits take the same instructions, and get equal probabilities
-        for (float& value : scaled) value = std::exp(value - most);
-        for (float value : scaled) total += value;
-        for (float& value : scaled) value /= total;
-        std::copy(scaled.begin(), scaled.begin() + n, probs);
-        if (top_p < 1) keep_nucleus(probs, n, top_p);
+    if (temperature == 0) {
+        std::fill(probs, probs + n, 0.0f);
+        probs[std::max_element(logits, logits + n) - logits] = 1;
+        return;
     }
+    scaled.assign(logits, logits + n);
+    for (float& value : scaled) value /= temperature;
+    if (top_k > 0 && top_k < n) keep_top_k(scaled, top_k);
+    float most = -1e30f, total = 0;
+    scaled.resize((n + 15) / 16 * 16, -1e30f);  // so that equal logits take the same instructions, and get equal probabilities
+#pragma omp simd reduction(max : most)
+    for (size_t i = 0; i < scaled.size(); i++) most = scaled[i] > most ? scaled[i] : most;
+    for (float& value : scaled) value = std::exp(value - most);
+#pragma omp simd reduction(+ : total)
+    for (size_t i = 0; i < scaled.size(); i++) total += scaled[i];
+    for (float& value : scaled) value /= total;
+    std::copy(scaled.begin(), scaled.begin() + n, probs);
+    if (top_p < 1) keep_nucleus(probs, n, top_p);
 }
 
-// ---- draw ----
+extern "C" void policy_probs(
+    const float* logits, float* probs, int64_t rows, int64_t n, float temperature, int64_t top_k, float top_p, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) row_probs(logits + row * n, probs + row * n, n, temperature, top_k, top_p);
+}
 
-constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
+// ---- noise ----
+
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u, MULTIPLIER = 0xBF58476D1CE4E5B9u;
 
 static uint64_t mix(uint64_t bits) {  // splitmix64's finalizer
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
+    bits = (bits ^ (bits >> 30)) * MULTIPLIER;
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
     return bits ^ (bits >> 31);
 }
 
-static inline uint64_t row_key(uint64_t key, uint64_t place) { return mix(key ^ place * GOLDEN); }
-
 static inline double unit(uint64_t bits) { return ((bits >> 12) + 0.5) * 0x1p-52; }
+
+// sampling.Noise of N texts: a key each, or one for all, and where the round starts in each if its noise is its own.
+struct Noise {
+    const uint64_t *keys, *starts;
+    int64_t rows_per_key;
+
+    uint64_t of(int64_t row) const {
+        const int64_t text = row / rows_per_key;
+        return starts ? mix(keys[text] ^ (starts[text] + 1) * MULTIPLIER) : keys[text];
+    }
+};
+
+// What one purpose makes of positions.
+struct Places {
+    uint64_t spacing, offset;
+
+    uint64_t key(uint64_t text_key, uint64_t position) const { return mix(text_key ^ (position * spacing + offset) * GOLDEN); }
+};
+
+// ---- draw ----
 
 struct Drawn {
     int64_t token;
@@ -94,42 +127,53 @@ static Drawn draw_row(const float* probs, uint64_t row, const int64_t* ids, int6
     return {ids ? ids[chosen] : chosen, std::log(best) - std::log(second)};
 }
 
-// The first `rows_per_key` rows belong to the first key, and so on; a row's place is its position and purpose.
 extern "C" void draw(
-    const float* probs, const uint64_t* keys, const uint64_t* places, const int64_t* ids, int64_t rows, int64_t rows_per_key, int64_t n,
+    const float* probs, const Noise* noise, const Places* places, const uint64_t* positions, const int64_t* ids, int64_t rows, int64_t n,
     int64_t* tokens, double* margins) {
     for (int64_t row = 0; row < rows; row++) {
-        const Drawn drawn = draw_row(probs + row * n, row_key(keys[row / rows_per_key], places[row]), ids, n);
+        const Drawn drawn = draw_row(probs + row * n, places->key(noise->of(row), positions[row]), ids, n);
         tokens[row] = drawn.token;
         margins[row] = drawn.margin;
     }
 }
 
-// ---- verify_rejection ----
+// ---- verification: of each text p (gamma + 1, n), drafted (gamma), positions (gamma + 1) ----
 
-// For each text p (gamma + 1, n), q (gamma, n), drafted (gamma), accept_places (gamma), residual_places (gamma + 1).
+extern "C" void verify_coupled(
+    const float* p, const int64_t* drafted, const Noise* noise, const Places* places, const uint64_t* positions,
+    int64_t texts, int64_t gamma, int64_t n, int64_t* accepted, int64_t* next) {
+    for (int64_t text = 0; text < texts; text++, p += (gamma + 1) * n, drafted += gamma, positions += gamma + 1) {
+        int64_t& kept = accepted[text] = 0;
+        do next[text] = draw_row(p + kept * n, places->key(noise->of(text), positions[kept]), nullptr, n).token;
+        while (kept < gamma && next[text] == drafted[kept] && ++kept);
+    }
+}
+
+// q (gamma, n_q) of each text: its columns are the tokens `ids`, ascending, or all in order.
 extern "C" void verify_rejection(
-    const float* p, const float* q, const int64_t* drafted, const uint64_t* keys, const uint64_t* accept_places, const uint64_t* residual_places,
-    int64_t texts, int64_t texts_per_key, int64_t gamma, int64_t n, int64_t* accepted, int64_t* next) {
+    const float* p, const float* q, const int64_t* ids, const int64_t* drafted, const Noise* noise, const Places* accept, const Places* residual,
+    const uint64_t* positions, int64_t texts, int64_t gamma, int64_t n, int64_t n_q, int64_t* accepted, int64_t* next) {
     static thread_local std::vector<float> excess;
-    excess.resize(n);
-    for (int64_t text = 0; text < texts; text++) {
-        const uint64_t key = keys[text / texts_per_key];
-        int64_t kept = 0;
-        while (kept < gamma && unit(mix(row_key(key, accept_places[kept]))) * q[kept * n + drafted[kept]] < p[kept * n + drafted[kept]]) kept++;
+    for (int64_t text = 0; text < texts; text++, p += (gamma + 1) * n, q += gamma * n_q, drafted += gamma, positions += gamma + 1) {
+        const uint64_t key = noise->of(text);
+        const auto keeps = [&](int64_t i) {
+            const int64_t column = ids ? std::lower_bound(ids, ids + n_q, drafted[i]) - ids : drafted[i];
+            return unit(mix(accept->key(key, positions[i]))) * q[i * n_q + column] < p[i * n + drafted[i]];
+        };
+        int64_t& kept = accepted[text] = 0;
+        while (kept < gamma && keeps(kept)) kept++;
         const float* source = p + kept * n;
         if (kept < gamma) {
+            excess.assign(source, source + n);
+            const float* row = q + kept * n_q;
             float mass = 0;
-            for (int64_t i = 0; i < n; i++) excess[i] = std::max(source[i] - q[kept * n + i], 0.0f);
-            for (int64_t i = 0; i < n; i++) mass += excess[i];
+            if (ids) for (int64_t j = 0; j < n_q; j++) excess[ids[j]] -= row[j];
+            else for (int64_t i = 0; i < n; i++) excess[i] -= row[i];
+            for (float& value : excess) value = std::max(value, 0.0f);
+#pragma omp simd reduction(+ : mass)
+            for (size_t i = 0; i < excess.size(); i++) mass += excess[i];
             if (mass > 0) source = excess.data();  // not normalised: to draw, the order of the scores is enough
         }
-        accepted[text] = kept;
-        next[text] = draw_row(source, row_key(key, residual_places[kept]), nullptr, n).token;
-        p += (gamma + 1) * n;
-        q += gamma * n;
-        drafted += gamma;
-        accept_places += gamma;
-        residual_places += gamma + 1;
+        next[text] = draw_row(source, residual->key(key, positions[kept]), nullptr, n).token;
     }
 }

@@ -43,7 +43,8 @@ def policy_probs(logits: torch.Tensor, policy: SamplingPolicy) -> torch.Tensor:
         probs, logits = torch.empty_like(logits, memory_format=torch.contiguous_format), logits.contiguous()
         vocab_size = logits.shape[-1]
         native.function("policy_probs")(
-            logits.data_ptr(), probs.data_ptr(), logits.numel() // vocab_size, vocab_size, policy.temperature, policy.top_k, policy.top_p)
+            logits.data_ptr(), probs.data_ptr(), logits.numel() // vocab_size, vocab_size, policy.temperature, policy.top_k, policy.top_p,
+            torch.get_num_threads())
         return probs
     if policy.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -95,14 +96,15 @@ def _shift_right(bits: torch.Tensor, shift: int) -> torch.Tensor:
     return (bits >> shift) & ((1 << (64 - shift)) - 1)
 
 
-def noise_places(positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
-    """One number for each of `positions` and the `purpose`."""
-    return positions * _PURPOSES + (int(purpose) + 1)
+def noise_places(purpose: Purpose) -> tuple[int, int]:
+    """(spacing, offset): the noise of `purpose` at a position has the place position · spacing + offset, its own."""
+    return _PURPOSES, int(purpose) + 1
 
 
 def _row_keys(key: torch.Tensor, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
     """What the noise of each of `positions` depends on, its tokens apart."""
-    return _mix(key ^ noise_places(positions, purpose) * _GOLDEN)
+    spacing, offset = noise_places(purpose)
+    return _mix(key ^ (positions * spacing + offset) * _GOLDEN)
 
 
 def _token_bits(row_keys: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -114,11 +116,11 @@ class Noise:
     """Random numbers as a function of (seed, prompt, position, purpose, token): no state, so no order of drawing.
 
     `position` is the absolute index of the token that is decided. Any pass, batch or draft that asks for the noise
-    of a position gets the same values. `key` (1,) belongs to one prompt, (B, 1) to a batch of them.
+    of a position gets the same values. `key` (1,) belongs to one prompt, (B, 1) to a batch of them; `starts` see `of_round`.
     """
 
-    def __init__(self, key: torch.Tensor) -> None:
-        self.key = key
+    def __init__(self, key: torch.Tensor, starts: torch.Tensor | None = None) -> None:
+        self.key, self._starts = key, starts
 
     @classmethod
     def of(cls, seed: int, prompt_id: int | list[int] = 0, device: torch.device | str = "cpu") -> Noise:
@@ -133,11 +135,20 @@ class Noise:
         A position that was drafted behind a rejection is drafted again in the next round. Drawn with the same noise, that second draft
         would depend on what the first made of the round: how long it became, and what an adaptive rule learnt from it.
         """
-        return Noise(_mix(self.key ^ (starts[:, None] + 1) * _MULTIPLIERS[0]))
+        return Noise(self.key, starts)
+
+    def _text_keys(self) -> torch.Tensor:
+        return self.key if self._starts is None else _mix(self.key ^ (self._starts[:, None] + 1) * _MULTIPLIERS[0])
+
+    def for_cpp(self, rows: int) -> native.Noise:
+        """The same where C++ reads it, for so many rows, those of a text together. Valid as long as this object is."""
+        if self._starts is not None and self._starts.numel() != self.key.numel():
+            self.key, self._starts = self._text_keys(), None
+        return native.Noise(native.address(self.key), native.address(self._starts), rows // self.key.numel())
 
     def uniform(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
         """Uniforms in (0, 1), fp64, of the shape of int64 `positions`."""
-        return (_shift_right(_mix(_row_keys(self.key, positions, purpose)), 12).double() + 0.5) * _UNIT
+        return (_shift_right(_mix(_row_keys(self._text_keys(), positions, purpose)), 12).double() + 0.5) * _UNIT
 
     def exponential(self, positions: torch.Tensor, tokens: torch.Tensor | int, purpose: Purpose) -> torch.Tensor:
         """Standard exponential values (..., V), fp64, of each of `tokens` at `positions` (...); −log of one is a Gumbel value.
@@ -146,7 +157,7 @@ class Noise:
         """
         if isinstance(tokens, int):
             tokens = torch.arange(tokens, device=self.key.device)
-        bits = _token_bits(_row_keys(self.key, positions, purpose)[..., None], tokens)
+        bits = _token_bits(_row_keys(self._text_keys(), positions, purpose)[..., None], tokens)
         return ((bits.double() + 0.5) * _UNIT).log_().neg_()
 
 
@@ -185,10 +196,10 @@ def _draw_natively(
     probs: torch.Tensor, noise: Noise, positions: torch.Tensor, purpose: Purpose, token_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw_with_margin` in C++, which computes the noise of possible tokens only."""
-    inputs = [probs.contiguous(), noise.key.contiguous(), noise_places(positions, purpose).contiguous()]
-    inputs.append(None if token_ids is None else token_ids.contiguous())
+    probs, positions, token_ids = native.dense(probs, positions, token_ids)
     rows = positions.numel()
     tokens, margins = torch.empty(positions.shape, dtype=torch.int64), torch.empty(positions.shape, dtype=torch.float64)
     native.function("draw")(
-        *map(native.address, inputs), rows, rows // noise.key.numel(), probs.shape[-1], *map(native.address, (tokens, margins)))
+        native.address(probs), noise.for_cpp(rows), native.Places(*noise_places(purpose)), native.address(positions), native.address(token_ids),
+        rows, probs.shape[-1], native.address(tokens), native.address(margins))
     return tokens, margins

@@ -14,7 +14,7 @@ from torch import nn
 from decoding.draft_length import DraftLength
 from decoding.drafting import ChainRound
 from decoding.state import DecodeState, RoundResult
-from decoding.static_llama import Head, KeyValues, Span, Stack, StaticLlama, weights_at
+from decoding.static_llama import Head, Kept, KeyValues, Scatter, Span, Stack, StaticLlama, weights_at
 from decoding.verify import Verification
 
 
@@ -30,7 +30,7 @@ class SharedExit:
         self.programs = target.programs.another()
         with torch.inference_mode(False), torch.no_grad():
             self.head = Head(exit_.norm, exit_.head, target.config.rms_norm_eps)
-            self.hidden = target.embedding.new_zeros(target.batch, target.capacity, target.embedding.shape[-1])  # h_E by position
+            self.kept = Kept(self.prefix, target.embedding.new_zeros(target.batch, target.capacity, target.embedding.shape[-1]))  # h_E by position
             self.own = None if exit_.block is None else self._own_stack(exit_.block)
         self._weights = weights_at(exit_)
         self.start()
@@ -43,11 +43,9 @@ class SharedExit:
         """Fill the target's cache and the own block's with a text each."""
         for row, prompt in enumerate(prompts):
             for x, place in self.target.prefill_passes(row, prompt):
-                self.target.stack.run(x, place, last=self.prefix)
-                place.save(x, self.hidden)
+                self.target.stack.run(x, place, kept=self.kept)
                 if self.own is not None:
-                    self.own.run(x.clone(), Span(self.own.cache, self.target.rotary, place.start, place.count, row))
-                self.target.stack.run(x, place, first=self.prefix)
+                    self.own.run(place.load(self.kept.store), place)
         self.lengths = [len(prompt) for prompt in prompts]
 
     def draft(self, tokens: torch.Tensor, starts: torch.Tensor, index: int, behind: int) -> torch.Tensor:
@@ -55,25 +53,29 @@ class SharedExit:
 
         The exit's own block first takes the hidden states of the `behind` tokens that it has not seen.
         """
-        x = self._prefix(tokens, starts, index)
+        place = self.target.place(starts, 1, index)
+        x = self._prefix(tokens, place)
         if self.own is not None:
-            place = self.target.place(starts, 1 + behind, index - behind, self.own.cache)
-            x = self.own.run(place.load(self.hidden), place).view(len(tokens), 1 + behind, -1)[:, -1]
+            if behind > 0:
+                place = self.target.place(starts, 1 + behind, index - behind)
+                x = place.load(self.kept.store)
+            x = self.own.run(x, place).view(len(tokens), 1 + behind, -1)[:, -1]
         return self.head(x)[:, None]
 
     def verify(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """The target's logits (B, T, V) that follow each of `tokens` (B, T), of which all but the last were drafted behind."""
         count = tokens.shape[1]
-        self._prefix(tokens[:, -1:], starts, count - 1)
         place = self.target.place(starts, count)
-        x = self.target.stack.run(place.load(self.hidden), place, first=self.prefix)
+        if count == 1:
+            x = self.target.stack.run(self.target.embed(tokens), place, kept=self.kept)
+        else:
+            self._prefix(tokens[:, -1:], self.target.place(starts, 1, count - 1))
+            x = self.target.stack.run(place.load(self.kept.store), place, first=self.prefix)
         return self.target.head(x).view(*tokens.shape, -1)
 
-    def _prefix(self, tokens: torch.Tensor, starts: torch.Tensor, index: int) -> torch.Tensor:
-        place = self.target.place(starts, 1, index)
-        x = self.target.stack.run(self.target.embed(tokens), place, last=self.prefix)
-        place.save(x, self.hidden)
-        return x
+    def _prefix(self, tokens: torch.Tensor, place: Span | Scatter) -> torch.Tensor:
+        """h_E (B, D) of `tokens` (B, 1), kept at their place."""
+        return self.target.stack.run(self.target.embed(tokens), place, last=self.prefix, kept=self.kept)
 
     def _own_stack(self, block: nn.Module) -> Stack:
         cache = KeyValues(1, self.target.batch, self.target.capacity, self.target.config, self.target.embedding)

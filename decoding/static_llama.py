@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -117,8 +118,10 @@ class Rotary:
         cos, sin = (table[0] for table in rotary_emb(like, position_ids=self._positions.clamp(max=0)[None])) if self._dynamic else (
             table[0] for table in rotary_emb(like, position_ids=self._positions[None]))
         texts = batch if self._dynamic else 1
+        self.capacity = capacity
         self.cos = cos[None, :, None].repeat(texts, 1, 1, 1)
         self.sin = sin[None, :, None, : sin.shape[-1] // 2].repeat(texts, 1, 1, 1)
+        self.tables = native.address(self.cos), native.address(self.sin), texts  # as C++ reads them
 
     def start(self, prompt_lengths: list[int]) -> None:
         """Fill the tables for texts with these prompts, in place: a captured program reads them where they are."""
@@ -170,116 +173,133 @@ class KeyValues:
 
 
 class Span:
-    """T rows of one batch row at slots start … start+T−1, known on the host: what is read and written are plain slices.
+    """T rows of one text at slots start … start+T−1, known on the host: what is read and written are plain slices.
 
     `offsets` (T,) are the rows' positions relative to `start` (default: in order), `visible` (T, T) says which of
-    each other the rows see (default: themselves and what is before them).
+    each other the rows see (default: themselves and what is before them). Raises ValueError where the slots end.
     """
 
+    batch = 1
+
     def __init__(
-        self, cache: KeyValues, rotary: Rotary, start: int, count: int, row: int = 0,
-        offsets: torch.Tensor | None = None, visible: torch.Tensor | None = None,
+        self, rotary: Rotary, start: int, count: int, text: int = 0, offsets: torch.Tensor | None = None, visible: torch.Tensor | None = None,
     ) -> None:
-        if start + count > cache.store.shape[3]:
-            raise ValueError(f"{count} tokens behind {start} exceed the cache's {cache.store.shape[3]} slots")
-        self.batch, self.count, self.start, self.visible = 1, count, start, visible
-        self._cache, self._row = cache, row
-        self.cos, self.sin = rotary.span(row, slice(start, start + count) if offsets is None else start + offsets)
+        if start + count > rotary.capacity:
+            raise ValueError(f"{count} tokens behind {start} exceed the cache's {rotary.capacity} slots")
+        self.rotary, self.start, self.count, self.text, self.visible = rotary, start, count, text, visible
+        self.positions = None if offsets is None else start + offsets
         self.causal = count > 1 and start == 0 and visible is None
 
-    @cached_property
-    def keys(self) -> tuple[torch.Tensor, ...]:
-        """Of each block, those that the rows see, (1, K, start+T, head_dim)."""
-        return self._slots(0, 0).unbind(0)
+    def view(self, cache: KeyValues) -> SpanView:
+        """What the rows see and write of `cache`."""
+        return SpanView(self, cache)
+
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rows, see Rotary.span."""
+        return self.rotary.span(self.text, slice(self.start, self.start + self.count) if self.positions is None else self.positions)
 
     @cached_property
-    def values(self) -> tuple[torch.Tensor, ...]:
-        """As `keys`."""
-        return self._slots(1, 0).unbind(0)
-
-    def _slots(self, half: int, first: int) -> torch.Tensor:
-        return self._cache.halves()[half][:, self._row : self._row + 1, :, first : self.start + self.count]
-
-    @cached_property
-    def _new(self) -> tuple[tuple[torch.Tensor, ...], ...]:
-        """Of each block, where the rows' own keys and values go, (K, T, head_dim)."""
-        return tuple(self._slots(half, self.start)[:, 0].unbind(0) for half in (0, 1))
-
-    @cached_property
-    def mask(self) -> torch.Tensor | None:
-        """What is added to the scores; None where all that is there, or all that is before, is seen."""
-        if self.count == 1 or self.causal:
-            return None
-        whole = torch.ones(1, self.count, self.start + self.count, dtype=torch.bool, device=self.cos.device)
-        if self.visible is None:
-            whole.tril_(self.start)
-        else:
-            whole[0, :, self.start :] = self.visible
-        return self._cache.mask(whole)
-
-    def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values (T, K, head_dim) of block `index`."""
-        self._new[0][index].copy_(keys.transpose(0, 1))
-        self._new[1][index].copy_(values.transpose(0, 1))
-
-    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot and text of each row, int64 (T,), both."""
-        return torch.arange(self.start, self.start + self.count), torch.full((self.count,), self._row)
+    def rows(self) -> native.Rows:
+        """The rows as C++ reads them."""
+        if self.positions is not None and int(self.positions.max()) >= self.rotary.capacity:
+            raise ValueError(f"position {int(self.positions.max())} exceeds the cache's {self.rotary.capacity} slots")
+        self._held = native.dense(self.positions, None if self.visible is None else self.visible.to(torch.uint8))
+        positions, visible = map(native.address, self._held)
+        return native.Rows(self.count, self.start, self.text, None, None, positions, *self.rotary.tables, visible)
 
     def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
         """Put `x` (T, D) where `store` (B, S, D) has this place."""
-        store[self._row, self.start : self.start + self.count] = x
+        store[self.text, self.start : self.start + self.count] = x
 
     def load(self, store: torch.Tensor) -> torch.Tensor:
         """A copy (T, D) of what `store` (B, S, D) has at this place."""
-        return store[self._row, self.start : self.start + self.count].clone()
+        return store[self.text, self.start : self.start + self.count].clone()
+
+
+class SpanView:
+    """What the rows of a Span see of a cache: per block keys and values (1, K, start+T, head_dim), and what to add to the scores."""
+
+    def __init__(self, place: Span, cache: KeyValues) -> None:
+        slots = slice(place.start + place.count)
+        self.keys, self.values = (half[:, place.text : place.text + 1, :, slots].unbind(0) for half in cache.halves())
+        self.mask = None if place.count == 1 or place.causal else self._mask(place, cache)
+        self._start, self._heads = place.start, cache.heads
+
+    @staticmethod
+    def _mask(place: Span, cache: KeyValues) -> torch.Tensor:
+        whole = torch.ones(1, place.count, place.start + place.count, dtype=torch.bool, device=cache.store.device)
+        if place.visible is None:
+            whole.tril_(place.start)
+        else:
+            whole[0, :, place.start :] = place.visible
+        return cache.mask(whole)
+
+    def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values (T, K, head_dim) of block `index`."""
+        self.keys[index][0, :, self._start :].copy_(keys.transpose(0, 1))
+        self.values[index][0, :, self._start :].copy_(values.transpose(0, 1))
 
 
 class Scatter:
-    """T rows of every batch row at slots `positions` (B, T), known on the device: nothing depends on the host.
+    """T rows of every text at slots `positions` (B, T), known on the device: nothing depends on the host.
 
-    Attention reads the first `reach` slots of every row and masks those behind each position.
+    Attention reads the first `reach` slots of every text and masks those behind each position.
     """
 
-    causal, visible, start = False, None, 0
+    causal = False
 
-    def __init__(self, cache: KeyValues, rotary: Rotary, positions: torch.Tensor, reach: int) -> None:
+    def __init__(self, rotary: Rotary, positions: torch.Tensor, reach: int) -> None:
         self.batch, self.count = positions.shape
-        self._cache, self._positions, self._reach = cache, positions, reach
-        self._rows = torch.arange(self.batch, device=positions.device)[:, None]
-        self.cos, self.sin = rotary.scatter(positions)
+        self.rotary, self.positions, self.reach = rotary, positions, reach
+        self.texts = torch.arange(self.batch, device=positions.device)[:, None]
+
+    def view(self, cache: KeyValues) -> ScatterView:
+        """What the rows see and write of `cache`."""
+        return ScatterView(self, cache)
+
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rows, see Rotary.scatter."""
+        return self.rotary.scatter(self.positions)
 
     @cached_property
-    def keys(self) -> tuple[torch.Tensor, ...]:
-        """Of each block, those that the rows may see, (B, K, reach, head_dim)."""
-        return self._cache.halves()[0][..., : self._reach, :].unbind(0)
-
-    @cached_property
-    def values(self) -> tuple[torch.Tensor, ...]:
-        """As `keys`."""
-        return self._cache.halves()[1][..., : self._reach, :].unbind(0)
-
-    @cached_property
-    def mask(self) -> torch.Tensor:
-        """What is added to the scores."""
-        return self._cache.mask(torch.arange(self._reach, device=self._positions.device) <= self._positions[..., None])
-
-    def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values (B·T, K, head_dim) of block `index`."""
-        for half, new in zip(self._cache.halves(), (keys, values), strict=True):
-            half[index][self._rows, :, self._positions] = new.unflatten(0, (self.batch, self.count))
-
-    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot and text of each row, int64 (B·T,), both."""
-        return self._positions.flatten(), self._rows.expand_as(self._positions).flatten().contiguous()
+    def rows(self) -> native.Rows:
+        """The rows as C++ reads them; on the CPU."""
+        if int(self.positions.max()) >= self.rotary.capacity:
+            raise IndexError(f"slot {int(self.positions.max())} of {self.rotary.capacity}")  # C++ would write elsewhere
+        self._held = native.dense(self.positions, self.texts.expand_as(self.positions))
+        slots, texts = map(native.address, self._held)
+        return native.Rows(self.positions.numel(), 0, 0, slots, texts, None, *self.rotary.tables, None)
 
     def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
         """Put `x` (B·T, D) where `store` (B, S, D) has this place."""
-        store[self._rows, self._positions] = x.unflatten(0, (self.batch, self.count))
+        store[self.texts, self.positions] = x.unflatten(0, (self.batch, self.count))
 
     def load(self, store: torch.Tensor) -> torch.Tensor:
         """A copy (B·T, D) of what `store` (B, S, D) has at this place."""
-        return store[self._rows, self._positions].flatten(0, 1)
+        return store[self.texts, self.positions].flatten(0, 1)
+
+
+class ScatterView:
+    """What the rows of a Scatter may see of a cache: per block keys and values (B, K, reach, head_dim), and what to add to the scores."""
+
+    def __init__(self, place: Scatter, cache: KeyValues) -> None:
+        self._place, self._halves = place, cache.halves()
+        self.keys, self.values = (half[..., : place.reach, :].unbind(0) for half in self._halves)
+        self.mask = cache.mask(torch.arange(place.reach, device=place.positions.device) <= place.positions[..., None])
+
+    def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values (B·T, K, head_dim) of block `index`."""
+        place = self._place
+        for half, new in zip(self._halves, (keys, values), strict=True):
+            half[index][place.texts, :, place.positions] = new.unflatten(0, (place.batch, place.count))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Hidden states to be kept while a pass runs: `store` (B, S, D) gets at the rows' places what reaches block `at`."""
+
+    at: int
+    store: torch.Tensor
 
 
 # ---- one block on one pass's rows ----
@@ -344,13 +364,13 @@ class Workspace:
             self.grouped_attended.copy_(mixed.view(self.grouped_attended.shape))
 
 
-def run_block(block: Block, x: torch.Tensor, place: Span | Scatter, index: int, space: Workspace) -> None:
+def run_block(block: Block, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], view: SpanView | ScatterView, index: int, causal: bool, space: Workspace) -> None:
     """One decoder block, number `index` of the cache, on `x` (B·T, D) in place."""
     space.norm(x, block.attention_norm)
     space.qkv(block.qkv)
-    space.rotate(place.cos, place.sin)
-    place.write(index, space.new_keys, space.new_values)
-    space.attend(place.keys[index], place.values[index], place.causal, place.mask)
+    space.rotate(*angles)
+    view.write(index, space.new_keys, space.new_values)
+    space.attend(view.keys[index], view.values[index], causal, view.mask)
     x.add_(space.out(block.out))
     space.norm(x, block.mlp_norm)
     space.gate_up(block.gate_up)
@@ -367,15 +387,18 @@ class Stack:
         self._spaces: dict[tuple[int, int], Workspace] = {}
         self._native = NativeStack(self.blocks, cache, config) if cpp and NativeStack.serves(self.blocks, config, like) else None
 
-    def run(self, x: torch.Tensor, place: Span | Scatter, first: int = 0, last: int | None = None) -> torch.Tensor:
+    def run(self, x: torch.Tensor, place: Span | Scatter, first: int = 0, last: int | None = None, kept: Kept | None = None) -> torch.Tensor:
         """`x` (B·T, D) through blocks first … last−1 (default: to the last), in place."""
         last = len(self.blocks) if last is None else last
         if self._native is not None and len(x) <= native.UP_TO[x.dtype]:
-            self._native.run(x, place, first, last)
+            self._native.run(x, place, first, last, kept)
             return x
-        space = self._space(place)
-        for index in range(first, last):
-            run_block(self.blocks[index], x, place, index, space)
+        space, angles, view = self._space(place), place.angles(), place.view(self.cache)
+        for index in range(first, last + 1):
+            if kept is not None and index == kept.at:
+                place.save(x, kept.store)
+            if index < last:
+                run_block(self.blocks[index], x, angles, view, index, place.causal, space)
         return x
 
     def _space(self, place: Span | Scatter) -> Workspace:
@@ -409,15 +432,11 @@ class NativeStack:
         dense = all(tensor is None or tensor.is_contiguous() for block in blocks for tensor in block.tensors())
         return dense and native.serves(like.dtype, like.device, config.hidden_size, config.intermediate_size, config.head_dim)
 
-    def run(self, x: torch.Tensor, place: Span | Scatter, first: int, last: int) -> None:
-        """`x` (B·T, D) through blocks first … last−1, in place."""
-        visible = None if place.visible is None else place.visible.to(torch.uint8).contiguous()
-        slots, texts = place.slots()
-        if not (len(place.cos) == len(place.sin) == len(slots) == len(x)) or int(slots.max()) >= self._shape.capacity:
-            raise IndexError(f"a pass of {len(x)} rows does not fit slots up to {int(slots.max())} of {self._shape.capacity}")  # C++ would write elsewhere
-        rows = native.Rows(len(x), *map(native.address, (slots, texts)), place.start, *map(native.address, (place.cos, place.sin, visible)))
-        self._call(ctypes.byref(self._blocks[first]) if first < last else None, last - first, ctypes.byref(self._shape), ctypes.byref(rows),
-                   native.address(x), torch.get_num_threads())
+    def run(self, x: torch.Tensor, place: Span | Scatter, first: int, last: int, kept: Kept | None) -> None:
+        """As Stack.run."""
+        blocks = ctypes.addressof(self._blocks) + first * ctypes.sizeof(native.BlockPointers)
+        store, at = (None, 0) if kept is None else (native.address(kept.store), kept.at - first)
+        self._call(native.Pass(blocks, last - first, native.address(x), store, at), self._shape, place.rows, torch.get_num_threads())
 
 
 def _pointers(block: Block, cache: KeyValues, index: int) -> native.BlockPointers:
@@ -432,7 +451,7 @@ class Head:
         bias = None if linear.bias is None else linear.bias.detach()
         self._norm, self._eps, self._projection = norm.weight.detach(), eps, Projection(linear.weight.detach(), bias)
         self._spaces: dict[int, tuple[Norm, Product]] = {}
-        self._native = cpp and linear.weight.is_contiguous() and native.serves(linear.weight.dtype, linear.weight.device, len(linear.weight))
+        self._native = cpp and linear.weight.is_contiguous() and native.serves(linear.weight.dtype, linear.weight.device, *linear.weight.shape)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (R, V); valid until the next call with as many rows."""
@@ -525,15 +544,14 @@ class StaticLlama:
         needed = max(self.lengths) + KEPT_WIDTHS
         return min(self.capacity, -(-needed // REACH_STEP) * REACH_STEP)
 
-    def place(self, starts: torch.Tensor, count: int, offset: int = 0, cache: KeyValues | None = None) -> Span | Scatter:
-        """`count` rows behind the cached tokens of every text and `offset` further ones; in another `cache` of the same texts."""
-        cache = cache or self.cache
+    def place(self, starts: torch.Tensor, count: int, offset: int = 0) -> Span | Scatter:
+        """`count` rows behind the cached tokens of every text and `offset` further ones."""
         if self.on_host:
-            return Span(cache, self.rotary, self.lengths[0] + offset, count)
+            return Span(self.rotary, self.lengths[0] + offset, count)
         if max(self.lengths) + offset + count > self.capacity:
             raise ValueError(f"{count} tokens behind {max(self.lengths) + offset} exceed the cache's {self.capacity} slots")
         positions = (starts[:, None] + torch.arange(offset, offset + count, device=self.device)).clamp(min=0)  # ended texts may be empty
-        return Scatter(cache, self.rotary, positions, self.reach)
+        return Scatter(self.rotary, positions, self.reach)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings (B·T, D) of `tokens` (B, T)."""
@@ -547,7 +565,7 @@ class StaticLlama:
     def forward_tree(self, tokens: torch.Tensor, offsets: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Logits (T, V) of the nodes `tokens` (T,) behind the only text; node i is `offsets[i]` tokens behind its end and
         sees the text and the nodes j with `visible[i, j]`."""
-        place = Span(self.cache, self.rotary, self.lengths[0], len(tokens), offsets=offsets, visible=visible)
+        place = Span(self.rotary, self.lengths[0], len(tokens), offsets=offsets, visible=visible)
         return self.head(self.stack.run(self.embed(tokens), place))
 
     def advance(self, count: int) -> None:
@@ -572,7 +590,7 @@ class StaticLlama:
         """Embeddings (T, D) and place of each piece of `prompt`, to be run through all blocks."""
         for start in range(0, len(prompt), PREFILL_CHUNK):
             piece = torch.tensor(prompt[start : start + PREFILL_CHUNK], device=self.device)
-            yield self.embed(piece), Span(self.cache, self.rotary, start, len(piece), row)
+            yield self.embed(piece), Span(self.rotary, start, len(piece), row)
         self.lengths[row] = len(prompt)
 
     def crop(self, lengths: list[int]) -> None:

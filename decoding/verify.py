@@ -18,27 +18,36 @@ VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
 
 
 def verify_chain(
-    verification: Verification, p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor
+    verification: Verification, p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor,
+    token_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How many of `drafted` (..., γ) `verification` keeps, and the token that follows them: int64 (...), both."""
     if verification == "coupled":
         return verify_coupled(p, drafted, noise, positions)
-    return verify_rejection(p, q, drafted, noise, positions)
+    return verify_rejection(p, q, drafted, noise, positions, token_ids)
 
 
 def verify_rejection(
-    p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor
+    p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor, token_ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Leviathan et al. 2023, algorithm 1: how many of `drafted` (..., γ) are kept, and the token that follows them.
 
-    p (..., γ+1, V), q (..., γ, V); `positions` (..., γ+1) are the absolute positions decided by the rows of p. Lossless
-    for tokens drawn from q. Returns int64 (...), both on p's device.
+    p (..., γ+1, V), q (..., γ, V), or (..., γ, V_d) for the tokens `token_ids` (V_d,), ascending; `positions` (..., γ+1) are the absolute
+    positions decided by the rows of p. Lossless for tokens drawn from q. Returns int64 (...), both on p's device.
     """
     if native.samples(p, q):
-        return _verify_natively(p, q, drafted, noise, positions)
+        return _verify_rejection_natively(p, q, drafted, noise, positions, token_ids)
+    q = over_vocabulary(q, token_ids, p.shape[-1])
     uniforms = noise.uniform(positions[..., :-1], Purpose.ACCEPT)
     accepted = _leading(accepts(p[..., :-1, :], q, drafted, uniforms))
     return accepted, draw(_source(p, q, accepted), noise, positions.gather(-1, accepted[..., None]), Purpose.RESIDUAL)[..., 0]
+
+
+def over_vocabulary(q: torch.Tensor, token_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
+    """q (..., V_d) of the tokens `token_ids` as (..., V): 0 for all others."""
+    if token_ids is None or q.shape[-1] == vocab_size:
+        return q
+    return q.new_zeros(*q.shape[:-1], vocab_size).index_copy_(-1, token_ids, q)
 
 
 def _leading(kept: torch.Tensor) -> torch.Tensor:
@@ -53,16 +62,28 @@ def _source(p: torch.Tensor, q: torch.Tensor, accepted: torch.Tensor) -> torch.T
     return residual(p.gather(-2, row), q.gather(-2, row))
 
 
-def _verify_natively(
-    p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor
+def _verify_rejection_natively(
+    p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor, token_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`verify_rejection` in C++."""
-    inputs = (p, q, drafted, noise.key, noise_places(positions[..., :-1], Purpose.ACCEPT), noise_places(positions, Purpose.RESIDUAL))
-    inputs = [tensor.contiguous() for tensor in inputs]
     accepted, next_token = (torch.empty(p.shape[:-2], dtype=torch.int64) for _ in range(2))
     texts = accepted.numel()
+    p, q, token_ids, drafted, positions = inputs = native.dense(p, q, token_ids, drafted, positions)
+    *pointers, last = map(native.address, inputs)
+    places = (native.Places(*noise_places(purpose)) for purpose in (Purpose.ACCEPT, Purpose.RESIDUAL))
     native.function("verify_rejection")(
-        *map(native.address, inputs), texts, texts // noise.key.numel(), drafted.shape[-1], p.shape[-1], *map(native.address, (accepted, next_token)))
+        *pointers, noise.for_cpp(texts), *places, last, texts, drafted.shape[-1], p.shape[-1], q.shape[-1], *map(native.address, (accepted, next_token)))
+    return accepted, next_token
+
+
+def _verify_coupled_natively(p: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`verify_coupled` in C++, which draws no further than the first difference."""
+    accepted, next_token = (torch.empty(p.shape[:-2], dtype=torch.int64) for _ in range(2))
+    texts = accepted.numel()
+    p, drafted, positions = native.dense(p, drafted, positions)
+    native.function("verify_coupled")(
+        native.address(p), native.address(drafted), noise.for_cpp(texts), native.Places(*noise_places(Purpose.TOKEN)), native.address(positions),
+        texts, drafted.shape[-1], p.shape[-1], native.address(accepted), native.address(next_token))
     return accepted, next_token
 
 
@@ -91,6 +112,8 @@ def verify_coupled(p: torch.Tensor, drafted: torch.Tensor, noise: Noise, positio
     The target's draw at each position uses that position's TOKEN noise, so the output is vanilla sampling's, token for
     token, whatever was drafted. Arguments and results as for `verify_rejection`.
     """
+    if native.samples(p):
+        return _verify_coupled_natively(p, drafted, noise, positions)
     drawn = draw(p, noise, positions)
     accepted = _leading(drawn[..., :-1] == drafted)
     return accepted, drawn.gather(-1, accepted[..., None])[..., 0]

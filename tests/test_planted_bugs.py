@@ -80,16 +80,16 @@ def test_top_1_draft_under_the_rejection_rule(monkeypatch, dtype):
 # ---- the noise ----
 
 def change_places(monkeypatch: pytest.MonkeyPatch, change: Callable) -> None:
-    """Let everything that draws take its noise at the place that `change(places, positions, purpose)` says."""
+    """Let everything that draws take its noise at the places that `change(places, purpose)` says."""
     places = sampling.noise_places
     for module in (sampling, verify):
-        monkeypatch.setattr(module, "noise_places", lambda positions, purpose: change(places, positions, purpose))
+        monkeypatch.setattr(module, "noise_places", lambda purpose: change(places, purpose))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_that_is_reused_at_every_position(monkeypatch, dtype):
     """Each token's marginal stays right; only pairs of tokens show it."""
-    change_places(monkeypatch, lambda places, positions, purpose: places(0 * positions, purpose))
+    change_places(monkeypatch, lambda places, purpose: (0, places(purpose)[1]))
     with pytest.raises(AssertionError):
         check_law(SAMPLED, "rejection", pair=bigram_pair(dtype=dtype))
     with pytest.raises(AssertionError):
@@ -101,7 +101,7 @@ def test_one_noise_stream_for_draft_accept_and_residual(monkeypatch, dtype):
     """A served engine shared its draft's noise with the residual draw, and 60 % became 63 %; here TV is 0.06."""
     pair = context_free_pair([0.03, 0.38, 0.59], [0.63, 0.07, 0.30], dtype)
     check_law(SamplingPolicy(1.0), "rejection", 6000, pair)
-    change_places(monkeypatch, lambda places, positions, purpose: places(positions, Purpose.TOKEN))
+    change_places(monkeypatch, lambda places, purpose: places(Purpose.TOKEN))
     monkeypatch.setattr(sampling.Noise, "of_round", lambda self, starts: self)
     with pytest.raises(AssertionError):
         check_law(SamplingPolicy(1.0), "rejection", 6000, pair)
@@ -185,10 +185,10 @@ def test_positions_of_the_draft_off_by_one(monkeypatch):
 def test_wrong_rotary_position_in_a_span(monkeypatch, llama):
     exact = static_llama.Span.__init__
 
-    def shifted(self, cache, rotary, start, count, *rest):
-        exact(self, cache, rotary, start, count, *rest)
+    def shifted(self, rotary, start, count, *rest):
+        exact(self, rotary, start, count, *rest)
         if start > 0:
-            self.cos, self.sin = rotary.span(0, slice(start + 1, start + 1 + count))
+            self.positions = torch.arange(start + 1, start + 1 + count)
 
     check_logits(llama(), [40, 3])
     monkeypatch.setattr(static_llama.Span, "__init__", shifted)
@@ -197,7 +197,8 @@ def test_wrong_rotary_position_in_a_span(monkeypatch, llama):
 
 
 def test_forgotten_write_of_keys(monkeypatch):
-    monkeypatch.setattr(static_llama.Span, "write", lambda self, index, keys, values: self._new[1][index].copy_(values.transpose(0, 1)))
+    exact = static_llama.SpanView.write
+    monkeypatch.setattr(static_llama.SpanView, "write", lambda self, index, keys, values: exact(self, index, 0 * keys, values))
     with pytest.raises(AssertionError):
         check_logits(tiny_llama(), [40, 3])
 
@@ -219,15 +220,24 @@ def test_forgotten_write_of_keys_in_cpp(monkeypatch):
 
 # ---- the exit on the target's blocks ----
 
+def check_shared_text(target) -> None:
+    check_same_text(target, noisy_exit(target, 2), SAMPLED, "coupled", method="self_speculative")
+
+
 @pytest.mark.parametrize("llama", LLAMAS)
-@pytest.mark.parametrize("name", ["load", "save"])
-def test_hidden_states_of_the_wrong_position(monkeypatch, llama, name):
-    exact = getattr(static_llama.Span, name)
-    wrong = {"load": lambda self, store: exact(self, store).roll(1, 0), "save": lambda self, x, store: exact(self, x.flip(0) if len(x) > 1 else 0 * x, store)}
-    monkeypatch.setattr(static_llama.Span, name, wrong[name])
-    target = llama()
+def test_hidden_states_of_the_wrong_position(monkeypatch, llama):
+    exact = static_llama.Span.load
+    monkeypatch.setattr(static_llama.Span, "load", lambda self, store: exact(self, store).roll(1, 0))
     with pytest.raises(AssertionError):
-        check_same_text(target, noisy_exit(target, 2), SAMPLED, "coupled", method="self_speculative")
+        check_shared_text(llama())
+
+
+@pytest.mark.parametrize("llama", LLAMAS)
+def test_hidden_states_that_are_not_kept(monkeypatch, llama):
+    exact = static_llama.Stack.run
+    monkeypatch.setattr(static_llama.Stack, "run", lambda self, x, place, first=0, last=None, kept=None: exact(self, x, place, first, last, kept if len(x) > 1 else None))
+    with pytest.raises(AssertionError):
+        check_shared_text(llama())
 
 
 @pytest.mark.parametrize("llama", LLAMAS)
@@ -261,7 +271,7 @@ def test_rows_of_a_batch_mixed_up(monkeypatch, llama):
 
     def mixed(self, *arguments):
         exact(self, *arguments)
-        self._rows = self._rows.flip(0)
+        self.texts = self.texts.flip(0)
 
     check_batch(llama(), None, BATCH, policy=SAMPLED, max_new_tokens=12)
     monkeypatch.setattr(static_llama.Scatter, "__init__", mixed)
@@ -273,23 +283,31 @@ def test_rows_of_a_batch_mixed_up(monkeypatch, llama):
 def test_prompts_of_a_batch_all_in_the_first_row(monkeypatch, llama):
     """The C++ blocks did so: they were given the addresses of the first text's keys, whatever the row."""
     exact = static_llama.Span.__init__
-    monkeypatch.setattr(static_llama.Span, "__init__", lambda self, cache, rotary, start, count, row=0, *rest: exact(self, cache, rotary, start, count, 0, *rest))
+    monkeypatch.setattr(static_llama.Span, "__init__", lambda self, rotary, start, count, text=0, *rest: exact(self, rotary, start, count, 0, *rest))
     with pytest.raises(AssertionError):
         check_batch(llama(), None, BATCH, policy=SAMPLED, max_new_tokens=12)
 
 
 def test_mask_of_a_batch_that_sees_one_slot_too_many(monkeypatch):
-    def mask(self):
-        return self._cache.mask(torch.arange(self._reach) <= self._positions[..., None] + 1)
+    exact = static_llama.ScatterView.__init__
 
-    monkeypatch.setattr(static_llama.Scatter, "mask", property(mask))
+    def view(self, place, cache):
+        exact(self, place, cache)
+        self.mask = cache.mask(torch.arange(place.reach) <= place.positions[..., None] + 1)
+
+    monkeypatch.setattr(static_llama.ScatterView, "__init__", view)
     with pytest.raises(AssertionError):
         check_batch(tiny_llama(), None, BATCH, policy=SAMPLED, max_new_tokens=12)
 
 
 def test_slot_of_a_batch_off_by_one_in_cpp(monkeypatch):
-    exact = static_llama.Scatter.slots
-    monkeypatch.setattr(static_llama.Scatter, "slots", lambda self: (lambda slots, texts: (slots + 1, texts))(*exact(self)))
+    exact = static_llama.Scatter.rows.func
+
+    def moved(self):
+        self.other = static_llama.Scatter(self.rotary, self.positions + 1, self.reach)  # held, as its tensors are what is read
+        return exact(self.other)
+
+    monkeypatch.setattr(static_llama.Scatter, "rows", property(moved))
     with pytest.raises(AssertionError):
         check_batch(native_llama(), None, BATCH, policy=SAMPLED, max_new_tokens=12)
 

@@ -114,7 +114,7 @@ def check_caches(state: DecodeState, target, draft) -> None:
     tolerance = 1e-4 if target.dtype == torch.float32 else 1e-12
     assert same_layers(shared.target.layers(), fresh.target.layers(), tolerance)
     held = shared.lengths[0]
-    wholes = [(shared.hidden[:, : len(text) - 1], fresh.hidden[:, : len(text) - 1])]
+    wholes = [(shared.kept.store[:, : len(text) - 1], fresh.kept.store[:, : len(text) - 1])]
     if shared.own is not None:
         wholes += [(now[..., :held, :], then[..., :held, :]) for now, then in zip(shared.own.cache.halves(), fresh.own.cache.halves(), strict=True)]
     assert same_layers([(now,) for now, _ in wholes], [(then,) for _, then in wholes], tolerance)
@@ -169,11 +169,11 @@ def count_rows(monkeypatch) -> Counter:
     seen: Counter = Counter()
     plain = Stack.run
 
-    def run(self, x, place, first=0, last=None):
+    def run(self, x, place, first=0, last=None, kept=None):
         assert isinstance(place, Span) and len(x) == place.count
         for block in range(first, len(self.blocks) if last is None else last):
             seen.update((id(self), block, place.start + i) for i in range(place.count))
-        return plain(self, x, place, first, last)
+        return plain(self, x, place, first, last, kept)
 
     monkeypatch.setattr(Stack, "run", run)
     return seen

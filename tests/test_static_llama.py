@@ -235,9 +235,13 @@ class CheckedPrograms(Programs):
         places: list[tuple] = []
 
         class Recorded(Scatter):
-            def __init__(self, cache, rotary, positions, reach):
-                super().__init__(cache, rotary, positions, reach)
-                places.append((tuple(positions.shape), reach, rotary.cos.data_ptr(), rotary.sin.data_ptr(), cache.store.data_ptr()))
+            def __init__(self, rotary, positions, reach):
+                super().__init__(rotary, positions, reach)
+                places.append((tuple(positions.shape), reach, rotary.cos.data_ptr(), rotary.sin.data_ptr()))
+
+            def view(self, cache):
+                places.append(cache.store.data_ptr())
+                return super().view(cache)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(static_llama, "Scatter", Recorded)
