@@ -6,7 +6,6 @@ A round's cost is measured as a whole, so that launch overhead, sampling and Pyt
 from __future__ import annotations
 
 import statistics
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,61 +21,60 @@ from speculative import DecodeOptions, generate
 from truncated_llama import TruncatedLlama
 
 LONGEST = 8  # most tokens that an adaptive round drafts
-HOLD, UNSETTLED = 8, 3  # rounds of one length in a row, of which the first do not count: caches hold what the length before used
-REPEATS = 3  # turns of each length
-STEP_ROUNDS, STEP_REPEATS = 12, 5
+REPEATS = 3  # generations of each length that are timed
+SETTLE_S, TIMED_S, FEWEST = 0.01, 0.1, 6  # seconds of a generation that do not count, as caches hold what the one before used; seconds and rounds that are enough
 
 
-class EveryLength:
-    """Drafts 0, 1, … longest tokens, each HOLD rounds in a row, and over again."""
+class TimedLength:
+    """Drafts `gamma` tokens in every round, 0 or more, and keeps each round's seconds."""
 
     wants_signals = True
 
-    def __init__(self, longest: int) -> None:
-        self.longest, self._rounds = longest, 0
-
-    def length_of(self, number: int) -> int:
-        """How many tokens round `number` drafts."""
-        return number // HOLD % (self.longest + 1)
+    def __init__(self, gamma: int) -> None:
+        self.gamma, self.longest = gamma, max(gamma, 1)
+        self.seconds: list[float] = []
 
     def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
-        return drafted < self.length_of(self._rounds)
+        return drafted < self.gamma
 
-    def learn(self, signals: list[torch.Tensor], results: list[RoundResult]) -> None:
-        self._rounds += 1
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
+        self.seconds.append(seconds)
+
+    def enough(self, tokens: list[int]) -> bool:
+        """Whether the generation may end."""
+        return len(self.seconds) > FEWEST and sum(self.seconds) > SETTLE_S + TIMED_S
+
+    def settled(self) -> list[float]:
+        """The seconds of all rounds but the first and those that follow it too soon."""
+        late = [seconds for begin, seconds in zip(accumulate(self.seconds), self.seconds[1:], strict=False) if begin > SETTLE_S]
+        return late or self.seconds[1:]
 
 
 def round_costs(target: nn.Module, draft: nn.Module, prompt: list[int], options: DecodeOptions, longest: int = LONGEST) -> list[float]:
     """Median seconds of a round of `options` that drafts 0, 1, … `longest` tokens behind `prompt`; never falling.
 
-    A length is measured among rounds of its own: a vanilla step that follows others is faster than one that follows drafting,
+    A length is measured in generations of its own: a vanilla step that follows others is faster than one that follows drafting,
     and whether drafting pays is a question of the former.
     """
-    marks: list[float] = []
-    rule, rounds = EveryLength(longest), REPEATS * HOLD * (longest + 1)
-    generate(
-        target, prompt, replace(options, gamma=rule, eos_ids=frozenset(), record_overlap=False, max_new_tokens=rounds * (longest + 1),
-                                stop=lambda tokens: len(marks) >= rounds),
-        draft, on_tokens=lambda tokens: marks.append(time.perf_counter()),
-    )
-    seconds: dict[int, list[float]] = {length: [] for length in range(longest + 1)}
-    for number, (earlier, later) in enumerate(zip(marks, marks[1:], strict=False), start=1):
-        if number % HOLD >= UNSETTLED:
-            seconds[rule.length_of(number)].append(later - earlier)
-    return list(accumulate(map(statistics.median, seconds.values()), max))
+    found: dict[int, list[float]] = {length: [] for length in range(longest + 1)}
+    plain = replace(options, eos_ids=frozenset(), record_overlap=False)
+    for _ in range(REPEATS):
+        for length, seconds in found.items():
+            rule = TimedLength(length)
+            generate(target, prompt, replace(plain, gamma=rule, stop=rule.enough), draft)
+            seconds += rule.settled()
+    return list(accumulate(map(statistics.median, found.values()), max))
 
 
 def step_seconds(target: nn.Module, draft: nn.Module, prompt: list[int], options: DecodeOptions) -> dict[str, float]:
     """Median seconds of one step with all its overhead: "target" on 1 token, "draft" on 1, "verify" of the γ+1 of `options`.
 
-    Vanilla and drafting generations of a few rounds take turns behind the same prompt; the first pair is not counted.
+    Vanilla and drafting generations take turns behind the same prompt; the first pair is not counted.
     """
-    gamma = options.length().longest
-    short = replace(options, eos_ids=frozenset(), stop=None, record_overlap=False)
-    vanilla, drafting = replace(short, method="vanilla", max_new_tokens=STEP_ROUNDS), replace(short, max_new_tokens=STEP_ROUNDS * (gamma + 1))
+    drafting = replace(options, eos_ids=frozenset(), stop=None, record_overlap=False)
     found: list[dict[str, float]] = []
-    for _ in range(STEP_REPEATS + 1):
-        plain, drafted = (generate(target, prompt, options, draft).stats for options in (vanilla, drafting))
+    for _ in range(REPEATS + 1):
+        plain, drafted = (generate(target, prompt, options, draft).stats for options in (replace(drafting, method="vanilla"), drafting))
         rounds, drafts = len(drafted.rounds), sum(r.proposed for r in drafted.rounds)
         found.append({
             "target": plain.decode_s / len(plain.rounds), "draft": drafted.seconds["draft"] / drafts,

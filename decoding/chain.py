@@ -25,7 +25,5 @@ def chain_round(state: DecodeState, length: DraftLength, verification: Verificat
         return draft.forward(tokens, starts + (index + 1 - tokens.shape[1]))[:, -1:]
 
     this_round = ChainRound(state, length, verification, draft.token_ids)
-    this_round.draft(state.last(pending), step, lambda index: draft.advance(pending if index == 0 else 1))
-    results = this_round.verify(target.forward)
-    target.advance(len(this_round.tokens))
-    return results
+    this_round.draft(pending, step, lambda index: draft.advance(pending if index == 0 else 1))
+    return this_round.verify(target.forward)

@@ -11,8 +11,11 @@ import torch
 
 from decoding.state import RoundResult
 
-MEMORY = 200  # drafted positions and rounds after which half of what was learnt is forgotten
-PROBE_COST = 0.005  # share of the time that may go into drafting where it does not pay, to notice when it does
+MEMORY = 200  # drafted positions after which half of what was learnt about acceptance is forgotten
+PACE_MEMORY = 100  # rounds after which half of what was learnt about speed is
+SPELL, SETTLED = 32, 8  # rounds that draft, or do not, in a row, and those of them that are not timed: caches still hold what was used before
+EXPLORED = 0.005  # share of the time that may be lost to trying what seems slower
+INTERRUPTED = 3.0  # a round counts for at most so many times its usual seconds
 SIGNAL_LIMIT = 12.0  # signals beyond tell no more
 
 
@@ -25,8 +28,8 @@ class DraftLength(Protocol):
     def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
         """Whether to draft one more token behind `drafted` ones with these signals (B, 1) (empty where unwanted)."""
 
-    def learn(self, signals: list[torch.Tensor], results: list[RoundResult]) -> None:
-        """Take note of how a round ended, for the next."""
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
+        """Take note of how a round ended, and how long it took, for the next."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class FixedLength:
     def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
         return drafted < self.longest
 
-    def learn(self, signals: list[torch.Tensor], results: list[RoundResult]) -> None:
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
         pass
 
 
@@ -70,18 +73,17 @@ def _limited(signal: float) -> float:
 
 
 class RecentMean:
-    """Σ value / Σ weight, in which an entry counts half after MEMORY further ones."""
+    """Σ value / Σ weight, in which an entry counts half after `memory` further ones."""
 
-    def __init__(self, value: float, weight: float) -> None:
-        self._value, self._weight = value, weight
+    def __init__(self, value: float, weight: float, memory: int = MEMORY) -> None:
+        self.value, self.weight, self._fade = value, weight, 0.5 ** (1 / memory)
 
     def add(self, value: float, weight: float) -> None:
         """One entry."""
-        fade = 0.5 ** (1 / MEMORY)
-        self._value, self._weight = fade * self._value + value, fade * self._weight + weight
+        self.value, self.weight = self._fade * self.value + value, self._fade * self.weight + weight
 
     def __call__(self) -> float:
-        return self._value / self._weight
+        return self.value / self.weight
 
 
 class AdaptiveLength:
@@ -90,13 +92,16 @@ class AdaptiveLength:
     `costs[n]` are the seconds of a round that drafts n tokens, n = 0 … longest; costs[0] is a vanilla step. One more
     token brings Π cᵢ·a tokens, with cᵢ the calibrated chance that the i-th drafted token is kept and a the recent share that is,
     and takes costs[n+1] − costs[n]; it pays while tokens per second exceed those reached lately (the optimal stopping rule
-    of a renewal process: with equal chances it is α^(γ+1) > c·S(γ)). Where drafting lately reached less than vanilla decoding
-    does, rounds draft nothing, but for rare probes.
+    of a renewal process: with equal chances it is α^(γ+1) > c·S(γ)).
+
+    Whether to draft at all is decided by the clock: spells of rounds that draft and of vanilla rounds are timed, and the faster kind goes on;
+    the other is tried again when what that is expected to lose is EXPLORED of the time since.
 
     Both verifications stay exact. Coupled: whatever is drafted, the output is vanilla's, so the signal may be the
     margin by which the drafted token won its draw. Rejection: the decision to draft on behind a token comes after the token was
     drawn, and it is kept and verified whatever its signal; the signal is a function of q; and noise that an earlier
-    round has drafted with, and that what was learnt therefore depends on, is never drawn with again (Noise.of_round).
+    round has drafted with, and that what was learnt therefore depends on, is never drawn with again (Noise.of_round). As the clock decides, a text
+    under rejection is not the same again with the same seed; a coupled one is.
 
     One object serves many prompts, and keeps what it has learnt. Texts of a batch share the decision.
     """
@@ -110,47 +115,55 @@ class AdaptiveLength:
         self.costs, self.longest = list(costs), len(costs) - 1
         self._calibration = Calibration()
         self._accepted = RecentMean(3.0, 5.0)
-        self._pace = RecentMean(1.2 * MEMORY / 20, costs[0] * MEMORY / 20)  # tokens per second of rounds that draft: at first believed to be good
-        self._idle_rounds = 0
+        self._gain = RecentMean(1.0, costs[0])  # tokens per second of `costs` in rounds that draft
+        self._paces = {drafts: RecentMean(0.0, 0.0, PACE_MEMORY) for drafts in (True, False)}  # tokens per second of the clock
+        self._drafts, self._rounds, self._spell_s = True, 0, 0.0
+        self._explorable_s = 0.0
         self._reach: list[float] = []  # for each text the chance that all tokens drafted in this round are kept
-
-    @property
-    def vanilla_pace(self) -> float:
-        """Tokens per second without drafting."""
-        return 1 / self.costs[0]
 
     def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
         if drafted == 0:
             self._reach = []
-            return self._pays() or self._probes()
-        if drafted == self.longest or not self._pays():
+            return self._drafts
+        if drafted == self.longest:
             return False
         chances = [self._calibration(signal) for signal in signals[-1][:, 0].tolist()]
         self._reach = [reach * chance for reach, chance in zip(self._reach or [1.0] * len(chances), chances, strict=True)]
-        gain = sum(self._reach) / len(self._reach) * self._accepted()
-        return gain > max(self._pace(), self.vanilla_pace) * (self.costs[drafted + 1] - self.costs[drafted])
+        tokens = sum(self._reach) / len(self._reach) * self._accepted()
+        return tokens > max(self._gain(), 1 / self.costs[0]) * (self.costs[drafted + 1] - self.costs[drafted])
 
-    def _pays(self) -> bool:
-        """Whether drafting reaches more than vanilla decoding, by what it did lately or by what equal chances would give."""
-        alpha = self._accepted()
-        best = max(sum(alpha**i for i in range(n + 1)) / self.costs[n] for n in range(1, self.longest + 1))
-        return max(self._pace(), best) > self.vanilla_pace
-
-    def _probes(self) -> bool:
-        """Whether to draft one token all the same: as often as PROBE_COST allows."""
-        self._idle_rounds += 1
-        lost = self.costs[1] - self._accepted() * self.costs[0] - self.costs[0]
-        if self._idle_rounds * PROBE_COST * self.costs[0] < max(lost, 0.0):
-            return False
-        self._idle_rounds = 0
-        return True
-
-    def learn(self, signals: list[torch.Tensor], results: list[RoundResult]) -> None:
-        if not signals:
-            return
-        for row, result in enumerate(results):
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
+        tokens = sum(result.accepted + 1 for result in results) / len(results)
+        if signals:
+            self._gain.add(tokens, self.costs[len(signals)])
+        for row, result in enumerate(results if signals else []):
             for i in range(result.tested):
                 kept = i < result.accepted
                 self._calibration.learn(float(signals[i][row, 0]), kept)
                 self._accepted.add(kept, 1.0)
-        self._pace.add(sum(result.accepted + 1 for result in results) / len(results), self.costs[len(signals)])
+        self._time(tokens, seconds)
+
+    def _time(self, tokens: float, seconds: float) -> None:
+        """Count a round of the present spell, and choose the next one's kind at its end."""
+        if self._rounds > 0:
+            seconds = min(seconds, INTERRUPTED * self._spell_s / self._rounds)
+        self._rounds += 1
+        self._spell_s += seconds
+        self._explorable_s += EXPLORED * seconds
+        if self._rounds > SETTLED:
+            self._paces[self._drafts].add(tokens, seconds)
+        if self._rounds == SPELL:
+            self._drafts = self._next_kind()
+            self._rounds, self._spell_s = 0, 0.0
+
+    def _next_kind(self) -> bool:
+        """Whether the next spell drafts: the kind that was not tried yet, the faster one, or, where that may be afforded, the slower."""
+        untried = [drafts for drafts, pace in self._paces.items() if pace.weight == 0]
+        if untried:
+            return untried[0]
+        faster = self._paces[True]() > self._paces[False]()
+        loss = self._spell_s * (1 - self._paces[not faster]() / self._paces[faster]())
+        if self._drafts != faster or self._explorable_s < loss:
+            return faster
+        self._explorable_s = 0.0
+        return not faster

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
 
 from decoding.draft_length import DraftLength
 from decoding.sampling import Noise, Purpose, draw, draw_with_margin, policy_probs
-from decoding.state import DecodeState, RoundResult
+from decoding.state import DecodeState, Forward, RoundResult
+from decoding.vanilla import vanilla_round
 from decoding.verify import Verification, expected_acceptance, over_vocabulary, overlap, verify_chain
 
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ChainRound:
@@ -23,20 +24,22 @@ class ChainRound:
 
     def __init__(self, state: DecodeState, length: DraftLength, verification: Verification, token_ids: torch.Tensor | None = None) -> None:
         self.state, self.length, self.verification, self.token_ids = state, length, verification, token_ids
-        self.starts = state.target.starts()
-        self.tokens: list[torch.Tensor] = [state.last()]  # (B, 1) each: the last committed token, then the drafted ones
+        self.tokens: list[torch.Tensor] = []  # (B, 1) each: the last committed token, then the drafted ones
         self.rows: list[torch.Tensor] = []  # q (B, 1, V_d) of each drafted token
         self.signals: list[torch.Tensor] = []  # (B, 1), see draw_draft
+        self._began = time.perf_counter()
 
-    def draft(self, first: torch.Tensor, step: Step, advance: Callable[[int], None], key: object = None) -> None:
-        """Draft while the length rule goes on: step(tokens, starts, i) feeds `first` (B, T), later the last drafted token, and returns
-        the logits (B, 1, V_d) that the i-th drafted token is drawn from; advance(i) counts it. `key` names what else the step depends on.
+    def draft(self, count: int, step: Step, advance: Callable[[int], None], key: object = None) -> None:
+        """Draft while the length rule goes on: step(tokens, starts, i) feeds the last `count` committed tokens, later the last drafted one,
+        and returns the logits (B, 1, V_d) that the i-th drafted token is drawn from; advance(i) counts it. `key` names what else it depends on.
 
         On the host nothing is drafted behind an end-of-text token. On a device to ask would be to wait: there it is drafted, and not counted.
         """
-        pending = first
         while self.length.goes_on(len(self.rows), self.signals):
             index = len(self.rows)
+            if index == 0:
+                self.starts, pending = self.state.target.starts(), self.state.last(count)
+                self.tokens.append(pending[:, -1:])
             with self.state.clock("draft"):
                 pending, q, *signal = self.state.program(
                     self.state.draft.programs, ("draft", index, key, self.verification, self.length.wants_signals),
@@ -71,26 +74,30 @@ class ChainRound:
     def verify(self, forward: Forward) -> list[RoundResult]:
         """Keep what verification keeps, given the target's logits (B, γ+1, V) = forward(tokens (B, γ+1), starts).
 
-        Ends in the round's one wait for the device. Both caches are still to be cropped.
+        Ends in the round's one wait for the device. Both caches are still to be cropped. Without drafted tokens it is a vanilla round.
         """
+        results, *recorded = self._decide(forward) if self.rows else (vanilla_round(self.state, forward),)
+        self.length.learn(self.signals, results, time.perf_counter() - self._began)
+        if recorded:
+            self.record(results, *recorded)
+        return results
+
+    def _decide(self, forward: Forward) -> tuple[list[RoundResult], *tuple[torch.Tensor, ...]]:
+        """The results, and p and q where they are to be recorded."""
         def decide(tokens: torch.Tensor, q: torch.Tensor, starts: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, ...]:
             p = policy_probs(forward(tokens, starts), self.state.policy)
-            q = q if self.rows else p[:, :0]
             positions = starts[:, None] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
             decision = torch.stack(verify_chain(self.verification, p, q, tokens[:, 1:], noise, positions, self.token_ids), 1)
             return (decision, p, q) if self.state.record_overlap else (decision,)
 
-        tokens = torch.cat(self.tokens, 1)
-        q = torch.cat(self.rows, 1) if self.rows else torch.zeros(len(tokens), 0, 1, device=tokens.device)
+        tokens, q = torch.cat(self.tokens, 1), torch.cat(self.rows, 1)
         with self.state.clock("verify"):
             decision, *recorded = self.state.program(
                 self.state.draft.programs, ("verify", self.verification, self.state.record_overlap), decide, tokens, q, self.starts,
             )
             results = self.state.results(tokens[:, 1:], decision)
-        self.length.learn(self.signals, results)
-        if recorded:
-            self.record(results, *recorded)
-        return results
+        self.state.target.advance(len(self.tokens))
+        return results, *recorded
 
     def record(self, results: list[RoundResult], p: torch.Tensor, q: torch.Tensor) -> None:
         """Fill in `overlaps` and `expected` of every text's result from p (B, γ+1, V) and q (B, γ, V_d)."""

@@ -110,11 +110,9 @@ def self_speculation_round(state: DecodeState, length: DraftLength, verification
         return draft.draft(tokens, starts, index, behind if index == 0 else 0)
 
     this_round = ChainRound(state, length, verification, draft.token_ids)
-    this_round.draft(state.last(), step, lambda index: draft.advance(behind if index == 0 else 0, target.batch), key=behind)
-    results = this_round.verify(draft.verify)
+    this_round.draft(1, step, lambda index: draft.advance(behind if index == 0 else 0, target.batch), key=behind)
     drafted = len(this_round.rows)
     if drafted:
         draft.lengths = [fed + drafted for fed in target.lengths]
     draft.block_tokens += target.batch * (draft.prefix + (len(target.stack.blocks) - draft.prefix) * (drafted + 1))
-    target.advance(drafted + 1)
-    return results
+    return this_round.verify(draft.verify)

@@ -15,6 +15,7 @@ from decoding.sampling import Noise, SamplingPolicy
 from decoding.static_llama import StaticLlama
 
 Model = StaticLlama | CachedModel
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens (B, T) fed at starts (B,) -> logits (B, T, V)
 PHASES = ("prefill", "draft", "verify", "record")
 
 

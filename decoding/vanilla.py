@@ -5,17 +5,22 @@ from __future__ import annotations
 import torch
 
 from decoding.sampling import Noise, draw, policy_probs
-from decoding.state import DecodeState, RoundResult
+from decoding.state import DecodeState, Forward, RoundResult
 
 
-def vanilla_round(state: DecodeState) -> list[RoundResult]:
-    """Feed the last committed token of every text and draw the next with its position's TOKEN noise."""
+def vanilla_round(state: DecodeState, forward: Forward | None = None) -> list[RoundResult]:
+    """Feed the last committed token of every text and draw the next with its position's TOKEN noise.
+
+    `forward` is the target's, or a draft's that takes note of what passes.
+    """
+    forward = forward or state.target.forward
+
     def step(tokens: torch.Tensor, starts: torch.Tensor, noise: Noise) -> tuple[torch.Tensor]:
-        p = policy_probs(state.target.forward(tokens, starts), state.policy)  # (B, 1, V)
+        p = policy_probs(forward(tokens, starts), state.policy)  # (B, 1, V)
         return (draw(p, noise, starts[:, None] + 1),)
 
     with state.clock("verify"):
-        drawn, = state.program(state.target.programs, "vanilla", step, state.last(), state.target.starts())
+        drawn, = state.program((state.draft or state.target).programs, "vanilla", step, state.last(), state.target.starts())
         tokens = drawn[:, 0].tolist()
     state.target.advance(1)
     return [RoundResult([token]) for token in tokens]

@@ -181,7 +181,7 @@ class PeekingLength:
     def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
         return drafted < self.longest and (drafted > 0 or self.last <= self.limit)
 
-    def learn(self, signals: list[torch.Tensor], results: list[RoundResult]) -> None:
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
         self.last = float(signals[-1]) if signals else -math.inf
 
 
