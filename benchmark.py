@@ -27,7 +27,7 @@ from decoding.state import DecodeStats
 from decoding.verify import VERIFICATIONS
 from evaluation import PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, training_texts
 from machine_speed import memory_bandwidth
-from metrics import expected_tokens, pace, speculation_metrics, speedup_interval, with_interval
+from metrics import pace, speculation_metrics, speedup_interval, with_interval
 from planted import planted_pair
 from results import make_output_dir, record_run, write_csv
 from speculative import METHODS, DecodeOptions, generate_batch
@@ -198,26 +198,31 @@ def result_rows(runs: dict[Entry, list[list[DecodeStats]]], subject: Subject, ba
             row |= speedup_interval("over_hf_generate", pace(peer), own, args.seed)
         rounds = sum(len(batch[0].rounds) for batch in batches)
         row["ms_per_round"] = 1000 * own[1].sum() / rounds
+        if METHODS[entry.options.method].whole is None:
+            row |= {**phase_columns(batches, rounds), "roofline_share": bytes_read(entry, batches, subject) / bandwidth / own[1].sum()}
         if entry.costs:
             row |= drafting_columns(entry, [run for batch in batches for run in batch], args)
-        if METHODS[entry.options.method].whole is None:
-            row["roofline_share"] = bytes_read(entry, batches, subject) / bandwidth / own[1].sum()
+            row["measured_over_predicted"] = row["speedup"] / row["predicted"]
         rows.append({**row, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k, "planted": args.random_init is not None})
     return rows
+
+
+def phase_columns(batches: list[list[DecodeStats]], rounds: int) -> dict:
+    """Where a round's time goes, in milliseconds: drafting, verification or a vanilla step, and Python outside of both."""
+    phases = [{**batch[0].seconds, "host": batch[0].host_s} for batch in batches]
+    return {f"{name}_ms": 1000 * sum(phase[name] for phase in phases) / rounds for name in ("draft", "verify", "host")}
 
 
 def drafting_columns(entry: Entry, runs: list[DecodeStats], args: Args) -> dict:
     """Acceptance, tokens per call, round costs in vanilla steps, and the speedup that these predict."""
     figures = speculation_metrics(runs, args.longest, args.seed)
     kept = ("spec_token_accept_rate", "spec_tokens_per_call", "spec_mean_proposed")
-    row = {name: figures[name] for name in kept if name in figures}
     costs, rounds = entry.costs, [r for run in runs for r in run.rounds]
-    if entry.gamma == "auto":
-        row["predicted"] = sum(run.emitted for run in runs) * costs[0] / sum(costs[r.proposed] for r in rounds)
-    else:
-        gamma = int(entry.gamma)
-        row["predicted"] = expected_tokens(figures["spec_token_accept_rate"], gamma) * costs[0] / costs[gamma]
-    return {**row, "round_costs": " ".join(f"{cost / costs[0]:.2f}" for cost in costs)}
+    predicted = sum(r.accepted + 1 for r in rounds) * costs[0] / sum(costs[r.proposed] for r in rounds)
+    return {
+        **{name: figures[name] for name in kept if name in figures}, "predicted": predicted,
+        "round_costs": " ".join(f"{cost / costs[0]:.2f}" for cost in costs),
+    }
 
 
 def bytes_read(entry: Entry, batches: list[list[DecodeStats]], subject: Subject) -> float:
@@ -231,8 +236,9 @@ def table(rows: list[dict]) -> str:
     """The rows as they are printed."""
     shown = {
         "method": "method", "γ": "gamma", "verification": "verification", "batch": "batch", "tokens/s": "tokens_per_s", "speedup": "speedup",
-        "low": "speedup_ci_low", "high": "speedup_ci_high", "predicted": "predicted", "over hf": "over_hf_generate", "α": "spec_token_accept_rate",
-        "τ": "spec_tokens_per_call", "ms/round": "ms_per_round", "roofline": "roofline_share",
+        "low": "speedup_ci_low", "high": "speedup_ci_high", "predicted": "predicted", "of it": "measured_over_predicted", "over hf": "over_hf_generate",
+        "α": "spec_token_accept_rate", "τ": "spec_tokens_per_call", "ms/round": "ms_per_round", "draft": "draft_ms", "verify": "verify_ms",
+        "Python": "host_ms", "roofline": "roofline_share",
     }
     frame = pd.DataFrame([{title: row.get(column) for title, column in shown.items()} for row in rows])
     return frame.dropna(axis="columns", how="all").to_string(index=False, float_format="%.2f", na_rep="")

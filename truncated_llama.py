@@ -129,7 +129,7 @@ class TruncatedLlama(nn.Module):
 
     def __init__(self, target: LlamaForCausalLM, exit_: Exit) -> None:
         super().__init__()
-        fits = exit_.head.weight.dtype == target.dtype and exit_.head.weight.device == target.device
+        fits = all(parameter.dtype == target.dtype and parameter.device == target.device for parameter in exit_.parameters())
         self.target, self.exit = target, exit_ if fits else copy.deepcopy(exit_).to(target.device, target.dtype)
         self.config = target.config
 

@@ -17,7 +17,7 @@ Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 class ChainRound:
-    """Drafts token after token, then verifies them in one target call.
+    """Drafts token after token, or none where not `drafts`, then verifies them in one target call.
 
     `token_ids` (V_d,) names the tokens that the draft knows where these are not all of them, in order.
     """
@@ -28,6 +28,7 @@ class ChainRound:
         self.rows: list[torch.Tensor] = []  # q (B, 1, V_d) of each drafted token
         self.signals: list[torch.Tensor] = []  # (B, 1), see draw_draft
         self._began = time.perf_counter()
+        self.drafts = length.goes_on(0, [])
 
     def draft(self, count: int, step: Step, advance: Callable[[int], None], key: object = None) -> None:
         """Draft while the length rule goes on: step(tokens, starts, i) feeds the last `count` committed tokens, later the last drafted one,
@@ -35,7 +36,8 @@ class ChainRound:
 
         On the host nothing is drafted behind an end-of-text token. On a device to ask would be to wait: there it is drafted, and not counted.
         """
-        while self.length.goes_on(len(self.rows), self.signals):
+        goes_on = self.drafts
+        while goes_on:
             index = len(self.rows)
             if index == 0:
                 self.starts, pending = self.state.target.starts(), self.state.last(count)
@@ -51,6 +53,7 @@ class ChainRound:
             self.signals += signal
             if self.state.target.on_host and int(pending) in self.state.eos_ids:
                 break
+            goes_on = self.length.goes_on(len(self.rows), self.signals)
 
     def draw_draft(self, logits: torch.Tensor, noise: Noise, starts: torch.Tensor, index: int) -> tuple[torch.Tensor, ...]:
         """The drafted token (B, 1), its q (B, 1, V_d) and, where the length rule wants it, a signal (B, 1) of how likely it is to be kept.
@@ -76,13 +79,13 @@ class ChainRound:
 
         Ends in the round's one wait for the device. Both caches are still to be cropped. Without drafted tokens it is a vanilla round.
         """
-        results, *recorded = self._decide(forward) if self.rows else (vanilla_round(self.state, forward),)
+        results, recorded = self._decide(forward) if self.rows else (vanilla_round(self.state, forward), [])
         self.length.learn(self.signals, results, time.perf_counter() - self._began)
         if recorded:
             self.record(results, *recorded)
         return results
 
-    def _decide(self, forward: Forward) -> tuple[list[RoundResult], *tuple[torch.Tensor, ...]]:
+    def _decide(self, forward: Forward) -> tuple[list[RoundResult], list[torch.Tensor]]:
         """The results, and p and q where they are to be recorded."""
         def decide(tokens: torch.Tensor, q: torch.Tensor, starts: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, ...]:
             p = policy_probs(forward(tokens, starts), self.state.policy)
@@ -97,7 +100,7 @@ class ChainRound:
             )
             results = self.state.results(tokens[:, 1:], decision)
         self.state.target.advance(len(self.tokens))
-        return results, *recorded
+        return results, recorded
 
     def record(self, results: list[RoundResult], p: torch.Tensor, q: torch.Tensor) -> None:
         """Fill in `overlaps` and `expected` of every text's result from p (B, γ+1, V) and q (B, γ, V_d)."""

@@ -14,7 +14,7 @@ from torch import nn
 from decoding.draft_length import DraftLength
 from decoding.drafting import ChainRound
 from decoding.state import DecodeState, RoundResult
-from decoding.static_llama import Head, Kept, KeyValues, Scatter, Span, Stack, StaticLlama, weights_at
+from decoding.static_llama import KEPT_WIDTHS, Head, Kept, KeyValues, Scatter, Span, Stack, StaticLlama, weights_at
 from decoding.verify import Verification
 
 
@@ -62,6 +62,15 @@ class SharedExit:
             x = self.own.run(x, place).view(len(tokens), 1 + behind, -1)[:, -1]
         return self.head(x)[:, None]
 
+    def catch_up(self) -> None:
+        """Let the own block see all cached tokens, behind rounds that did not draft: in passes of their own, which no program has to be captured for."""
+        starts, behind = self.target.starts(), self.behind
+        for offset in range(-behind, 0, KEPT_WIDTHS):
+            place = self.target.place(starts, min(KEPT_WIDTHS, -offset), offset)
+            self.own.run(place.load(self.kept.store), place)
+        self.lengths = list(self.target.lengths)
+        self.block_tokens += behind * self.target.batch
+
     def verify(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """The target's logits (B, T, V) that follow each of `tokens` (B, T), of which all but the last were drafted behind."""
         count = tokens.shape[1]
@@ -94,6 +103,11 @@ class SharedExit:
         """Forget what the own block holds behind the first `lengths[b]` tokens of text b."""
         self.lengths = [min(held, length) for held, length in zip(self.lengths, lengths, strict=True)]
 
+    @property
+    def behind(self) -> int:
+        """Tokens in the target's cache that the own block has not seen; without one it is as if it had."""
+        return 0 if self.own is None else max(fed - seen for fed, seen in zip(self.target.lengths, self.lengths, strict=True))
+
     def advance(self, behind: int, batch: int) -> None:
         """Count a drafted token."""
         self.calls += 1
@@ -104,12 +118,14 @@ class SharedExit:
 def self_speculation_round(state: DecodeState, length: DraftLength, verification: Verification) -> list[RoundResult]:
     """Draft with the exit, and verify in one target call. What the caches then hold too much is rolled back when tokens are committed."""
     target, draft = state.target, state.draft
-    behind = max(fed - seen for fed, seen in zip(target.lengths, draft.lengths, strict=True))
+    this_round = ChainRound(state, length, verification, draft.token_ids)
+    if this_round.drafts and draft.behind > 1:  # than after a round that kept all
+        draft.catch_up()
+    behind = draft.behind
 
     def step(tokens: torch.Tensor, starts: torch.Tensor, index: int) -> torch.Tensor:
         return draft.draft(tokens, starts, index, behind if index == 0 else 0)
 
-    this_round = ChainRound(state, length, verification, draft.token_ids)
     this_round.draft(1, step, lambda index: draft.advance(behind if index == 0 else 0, target.batch), key=behind)
     drafted = len(this_round.rows)
     if drafted:

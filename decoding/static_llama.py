@@ -44,8 +44,8 @@ def why_unsupported(model: nn.Module) -> str | None:
         return f"the activation {config.hidden_act!r} (known: silu)"
     if getattr(config, "sliding_window", None):
         return "sliding-window attention"
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        return "weights on several devices"
+    if len({(parameter.device, parameter.dtype) for parameter in model.parameters()}) > 1:
+        return "weights on several devices or of several dtypes"
     if any(type(linear) is not nn.Linear for linear in (*(linear for layer in model.model.layers for linear in linears(layer)), model.lm_head)):
         return "quantised or adapted linear layers"
     return None
@@ -265,7 +265,7 @@ class Scatter:
     def rows(self) -> native.Rows:
         """The rows as C++ reads them; on the CPU."""
         if int(self.positions.max()) >= self.rotary.capacity:
-            raise IndexError(f"slot {int(self.positions.max())} of {self.rotary.capacity}")  # C++ would write elsewhere
+            raise ValueError(f"slot {int(self.positions.max())} of {self.rotary.capacity}")  # C++ would write elsewhere
         self._held = native.dense(self.positions, self.texts.expand_as(self.positions))
         slots, texts = map(native.address, self._held)
         return native.Rows(self.positions.numel(), 0, 0, slots, texts, None, *self.rotary.tables, None)

@@ -12,8 +12,8 @@ from decoding import native
 from decoding.drafting import ChainRound
 from decoding.sampling import SamplingPolicy, policy_probs
 from decoding.self_speculation import SharedExit
-from decoding.state import DecodeState
-from decoding.static_llama import PREFILL_CHUNK, Span, Stack, StaticLlama
+from decoding.state import DecodeState, RoundResult
+from decoding.static_llama import KEPT_WIDTHS, PREFILL_CHUNK, REACH_STEP, Span, Stack, StaticLlama
 from speculative import DecodeOptions, generate, generate_batch
 from toy_models import check_batch, chi_square_p, decode, native_llama, noisy_exit, random_text, same_layers, some_prompts, tiny_llama
 from truncated_llama import Exit, TruncatedLlama
@@ -100,6 +100,38 @@ def test_prompts_of_any_length(length):
         settings = {"policy": policy, "max_new_tokens": 16, "verification": "coupled"}
         speculated, _ = decode(target, draft, prompt, method="self_speculative", **settings)
         assert speculated == decode(target, None, prompt, **settings)[0]
+
+
+class Pause:
+    """Drafts nothing for so many rounds, then two tokens in each."""
+
+    longest, wants_signals = 2, False
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
+        return self.rounds <= 0 and drafted < self.longest
+
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
+        self.rounds -= 1
+
+
+@pytest.mark.parametrize("own_block", [False, True])
+@pytest.mark.parametrize("method", ["self_speculative", "speculative"])
+@pytest.mark.parametrize("texts", [1, 2])
+def test_drafting_after_a_long_pause(target, method, own_block, texts):
+    """What the draft has not seen meanwhile is more than a pass on a device may take: afterwards everything is kept all the same."""
+    prompts = [random_text(REACH_STEP - KEPT_WIDTHS - 2 - text, seed=text)[0].tolist() for text in range(texts)]
+    settings = {"policy": SAMPLED, "max_new_tokens": KEPT_WIDTHS + 60}
+    vanilla = generate_batch(target, prompts, DecodeOptions(**settings))
+    for rounds in (2, 3, KEPT_WIDTHS + 20):
+        options = DecodeOptions(method=method, gamma=Pause(rounds), verification="coupled", **settings)
+        drafted = generate_batch(target, prompts, options, exit_like_the_target(target, own_block))
+        assert [generation.tokens for generation in drafted] == [generation.tokens for generation in vanilla]
+        found = [r for generation in drafted for r in generation.stats.rounds]
+        assert [r.proposed for r in found[:rounds]] == [0] * rounds
+        assert all(r.accepted == r.proposed for r in found) and sum(r.proposed for r in found) > 20
 
 
 # ---- caches ----
