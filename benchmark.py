@@ -13,7 +13,9 @@ are those of the true shape, texts mean nothing, and every row says `planted`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from command_line import UserError, parse_args, run
 
@@ -26,7 +28,7 @@ from decoding.draft_length import AdaptiveLength
 from decoding.state import DecodeStats
 from decoding.verify import VERIFICATIONS
 from evaluation import PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, training_texts
-from machine_speed import memory_bandwidth
+from machine_speed import held_memory, memory_bandwidth, peak_memory, restart_peak
 from metrics import pace, speculation_metrics, speedup_interval, with_interval
 from planted import planted_pair
 from results import make_output_dir, record_run, write_csv
@@ -93,6 +95,10 @@ class Subject:
     prompts: list[list[int]]
     eos_ids: frozenset[int]
     facts: dict
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Those of target and exit."""
+        return chain(self.model.parameters(), [] if self.draft is None else self.draft.exit.parameters())
 
 
 def load_subject(args: Args) -> Subject:
@@ -167,37 +173,50 @@ def drafting_entries(options: DecodeOptions, subject: Subject, args: Args) -> li
     return found
 
 
-def decode_all(subject: Subject, todo: list[Entry]) -> dict[Entry, list[list[DecodeStats]]]:
-    """Counts and seconds of every entry, batch by batch of the prompts; entries take turns in a rotating order."""
+@dataclass
+class Measured:
+    """Of an entry: counts and seconds, batch by batch of the prompts, and the most bytes that the process held meanwhile."""
+
+    batches: list[list[DecodeStats]] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+def decode_all(subject: Subject, todo: list[Entry]) -> dict[Entry, Measured]:
+    """Every entry on all prompts; entries take turns in a rotating order."""
     largest = max(entry.batch for entry in todo)
     usable = len(subject.prompts) // largest * largest
-    runs: dict[Entry, list[list[DecodeStats]]] = {entry: [] for entry in todo}
+    device, found = subject.model.device, {entry: Measured() for entry in todo}
     for turn, first in enumerate([0, *range(0, usable, largest)]):
         for entry in [*todo[turn % len(todo) :], *todo[: turn % len(todo)]]:
             draft = subject.draft if METHODS[entry.options.method].whole is None else subject.untrimmed
             for start in range(first, first + largest, entry.batch):
                 keys = list(range(start, start + entry.batch))
+                restart_peak(device)
                 generations = generate_batch(subject.model, [subject.prompts[key] for key in keys], entry.options, draft, prompt_ids=keys)
-                runs[entry] += [[generation.stats for generation in generations]] if turn > 0 else []
+                if turn > 0:
+                    found[entry].batches.append([generation.stats for generation in generations])
+                    found[entry].peak_bytes = max(found[entry].peak_bytes, peak_memory(device))
         print(f"[{turn}/{usable // largest}] {'warm-up' if turn == 0 else 'prompts'} done", flush=True)
-    return runs
+    return found
 
 
 # ---- rows ----
 
-def result_rows(runs: dict[Entry, list[list[DecodeStats]]], subject: Subject, bandwidth: float, args: Args) -> list[dict]:
-    """A row per entry, in the order of measurement."""
-    vanilla = {entry.batch: batches for entry, batches in runs.items() if entry.options.method == "vanilla"}
-    peer = next((batches for entry, batches in runs.items() if entry.options.method == "hf_generate"), None)
+def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float, held_before: int, args: Args) -> list[dict]:
+    """A row per entry, in the order of measurement; `held_before` are the bytes that the process held before it had a model."""
+    vanilla = {entry.batch: measured.batches for entry, measured in found.items() if entry.options.method == "vanilla"}
+    peer = next((measured.batches for entry, measured in found.items() if entry.options.method == "hf_generate"), None)
+    weights = sum({parameter.data_ptr(): parameter.nbytes for parameter in subject.parameters()}.values())
     rows = []
-    for entry, batches in runs.items():
+    for entry, measured in found.items():
+        batches = measured.batches
         own = pace(batches)
         row = {**entry.columns(), **with_interval("tokens_per_s", *own, args.seed)}
         row |= speedup_interval("speedup", pace(vanilla[entry.batch]), own, args.seed)
         if peer is not None and entry.batch == 1:
             row |= speedup_interval("over_hf_generate", pace(peer), own, args.seed)
         rounds = sum(len(batch[0].rounds) for batch in batches)
-        row["ms_per_round"] = 1000 * own[1].sum() / rounds
+        row |= {"ms_per_round": 1000 * own[1].sum() / rounds, "peak_bytes": measured.peak_bytes - held_before, "weights_bytes": weights}
         if METHODS[entry.options.method].whole is None:
             row |= {**phase_columns(batches, rounds), "roofline_share": bytes_read(entry, batches, subject) / bandwidth / own[1].sum()}
         if entry.costs:
@@ -250,10 +269,11 @@ def main() -> None:
     folder = make_output_dir(args.out_dir)
     if (folder / RESULTS_NAME).exists():
         raise UserError(f"{folder} holds a benchmark already; choose another --out_dir")
+    held_before = held_memory(args.resolve()[0])
     subject = load_subject(args)
     bandwidth = memory_bandwidth(subject.model.device)
     record_run(folder, args, {**subject.facts, "bandwidth_bytes_per_s": bandwidth, "threads": torch.get_num_threads()})
-    rows = result_rows(decode_all(subject, entries(subject, args)), subject, bandwidth, args)
+    rows = result_rows(decode_all(subject, entries(subject, args)), subject, bandwidth, held_before, args)
     write_csv(folder / RESULTS_NAME, rows)
     print(table(rows))
     print(f"memory: {bandwidth / 1e9:.1f} GB/s; {folder / RESULTS_NAME}")

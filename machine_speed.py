@@ -1,9 +1,10 @@
-"""What this machine can do, measured on the spot: the bounds that measured steps are compared with."""
+"""What this machine can do and what a process holds, measured on the spot: the bounds that measured steps are compared with."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -40,3 +41,30 @@ def _device_seconds(work: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1000
+
+
+def held_memory(device: torch.device | str) -> int:
+    """Bytes that this process holds: of the GPU's memory, by torch's tensors; on the CPU resident, libraries and all. Needs Linux."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _resident("VmRSS")
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """The most that `held_memory` was since `restart_peak`."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _resident("VmHWM")
+
+
+def restart_peak(device: torch.device | str) -> None:
+    """Let `peak_memory` begin anew."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])

@@ -90,9 +90,12 @@ def _copied_tensors(target: LlamaForCausalLM, exit_: Exit, blocks: list[nn.Modul
 
 
 def drafting_config(target: LlamaForCausalLM, gamma: int) -> GenerationConfig:
-    """The target's special tokens, and `gamma` drafted tokens in every round, however sure the draft is of them."""
+    """The target's special tokens, and `gamma` drafted tokens in every round."""
     own = target.generation_config
+    return constant_drafting(gamma, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+
+
+def constant_drafting(gamma: int, **special_tokens: int | list[int] | None) -> GenerationConfig:
+    """`gamma` drafted tokens in every round of transformers' assisted generation, however sure the draft is of them."""
     return GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id,
-        num_assistant_tokens=gamma, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0,
-    )
+        **special_tokens, num_assistant_tokens=gamma, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0)

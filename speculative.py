@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
+from threading import Lock
 from typing import Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from decoding.chain import chain_round
 from decoding.draft_length import DraftLength, FixedLength
@@ -31,7 +34,7 @@ from decoding.state import DecodeState, DecodeStats, Model, RoundResult, synchro
 from decoding.static_llama import KEPT_WIDTHS, StaticLlama, why_unsupported
 from decoding.vanilla import vanilla_round
 from decoding.verify import VERIFICATIONS, Verification
-from plain_llama import as_llama, drafting_config
+from plain_llama import as_llama, constant_drafting
 from truncated_llama import TruncatedLlama
 
 Stop = Callable[[list[int]], bool]
@@ -90,19 +93,21 @@ def _hf_generate(target: nn.Module, prompt: list[int], options: DecodeOptions, d
 
 
 def _hf_assisted(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
-    assistant = _as_assistant(draft)
-    assistant.generation_config = drafting_config(target, options.length().longest)
-    return hf_decode(target, prompt, generation_config(options.policy, options.max_new_tokens, options.eos_ids), seed, assistant)
+    config = generation_config(options.policy, options.max_new_tokens, options.eos_ids)
+    return hf_decode(target, prompt, config, seed, _drafting(options, config), _as_assistant(draft))
 
 
 def _hf_early_exit(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
+    if not isinstance(draft, TruncatedLlama):
+        raise ValueError("method 'hf_early_exit' drafts with the target's first blocks: pass a TruncatedLlama that says how many")
     config = generation_config(options.policy, options.max_new_tokens, options.eos_ids)
     config.assistant_early_exit = draft.exit.target_layer + 1
-    own, target.generation_config = target.generation_config, drafting_config(target, options.length().longest)
-    try:  # transformers reads how much to draft from the drafting model's own configuration, here the target's
-        return hf_decode(target, prompt, config, seed)
-    finally:
-        target.generation_config = own
+    return hf_decode(target, prompt, config, seed, _drafting(options, config))
+
+
+def _drafting(options: DecodeOptions, config: GenerationConfig) -> GenerationConfig:
+    """γ drafted tokens in every round, which end where the text that `config` describes ends."""
+    return constant_drafting(options.length().longest, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
 
 
 METHODS = {
@@ -113,16 +118,18 @@ METHODS = {
     "hf_assisted": Method(True, "model", whole=_hf_assisted),
     "hf_early_exit": Method(True, "exit", whole=_hf_early_exit),
 }
-_assistants: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
+_assistants: WeakKeyDictionary[nn.Module, tuple[list, PreTrainedModel]] = WeakKeyDictionary()
 
 
 def _as_assistant(draft: nn.Module) -> PreTrainedModel:
-    """`draft` as transformers takes it: an exit as a plain Llama, made once. Raises UserError where there is no such Llama."""
+    """`draft` as transformers takes it: an exit as a plain Llama, made anew when its weights have changed. Raises UserError where there is no such Llama."""
     if not isinstance(draft, TruncatedLlama):
         return draft
-    if draft not in _assistants:
-        _assistants[draft] = as_llama(draft.target, draft.exit)
-    return _assistants[draft]
+    parameters = chain(draft.exit.parameters(), draft.target.parameters())
+    weights = [(parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version) for parameter in parameters]
+    if draft not in _assistants or _assistants[draft][0] != weights:
+        _assistants[draft] = weights, as_llama(draft.target, draft.exit)
+    return _assistants[draft][1]
 
 
 @dataclass(frozen=True)
@@ -174,22 +181,38 @@ def generate_batch(
     if len(prompt_ids) != len(prompts):
         raise ValueError(f"{len(prompt_ids)} prompt_ids for {len(prompts)} prompts")
     if method.whole is not None:
+        if options.stop is not None or on_tokens is not None:
+            raise ValueError(f"method {options.method!r} is transformers' own: it knows neither stop nor on_tokens")
         return [Generation(*method.whole(target, prompt, options, draft, options.seed + key)) for prompt, key in zip(prompts, prompt_ids, strict=True)]
+    with _on(target.device), _lent_engines(target, _slots(prompts, options), len(prompts), options.engine) as engines:
+        return _decode(engines, target, prompts, options, draft, prompt_ids, on_tokens)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Streams, events and graphs belong to torch's current GPU: this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _decode(
+    engines: Engines, target: nn.Module, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int],
+    on_tokens: Callable[[int, list[int]], None] | None,
+) -> list[Generation]:
+    """Rounds until every text has ended."""
     synchronize(target.device)
     start = time.perf_counter()
-    state = _prepare(target, prompts, options, draft, prompt_ids)
+    state = _prepare(engines, prompts, options, draft, prompt_ids)
     state.clock.add("prefill", time.perf_counter() - start)
     with state.clock("prefill"):
         _prefill(state, [prompt[:-1] for prompt in prompts])
     stats = [DecodeStats(prompt_tokens=len(prompt)) for prompt in prompts]
-    running = set(range(len(prompts)))
-    while running:
-        results = method.round(state, options)
-        for row in sorted(running):
+    while state.running:
+        results = METHODS[options.method].round(state, options)
+        for row in list(state.running):
             stats[row].rounds.append(results[row])
             kept, finished = _cut(state.committed[row][len(prompts[row]) :], results[row].tokens, options)
             state.committed[row] += kept
-            running -= {row} if finished else set()
+            if finished:
+                state.running.remove(row)
             if on_tokens is not None:
                 on_tokens(row, kept)
         state.roll_back()
@@ -237,7 +260,7 @@ def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: 
 def _check_exit(target: nn.Module, draft: nn.Module, options: DecodeOptions) -> None:
     if not isinstance(draft, TruncatedLlama) or draft.target is not target:
         raise ValueError(f"method {options.method!r} drafts with an exit of the target itself: pass a TruncatedLlama of it, or use method 'speculative'")
-    reason = why_unsupported(target) if options.engine == "static" else "with transformers' forward pass (engine='transformers')"
+    reason = why_unsupported(target, *draft.exit.children()) if options.engine == "static" else "with transformers' forward pass (engine='transformers')"
     if reason is not None:
         raise ValueError(f"method {options.method!r} cannot share blocks {reason if options.engine != 'static' else 'of ' + reason}; use method 'speculative'")
 
@@ -252,28 +275,47 @@ def context_length(config: object) -> int:
 
 @dataclass
 class Engines:
-    """A target's forward pass with its cache, and those of the drafts that were used with it."""
+    """A target's forward pass with its cache, and those of the drafts that were used with it; one generation at a time has them."""
 
     target: Model
     drafts: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
+    in_use: Lock = field(default_factory=Lock)
 
 
 _engines: WeakKeyDictionary[nn.Module, Engines] = WeakKeyDictionary()
 _noted: WeakSet[nn.Module] = WeakSet()
+_making = Lock()  # weights are joined by one thread at a time
 
 
-def _prepare(target: nn.Module, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int]) -> DecodeState:
+def _slots(prompts: list[list[int]], options: DecodeOptions) -> int:
+    """Capacity of a cache for these texts."""
+    return max(map(len, prompts)) + options.max_new_tokens + options.length().longest + 1
+
+
+def _prepare(engines: Engines, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int]) -> DecodeState:
     """Empty caches of sufficient capacity for target and draft, and all else that a generation starts with."""
     kind = METHODS[options.method].draft
-    capacity = max(len(prompt) for prompt in prompts) + options.max_new_tokens + options.length().longest + 1
-    engines = _engines_for(target, capacity, len(prompts), options.engine)
-    drafter = None if kind == "none" else _draft_for(engines, draft, kind, capacity, options.engine)
+    drafter = None if kind == "none" else _draft_for(engines, draft, kind, _slots(prompts, options), options.engine)
     for model in filter(None, (engines.target, drafter)):
         model.start([len(prompt) for prompt in prompts])
     return DecodeState(
-        target=engines.target, draft=drafter, policy=options.policy, noise=Noise.of(options.seed, prompt_ids, target.device),
+        target=engines.target, draft=drafter, policy=options.policy, noise=Noise.of(options.seed, prompt_ids, engines.target.device),
         committed=[list(prompt) for prompt in prompts], eos_ids=options.eos_ids, record_overlap=options.record_overlap,
     )
+
+
+@contextmanager
+def _lent_engines(target: nn.Module, capacity: int, batch: int, engine: str) -> Iterator[Engines]:
+    """The target's engines, or, where another generation has them (in another thread, or in its own on_tokens), new ones."""
+    with _making:
+        engines = _engines_for(target, capacity, batch, engine)
+        if not engines.in_use.acquire(blocking=False):
+            engines = Engines(_new_engine(target, capacity, batch, engine))
+            engines.in_use.acquire()
+    try:
+        yield engines
+    finally:
+        engines.in_use.release()
 
 
 def _engines_for(target: nn.Module, capacity: int, batch: int, engine: str) -> Engines:
@@ -308,7 +350,7 @@ def _parts(model: nn.Module) -> tuple[nn.Module, dict]:
 def _new_engine(model: nn.Module, capacity: int, batch: int, engine: str) -> Model:
     """StaticLlama where it can run `model` and is wanted; else transformers' own forward pass, said once."""
     target, parts = _parts(model)
-    reason = why_unsupported(target)
+    reason = why_unsupported(target, *(model.exit.children() if parts else ()))
     if engine == "static" and reason is None:
         return StaticLlama(target, capacity, batch, **parts)
     if batch > 1:

@@ -72,7 +72,8 @@ class Exit(nn.Module):
         self.block: LlamaDecoderLayer | None = copy.deepcopy(target.model.layers[target_layer]) if own_block else None
         self.norm = copy.deepcopy(target.model.norm)
         self.head = copy.deepcopy(target.lm_head)  # untied by the copy
-        self.vocab_size, self.token_ids = len(self.head.weight), None
+        self.vocab_size = len(self.head.weight)
+        self.register_buffer("token_ids", None, persistent=False)
 
     def forward(self, hidden: torch.Tensor, pass_inputs: dict, logits_to_keep: int = 0) -> torch.Tensor:
         """Logits (B, T, V) from `hidden` (B, T, D) behind the prefix; with `logits_to_keep`, of the last positions only."""

@@ -23,8 +23,9 @@ def chain_round(state: DecodeState, length: DraftLength, verification: Verificat
     pending = max(len(text) - held for text, held in zip(state.committed, draft.lengths, strict=True))
     draft.crop([max(len(text) - pending, 0) for text in state.committed])
     if this_round.drafts and pending > 2:  # behind rounds that did not: in passes of their own, which no program has to be captured for
-        for tokens in state.last(pending)[:, :-1].split(KEPT_WIDTHS, 1):
-            draft.append(tokens)
+        with state.clock("draft"):
+            for tokens in state.last(pending)[:, :-1].split(KEPT_WIDTHS, 1):
+                draft.append(tokens)
         pending = 1
 
     def step(tokens: torch.Tensor, starts: torch.Tensor, index: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from decoding.state import RoundResult
 MEMORY = 200  # drafted positions after which half of what was learnt about acceptance is forgotten
 PACE_MEMORY = 100  # rounds after which half of what was learnt about speed is
 SPELL, SETTLED = 32, 8  # rounds that draft, or do not, in a row, and those of them that are not timed: caches still hold what was used before
-EXPLORED = 0.005  # share of the time that may be lost to trying what seems slower
+EXPLORED, AT_ONCE = 0.005, 0.2  # share of the time that may be lost to trying what seems slower, and how much of a spell of it at the beginning
 INTERRUPTED = 3.0  # a round counts for at most so many times its usual seconds
 SIGNAL_LIMIT = 12.0  # signals beyond tell no more
 
@@ -26,7 +26,7 @@ class DraftLength(Protocol):
     wants_signals: bool
 
     def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
-        """Whether to draft one more token behind `drafted` ones with these signals (B, 1) (empty where unwanted)."""
+        """Whether to draft one more token behind `drafted` ones with these signals (R, 1) of the texts that have not ended (empty where unwanted)."""
 
     def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
         """Take note of how a round ended, and how long it took, for the next."""
@@ -91,11 +91,12 @@ class AdaptiveLength:
 
     `costs[n]` are the seconds of a round that drafts n tokens, n = 0 … longest; costs[0] is a vanilla step. One more
     token brings Π cᵢ·a tokens, with cᵢ the calibrated chance that the i-th drafted token is kept and a the recent share that is,
-    and takes costs[n+1] − costs[n]; it pays while tokens per second exceed those reached lately (the optimal stopping rule
+    and takes what it takes on average by `costs`; it pays while tokens per second exceed those reached lately (the optimal stopping rule
     of a renewal process: with equal chances it is α^(γ+1) > c·S(γ)).
 
     Whether to draft at all is decided by the clock: spells of rounds that draft and of vanilla rounds are timed, and the faster kind goes on;
-    the other is tried again when what that is expected to lose is EXPLORED of the time since.
+    the other is tried again when what that is expected to lose is EXPLORED of the time since. At first vanilla rounds are believed to take costs[0],
+    and drafting to pay. On a device every drafted token waits for its signal.
 
     Both verifications stay exact. Coupled: whatever is drafted, the output is vanilla's, so the signal may be the
     margin by which the drafted token won its draw. Rejection: the decision to draft on behind a token comes after the token was
@@ -115,10 +116,11 @@ class AdaptiveLength:
         self.costs, self.longest = list(costs), len(costs) - 1
         self._calibration = Calibration()
         self._accepted = RecentMean(3.0, 5.0)
+        self._token_s = (costs[-1] - costs[1]) / (len(costs) - 2) if len(costs) > 2 else costs[1] - costs[0]  # of one more drafted token
         self._gain = RecentMean(1.0, costs[0])  # tokens per second of `costs` in rounds that draft
-        self._paces = {drafts: RecentMean(0.0, 0.0, PACE_MEMORY) for drafts in (True, False)}  # tokens per second of the clock
+        self._paces = {True: RecentMean(0.0, 0.0, PACE_MEMORY), False: RecentMean(SPELL, SPELL * costs[0], PACE_MEMORY)}  # tokens per second of the clock
         self._drafts, self._rounds, self._spell_s = True, 0, 0.0
-        self._explorable_s = 0.0
+        self._explorable_s = AT_ONCE * SPELL * costs[0]
         self._reach: list[float] = []  # for each text the chance that all tokens drafted in this round are kept
 
     def goes_on(self, drafted: int, signals: list[torch.Tensor]) -> bool:
@@ -130,17 +132,17 @@ class AdaptiveLength:
         chances = [self._calibration(signal) for signal in signals[-1][:, 0].tolist()]
         self._reach = [reach * chance for reach, chance in zip(self._reach or [1.0] * len(chances), chances, strict=True)]
         tokens = sum(self._reach) / len(self._reach) * self._accepted()
-        return tokens > max(self._gain(), 1 / self.costs[0]) * (self.costs[drafted + 1] - self.costs[drafted])
+        return tokens > max(self._gain(), 1 / self.costs[0]) * self._token_s
 
     def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
         tokens = sum(result.accepted + 1 for result in results) / len(results)
         if signals:
             self._gain.add(tokens, self.costs[len(signals)])
-        for row, result in enumerate(results if signals else []):
-            for i in range(result.tested):
-                kept = i < result.accepted
-                self._calibration.learn(float(signals[i][row, 0]), kept)
-                self._accepted.add(kept, 1.0)
+            for row, result in zip(torch.cat(signals, 1).tolist(), results, strict=True):
+                for i in range(result.tested):
+                    kept = i < result.accepted
+                    self._calibration.learn(row[i], kept)
+                    self._accepted.add(kept, 1.0)
         self._time(tokens, seconds)
 
     def _time(self, tokens: float, seconds: float) -> None:
@@ -157,10 +159,7 @@ class AdaptiveLength:
             self._rounds, self._spell_s = 0, 0.0
 
     def _next_kind(self) -> bool:
-        """Whether the next spell drafts: the kind that was not tried yet, the faster one, or, where that may be afforded, the slower."""
-        untried = [drafts for drafts, pace in self._paces.items() if pace.weight == 0]
-        if untried:
-            return untried[0]
+        """Whether the next spell drafts: if that is the faster kind, or, where that may be afforded, the slower."""
         faster = self._paces[True]() > self._paces[False]()
         loss = self._spell_s * (1 - self._paces[not faster]() / self._paces[faster]())
         if self._drafts != faster or self._explorable_s < loss:

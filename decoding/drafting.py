@@ -26,7 +26,7 @@ class ChainRound:
         self.state, self.length, self.verification, self.token_ids = state, length, verification, token_ids
         self.tokens: list[torch.Tensor] = []  # (B, 1) each: the last committed token, then the drafted ones
         self.rows: list[torch.Tensor] = []  # q (B, 1, V_d) of each drafted token
-        self.signals: list[torch.Tensor] = []  # (B, 1), see draw_draft
+        self.signals: list[torch.Tensor] = []  # of the texts that have not ended (R, 1), see draw_draft
         self._began = time.perf_counter()
         self.drafts = length.goes_on(0, [])
 
@@ -50,7 +50,7 @@ class ChainRound:
             advance(index)
             self.tokens.append(pending)
             self.rows.append(q)
-            self.signals += signal
+            self.signals += signal if len(self.state.running) == self.state.target.batch else [each[self.state.running] for each in signal]
             if self.state.target.on_host and int(pending) in self.state.eos_ids:
                 break
             goes_on = self.length.goes_on(len(self.rows), self.signals)
@@ -70,9 +70,9 @@ class ChainRound:
             return draw(q, noise, place, purpose, self.token_ids), q
         tokens, margin = draw_with_margin(q, noise, place, purpose, self.token_ids)
         if self.state.policy.temperature == 0:  # q is one-hot and tells nothing
-            best, second = logits.double().topk(2).values.unbind(-1)
+            best, second = logits.topk(2).values.unbind(-1)
             return tokens, q, best - second
-        return tokens, q, margin if coupled else q.amax(-1).double().logit()
+        return tokens, q, margin if coupled else q.amax(-1).logit()
 
     def verify(self, forward: Forward) -> list[RoundResult]:
         """Keep what verification keeps, given the target's logits (B, γ+1, V) = forward(tokens (B, γ+1), starts).
@@ -80,7 +80,7 @@ class ChainRound:
         Ends in the round's one wait for the device. Both caches are still to be cropped. Without drafted tokens it is a vanilla round.
         """
         results, recorded = self._decide(forward) if self.rows else (vanilla_round(self.state, forward), [])
-        self.length.learn(self.signals, results, time.perf_counter() - self._began)
+        self.length.learn(self.signals, [results[row] for row in self.state.running], time.perf_counter() - self._began)
         if recorded:
             self.record(results, *recorded)
         return results

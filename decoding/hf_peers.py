@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -42,17 +44,35 @@ def generation_config(policy: SamplingPolicy, max_new_tokens: int, eos_ids: froz
     return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **sampling)
 
 
-def hf_decode(
-    target: PreTrainedModel, prompt: list[int], config: GenerationConfig, seed: int, assistant: PreTrainedModel | None = None
-) -> tuple[list[int], DecodeStats]:
-    """New tokens and counts of `target.generate` behind `prompt`.
+@contextmanager
+def _lent(target: PreTrainedModel, drafting: GenerationConfig | None, assistant: PreTrainedModel | None) -> Iterator[None]:
+    """The models with a generation config of no choice of its own, and afterwards as they were.
 
-    An `assistant`'s own generation config says how much it drafts; transformers reads it there and nowhere else.
+    transformers takes from a model's own what a given config leaves open, and from the drafting model's, which is the target itself where there
+    is no assistant, how to draft. Early-exit drafting shortens the target for as long as it runs.
     """
+    models = [target] if assistant is None else [target, assistant]
+    before = [(model, model.generation_config, model.config.num_hidden_layers) for model in models]
+    try:
+        target.generation_config = GenerationConfig()
+        if drafting is not None:
+            models[-1].generation_config = drafting
+        yield
+    finally:
+        for model, config, layers in before:
+            model.generation_config, model.config.num_hidden_layers = config, layers
+
+
+def hf_decode(
+    target: PreTrainedModel, prompt: list[int], config: GenerationConfig, seed: int,
+    drafting: GenerationConfig | None = None, assistant: PreTrainedModel | None = None,
+) -> tuple[list[int], DecodeStats]:
+    """New tokens and counts of `target.generate` behind `prompt`; `drafting` says how much the assistant, or the early exit, drafts."""
     ids, marks = torch.tensor([prompt], device=target.device), Marks()
     synchronize(target.device)
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []), warnings.catch_warnings():
+    devices = [target.device] if target.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings(), _lent(target, drafting, assistant):
         warnings.simplefilter("ignore")  # transformers warns about its own use of its own arguments
         torch.manual_seed(seed)
         out = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, assistant_model=assistant, streamer=marks)

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("llama_blocks.cpp", "sampling.cpp"))
-COMPILE = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fno-associative-math", "-fopenmp", "-fPIC", "-std=c++17")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
+COMPILE = ("-O3", "-march=native", *WIDE, "-ffast-math", "-fno-associative-math", "-fopenmp", "-fPIC", "-std=c++17")
 LINK = ("-shared", "-fopenmp")  # without -ffast-math, which would make the whole process round its smallest numbers to 0
 SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 UP_TO = {torch.float32: 96, torch.bfloat16: 12}  # rows for which the C++ blocks are faster than torch's

@@ -3,9 +3,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 // ---- policy_probs ----
+
+constexpr float LEAST = std::numeric_limits<float>::lowest();  // without infinities, which -ffast-math does not know
 
 // 0 for what is less likely than the k-th likeliest of n logits.
 static void keep_top_k(std::vector<float>& scaled, int64_t k) {
@@ -13,7 +16,7 @@ static void keep_top_k(std::vector<float>& scaled, int64_t k) {
     std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), [](float a, float b) { return a > b; });
     const float least = sorted[k - 1];
     for (float& value : scaled)
-        if (value < least) value = -1e30f;
+        if (value < least) value = LEAST;
 }
 
 constexpr uint32_t LEVELS = (0x3f800000u >> 20) + 1;  // that of 1 is the highest
@@ -27,10 +30,10 @@ static inline uint32_t level(float prob) {
 
 // Leaves the smallest head of `probs` whose mass reaches top_p, ties by id: whole levels from the top, and of the level that crosses, sorted, what is needed.
 static void keep_nucleus(float* probs, int64_t n, float top_p) {
-    float mass[LEVELS] = {};
+    double mass[LEVELS] = {};
     for (int64_t i = 0; i < n; i++) mass[level(probs[i])] += probs[i];
     uint32_t crossing = LEVELS - 1;
-    float kept = 0;
+    double kept = 0;
     while (crossing > 0 && kept + mass[crossing] < top_p) kept += mass[crossing--];
     static thread_local std::vector<int64_t> candidates;
     candidates.clear();
@@ -41,7 +44,7 @@ static void keep_nucleus(float* probs, int64_t n, float top_p) {
         if (kept < top_p) kept += probs[token];
         else probs[token] = 0;
     }
-    for (int64_t i = 0; i < n; i++) probs[i] = level(probs[i]) >= crossing ? probs[i] / kept : 0.0f;
+    for (int64_t i = 0; i < n; i++) probs[i] = level(probs[i]) >= crossing ? probs[i] / float(kept) : 0.0f;
 }
 
 static void row_probs(const float* logits, float* probs, int64_t n, float temperature, int64_t top_k, float top_p) {
@@ -54,8 +57,8 @@ static void row_probs(const float* logits, float* probs, int64_t n, float temper
     scaled.assign(logits, logits + n);
     for (float& value : scaled) value /= temperature;
     if (top_k > 0 && top_k < n) keep_top_k(scaled, top_k);
-    float most = -1e30f, total = 0;
-    scaled.resize((n + 15) / 16 * 16, -1e30f);  // so that equal logits take the same instructions, and get equal probabilities
+    float most = LEAST, total = 0;
+    scaled.resize((n + 15) / 16 * 16, LEAST);  // so that equal logits take the same instructions, and get equal probabilities
 #pragma omp simd reduction(max : most)
     for (size_t i = 0; i < scaled.size(); i++) most = scaled[i] > most ? scaled[i] : most;
     for (float& value : scaled) value = std::exp(value - most);

@@ -26,6 +26,10 @@ class SharedExit:
     """
 
     def __init__(self, target: StaticLlama, exit_: nn.Module) -> None:
+        """Raises ValueError for an exit that is not where the target is, or of another dtype."""
+        like = target.embedding
+        if any((parameter.dtype, parameter.device) != (like.dtype, like.device) for parameter in exit_.parameters()):
+            raise ValueError(f"the exit must be {like.dtype} on {like.device}, as the target is: make the TruncatedLlama anew")
         self.target, self.prefix, self.token_ids = target, exit_.prefix, exit_.token_ids
         self.programs = target.programs.another()
         with torch.inference_mode(False), torch.no_grad():
@@ -119,8 +123,9 @@ def self_speculation_round(state: DecodeState, length: DraftLength, verification
     """Draft with the exit, and verify in one target call. What the caches then hold too much is rolled back when tokens are committed."""
     target, draft = state.target, state.draft
     this_round = ChainRound(state, length, verification, draft.token_ids)
-    if this_round.drafts and draft.behind > 1:  # than after a round that kept all
-        draft.catch_up()
+    if this_round.drafts and draft.behind > 1:  # more than behind a round that kept all
+        with state.clock("draft"):
+            draft.catch_up()
     behind = draft.behind
 
     def step(tokens: torch.Tensor, starts: torch.Tensor, index: int) -> torch.Tensor:

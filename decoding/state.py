@@ -128,6 +128,7 @@ class DecodeState:
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.target.device)
+        self.running = list(range(len(self.committed)))  # texts that have not ended
 
     def last(self, count: int = 1) -> torch.Tensor:
         """The last `count` committed tokens of every text, int64 (B, count)."""

@@ -14,26 +14,39 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaForCausalLM, PretrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 from decoding import native
 from decoding.matmul import Product, Projection
 from decoding.programs import Programs
 
+PLAIN = frozenset({  # what a Llama is made of
+    LlamaForCausalLM, LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding,
+    nn.Embedding, nn.Linear, nn.ModuleList, type(ACT2FN["silu"]),
+})
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 PREFILL_CHUNK = 512  # rows of a prefill pass: bounds the memory of its activations
 KEPT_WIDTHS = 64  # buffers of passes with up to so many rows are kept for the next pass
 REACH_STEP = 256  # where positions lie on the device, attention reads this many slots or a multiple of it
 
 
-def why_unsupported(model: nn.Module) -> str | None:
-    """What keeps StaticLlama from running `model`, or None."""
+def why_unsupported(model: nn.Module, *own: nn.Module) -> str | None:
+    """What keeps StaticLlama from running `model`, with parts that are a draft's `own`, or None."""
     if not isinstance(model, LlamaForCausalLM):
         return f"{type(model).__name__} is no LlamaForCausalLM"
     config = model.config
@@ -44,10 +57,13 @@ def why_unsupported(model: nn.Module) -> str | None:
         return f"the activation {config.hidden_act!r} (known: silu)"
     if getattr(config, "sliding_window", None):
         return "sliding-window attention"
-    if len({(parameter.device, parameter.dtype) for parameter in model.parameters()}) > 1:
+    if len({(parameter.device, parameter.dtype) for part in (model, *own) for parameter in part.parameters()}) > 1:
         return "weights on several devices or of several dtypes"
-    if any(type(linear) is not nn.Linear for linear in (*(linear for layer in model.model.layers for linear in linears(layer)), model.lm_head)):
-        return "quantised or adapted linear layers"
+    for module in chain.from_iterable(part.modules() for part in (model, *own)):
+        if type(module) not in PLAIN:
+            return f"quantised or adapted layers: a {type(module).__name__}"
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return f"hooks: on a {type(module).__name__}"
     return None
 
 
@@ -60,6 +76,11 @@ def linears(layer: nn.Module) -> tuple[nn.Module, ...]:
 def weights_at(*modules: nn.Module) -> list[tuple]:
     """Where the parameters of `modules` lie: differs once one was moved, replaced or adapted."""
     return [(parameter.data_ptr(), parameter.stride(), parameter.dtype) for module in modules for parameter in module.parameters()]
+
+
+def _settings(model: LlamaForCausalLM) -> tuple:
+    """What a forward pass depends on beside the weights, as far as it may be changed in a model."""
+    return model.config.rms_norm_eps, repr(model.config.rope_parameters), id(model.model.rotary_emb)
 
 
 # ---- weights ----
@@ -451,7 +472,8 @@ class Head:
         bias = None if linear.bias is None else linear.bias.detach()
         self._norm, self._eps, self._projection = norm.weight.detach(), eps, Projection(linear.weight.detach(), bias)
         self._spaces: dict[int, tuple[Norm, Product]] = {}
-        self._native = cpp and linear.weight.is_contiguous() and native.serves(linear.weight.dtype, linear.weight.device, *linear.weight.shape)
+        dense = all(tensor is None or tensor.is_contiguous() for tensor in (linear.weight, bias, norm.weight))
+        self._native = cpp and dense and native.serves(linear.weight.dtype, linear.weight.device, *linear.weight.shape)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (R, V); valid until the next call with as many rows."""
@@ -496,7 +518,7 @@ class StaticLlama:
         token_ids: torch.Tensor | None = None, cpp: bool = True,
     ) -> None:
         """`cpp` False: torch's calls also where the C++ could run. Raises ValueError for a model that `why_unsupported` names."""
-        reason = why_unsupported(model)
+        reason = why_unsupported(model, *filter(None, (norm, head)), *(layers or []))
         if reason is not None:
             raise ValueError(f"StaticLlama cannot run {reason}")
         self.config, self.batch, self.token_ids = model.config, batch, token_ids
@@ -510,7 +532,7 @@ class StaticLlama:
             self.stack = Stack(layers, self.cache, self.config, self.embedding, cpp)
             self.head = Head(norm or model.model.norm, head, self.config.rms_norm_eps, cpp)
             self.rotary = Rotary(model.model.rotary_emb, self.embedding, self.capacity, batch)
-        self._weights = weights_at(model.model.embed_tokens, norm or model.model.norm, head, *layers)
+        self._weights, self._settings = weights_at(model.model.embed_tokens, norm or model.model.norm, head, *layers), _settings(model)
         self.programs = Programs(self.device)
         self.start()
 
@@ -522,7 +544,9 @@ class StaticLlama:
 
         `engine` as in speculative.DecodeOptions.
         """
-        if engine != "static" or batch != self.batch or capacity > self.capacity or why_unsupported(model) is not None:
+        if engine != "static" or batch != self.batch or capacity > self.capacity or self._settings != _settings(model):
+            return False
+        if why_unsupported(model, *filter(None, (norm, head)), *(layers or [])) is not None:
             return False
         layers, ends = list(layers or model.model.layers), (model.model.embed_tokens, norm or model.model.norm, head or model.lm_head)
         return self._weights == weights_at(*ends, *layers)

@@ -331,6 +331,24 @@ def test_batch_beyond_a_dynamic_ntk_models_length(method):
                 method=method, policy=SAMPLED, verification="coupled", max_new_tokens=20)
 
 
+class Learns(Pause):
+    """Keeps what it is told."""
+
+    wants_signals = True
+
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
+        self.told = [*getattr(self, "told", []), (len(results), {len(signal) for signal in signals})]
+
+
+def test_ended_texts_of_a_batch_teach_nothing(target):
+    options = {"method": "self_speculative", "policy": SAMPLED, "max_new_tokens": 40}
+    first = generate(target, PROMPTS[0], DecodeOptions(**options), noisy_exit(target, 2)).tokens[0]
+    rule = Learns(0)
+    ended, other = generate_batch(target, PROMPTS[:2], DecodeOptions(gamma=rule, eos_ids=frozenset({first}), **options), noisy_exit(target, 2))
+    assert len(ended.stats.rounds) == 1 < len(other.stats.rounds) == len(rule.told)
+    assert rule.told[0] == (2, {2}) and set(map(str, rule.told[1:])) == {"(1, {1})"}
+
+
 def test_names_of_a_batch():
     target = native_llama()
     options = DecodeOptions(policy=SAMPLED, max_new_tokens=8)
@@ -405,6 +423,10 @@ def test_trimmed_vocabulary_in_a_batch(target, verification):
 
 
 # ---- bits ----
+
+def test_trimmed_vocabulary_moves_with_its_exit(target):
+    assert trimmed(target, 32).exit.to("meta").token_ids.device.type == "meta"
+
 
 def test_bf16_text_is_vanillas_through_cpp():
     """A row gets the same bits in passes of any width, so not even near ties flip."""

@@ -1,5 +1,7 @@
 """The public door: exact output for every draft, honest counters, cuts at end-of-text, stop and length."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from toy_models import (
     check_law,
     check_same_text,
     decode,
+    native_llama,
     noisy_exit,
     same_layers,
     some_prompts,
@@ -161,3 +164,18 @@ def test_bad_calls_name_the_mistake(target, prompt, options, message):
 def test_draft_with_another_vocabulary_is_refused(target):
     with pytest.raises(ValueError, match="different vocabularies"):
         decode(target, tiny_llama(vocab_size=65), [1])
+
+
+def test_generations_within_and_beside_each_other():
+    """They share a target, but not its cache."""
+    target, settings = native_llama(), {"policy": SamplingPolicy(1.0), "max_new_tokens": 40}
+    draft = noisy_exit(target, 2, own_block=True)
+    alone = [decode(target, None, [1, i], i, **settings)[0] for i in range(4)]
+    drafting = DecodeOptions(method="self_speculative", verification="coupled", **settings)
+    inner: list[list[int]] = []
+    outer = generate(target, [1, 0], drafting, draft, prompt_id=0, on_tokens=lambda tokens: inner.append(
+        generate(target, [1, 1], drafting, draft, prompt_id=1).tokens))
+    assert outer.tokens == alone[0] and all(tokens == alone[1] for tokens in inner)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: generate(target, [1, i], drafting, draft, prompt_id=i).tokens, range(4)))
+    assert found == alone

@@ -16,6 +16,7 @@ import speculative
 from decoding import native, static_llama
 from decoding.programs import Programs
 from decoding.sampling import SamplingPolicy
+from decoding.self_speculation import SharedExit
 from decoding.static_llama import PREFILL_CHUNK, Scatter, StaticLlama, why_unsupported
 from speculative import DecodeOptions, generate, generate_batch
 from toy_models import (
@@ -587,6 +588,38 @@ def test_unsupported_models_are_named_and_decoded_by_transformers(reason, capsys
     assert f"StaticLlama cannot run {reason}" in capsys.readouterr().err
     with pytest.raises(ValueError, match="only StaticLlama decodes several texts"):
         generate_batch(model, [[1], [2]], DecodeOptions())
+
+
+def test_hooks_and_modules_of_ones_own_are_noticed():
+    hooked, overridden = llama(), llama()
+    hooked.model.layers[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    overridden.model.layers[1].mlp.forward = lambda x: 0 * x
+    for model in (hooked, overridden):
+        check_follows(model)
+        assert "hooks" in why_unsupported(model)
+
+
+def test_exit_of_another_dtype_than_the_target():
+    """The C++ would read past its weights."""
+    target = llama().bfloat16()
+    draft = noisy_exit(target, 2)
+    target.float()
+    with pytest.raises(ValueError, match="several dtypes; use method 'speculative'"):
+        decode(target, draft, [1, 2], method="self_speculative")
+    with pytest.raises(ValueError, match="as the target is"):
+        SharedExit(StaticLlama(target, 32), draft.exit)
+    assert decode(target, draft, [1, 2], max_new_tokens=12)[0] == decode(target, None, [1, 2], max_new_tokens=12)[0]
+    draft.exit.norm.float()
+    assert {parameter.dtype for parameter in TruncatedLlama(target, draft.exit).exit.parameters()} == {torch.float32}
+
+
+def test_engine_follows_changed_settings():
+    model = llama()
+    check_follows(model)
+    model.config.rms_norm_eps = 0.5
+    for norm in [module for module in model.modules() if hasattr(module, "variance_epsilon")]:
+        norm.variance_epsilon = 0.5
+    check_follows(model)
 
 
 @pytest.mark.parametrize("kind", ["lora on q", "lora on k", "lora on o", "lora on head"])
