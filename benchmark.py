@@ -5,8 +5,8 @@
     python benchmark.py --random_init llama-3.2-1b --planted_alpha 0.8 --planted_layer 1 --draft_vocab_size 32768 --torch_dtype bf16 \\
         --gammas 2 4 auto --spec_num_prompts 8 --spec_max_new_tokens 32 --out_dir runs/speed-1b
 
-All entries decode a prompt before the next prompt begins, in an order that rotates from prompt to prompt; the first
-prompt is decoded once more before, uncounted. Speedups are ratios of tokens per second over the same prompts, with a paired
+All entries decode a prompt before the next prompt begins, in an order that rotates from prompt to prompt, and all prompts `repeats` times; the
+first prompt is decoded once more before, uncounted. Speedups are ratios of tokens per second over the same prompts, with a paired
 bootstrap interval. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
 are those of the true shape, texts mean nothing, and every row says `planted`.
 """
@@ -19,6 +19,7 @@ from itertools import chain
 
 from command_line import UserError, parse_args, run
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -38,7 +39,6 @@ from truncated_llama import TruncatedLlama, load_exit, read_exit_info, step_byte
 from tuning import frequent_tokens, round_costs
 
 RESULTS_NAME = "results.csv"
-PLANTED_PROMPT = 64
 
 
 @dataclass(kw_only=True)
@@ -56,6 +56,7 @@ class Args(PolicyArgs, PromptArgs):
         metadata={"help": f"of {', '.join(METHODS)}; vanilla is always measured"})
     gammas: list[str] = field(default_factory=lambda: ["1", "2", "4", "auto"], metadata={"help": "drafted tokens per round; auto: as many as pay"})
     verifications: list[str] = field(default_factory=lambda: ["rejection"], metadata={"help": "rejection, coupled, or both"})
+    repeats: int = field(default=1, metadata={"help": "times that all prompts are decoded; a prompt's tokens and seconds are summed"})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "prompts decoded together by the suite's methods"})
 
     @property
@@ -76,6 +77,14 @@ class Args(PolicyArgs, PromptArgs):
             raise UserError("drafting methods need --checkpoint EXIT; or give --methods vanilla hf_generate")
         if not 1 <= min(self.batch_sizes) <= max(self.batch_sizes) <= self.spec_num_prompts:
             raise UserError(f"--batch_sizes {' '.join(map(str, self.batch_sizes))}: must lie between 1 and --spec_num_prompts {self.spec_num_prompts}")
+        if any(max(self.batch_sizes) % size for size in self.batch_sizes):
+            raise UserError(f"--batch_sizes {' '.join(map(str, self.batch_sizes))}: each must divide the largest, so that all decode the same prompts")
+        if 1 not in self.batch_sizes and any(METHODS[name].whole is not None for name in self.methods):
+            raise UserError("transformers' decoders take one prompt at a time: add 1 to --batch_sizes, or leave them out of --methods")
+        if self.random_init is not None and self.spec_prompt_length == 0:
+            raise UserError("--spec_prompt_length 0: random prompts need a length; give one or more")
+        if self.repeats < 1:
+            raise UserError(f"--repeats {self.repeats}: must be at least 1")
         if self.checkpoint is not None:
             read_exit_info(self.checkpoint)
         self.policy()
@@ -114,7 +123,7 @@ def load_subject(args: Args) -> Subject:
         draft_vocab_size=args.draft_vocab_size,
     )
     generator = torch.Generator().manual_seed(args.seed)
-    shape = (args.spec_num_prompts, args.spec_prompt_length or PLANTED_PROMPT)
+    shape = (args.spec_num_prompts, args.spec_prompt_length)
     prompts = torch.randint(0, pair.model.config.vocab_size, shape, generator=generator).tolist()
     return Subject(pair.model, pair.draft, None if args.draft_vocab_size else pair.draft, prompts, frozenset(), {"planted": True, "planted_alpha_reached": pair.alpha})
 
@@ -181,12 +190,13 @@ class Measured:
     peak_bytes: int = 0
 
 
-def decode_all(subject: Subject, todo: list[Entry]) -> dict[Entry, Measured]:
+def decode_all(subject: Subject, todo: list[Entry], args: Args) -> dict[Entry, Measured]:
     """Every entry on all prompts; entries take turns in a rotating order."""
     largest = max(entry.batch for entry in todo)
     usable = len(subject.prompts) // largest * largest
     device, found = subject.model.device, {entry: Measured() for entry in todo}
-    for turn, first in enumerate([0, *range(0, usable, largest)]):
+    firsts = [0, *list(range(0, usable, largest)) * args.repeats]
+    for turn, first in enumerate(firsts):
         for entry in [*todo[turn % len(todo) :], *todo[: turn % len(todo)]]:
             draft = subject.draft if METHODS[entry.options.method].whole is None else subject.untrimmed
             for start in range(first, first + largest, entry.batch):
@@ -196,7 +206,7 @@ def decode_all(subject: Subject, todo: list[Entry]) -> dict[Entry, Measured]:
                 if turn > 0:
                     found[entry].batches.append([generation.stats for generation in generations])
                     found[entry].peak_bytes = max(found[entry].peak_bytes, peak_memory(device))
-        print(f"[{turn}/{usable // largest}] {'warm-up' if turn == 0 else 'prompts'} done", flush=True)
+        print(f"[{turn}/{len(firsts) - 1}] {'warm-up' if turn == 0 else 'prompts'} done", flush=True)
     return found
 
 
@@ -210,11 +220,11 @@ def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float
     rows = []
     for entry, measured in found.items():
         batches = measured.batches
-        own = pace(batches)
+        own = paces(batches, args)
         row = {**entry.columns(), **with_interval("tokens_per_s", *own, args.seed)}
-        row |= speedup_interval("speedup", pace(vanilla[entry.batch]), own, args.seed)
+        row |= speedup_interval("speedup", paces(vanilla[entry.batch], args), own, args.seed)
         if peer is not None and entry.batch == 1:
-            row |= speedup_interval("over_hf_generate", pace(peer), own, args.seed)
+            row |= speedup_interval("over_hf_generate", paces(peer, args), own, args.seed)
         rounds = sum(len(batch[0].rounds) for batch in batches)
         row |= {"ms_per_round": 1000 * own[1].sum() / rounds, "peak_bytes": measured.peak_bytes - held_before, "weights_bytes": weights}
         if METHODS[entry.options.method].whole is None:
@@ -224,6 +234,12 @@ def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float
             row["measured_over_predicted"] = row["speedup"] / row["predicted"]
         rows.append({**row, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k, "planted": args.random_init is not None})
     return rows
+
+
+def paces(batches: list[list[DecodeStats]], args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and seconds of each batch of prompts, summed over the repeats."""
+    tokens, seconds = pace(batches)
+    return tokens.reshape(args.repeats, -1).sum(0), seconds.reshape(args.repeats, -1).sum(0)
 
 
 def phase_columns(batches: list[list[DecodeStats]], rounds: int) -> dict:
@@ -273,7 +289,7 @@ def main() -> None:
     subject = load_subject(args)
     bandwidth = memory_bandwidth(subject.model.device)
     record_run(folder, args, {**subject.facts, "bandwidth_bytes_per_s": bandwidth, "threads": torch.get_num_threads()})
-    rows = result_rows(decode_all(subject, entries(subject, args)), subject, bandwidth, held_before, args)
+    rows = result_rows(decode_all(subject, entries(subject, args), args), subject, bandwidth, held_before, args)
     write_csv(folder / RESULTS_NAME, rows)
     print(table(rows))
     print(f"memory: {bandwidth / 1e9:.1f} GB/s; {folder / RESULTS_NAME}")

@@ -196,7 +196,8 @@ def speedup_interval(name: str, baseline: tuple[np.ndarray, np.ndarray], other: 
 def with_interval(name: str, numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> dict[str, float]:
     """{name, name_ci_low, name_ci_high} of Σ numerator / Σ denominator over prompts (arrays (P,)), bootstrapped."""
     pick = _resamples(len(numerator), seed)
-    resampled = numerator[pick].sum(-1) / denominator[pick].sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # rare events may be in none of the prompts that were picked
+        resampled = numerator[pick].sum(-1) / denominator[pick].sum(-1)
     return {name: float(numerator.sum() / denominator.sum()), **_interval(name, resampled, len(numerator))}
 
 
@@ -204,7 +205,7 @@ def _interval(name: str, resampled: np.ndarray, prompts: int) -> dict[str, float
     """The two interval columns of `name`; none for a single prompt, which says nothing about others."""
     if prompts < 2:
         return {}
-    low, high = np.percentile(resampled, INTERVAL)
+    low, high = np.percentile(resampled[np.isfinite(resampled)], INTERVAL)
     return {f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
 
 

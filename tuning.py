@@ -110,8 +110,9 @@ def acceptance_along(target: nn.Module, draft: TruncatedLlama, texts: list[tuple
 def tokens_per_round(chances: list[torch.Tensor], gamma: int) -> float:
     """Mean over all starts of 1 + Σ_j Π_{i ≤ j} a_i for γ tokens drafted in a row, from the chances a along each text.
 
-    Unlike a single α it knows that easy positions come in runs.
+    Unlike a single α it knows that easy positions come in runs. Where no text has γ positions, those of the longest are all that counts.
     """
+    gamma = min(gamma, max(map(len, chances)))
     total = count = 0.0
     for along in chances:
         starts = max(len(along) - gamma + 1, 0)

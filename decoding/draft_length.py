@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,10 +13,12 @@ import torch
 from decoding.state import RoundResult
 
 MEMORY = 200  # drafted positions after which half of what was learnt about acceptance is forgotten
-PACE_MEMORY = 100  # rounds after which half of what was learnt about speed is
+GAIN_MEMORY, PAIR_MEMORY = 100, 8  # the same for what drafting reaches, in rounds, and for the clock's corrections, in pairs of spells
 SPELL, SETTLED = 32, 8  # rounds that draft, or do not, in a row, and those of them that are not timed: caches still hold what was used before
 EXPLORED, AT_ONCE = 0.005, 0.2  # share of the time that may be lost to trying what seems slower, and how much of a spell of it at the beginning
-INTERRUPTED = 3.0  # a round counts for at most so many times its usual seconds
+TRUST = 2.0  # pairs of spells that the given costs count for
+GUESS = (2.0, 0.0, 25.0)  # information that the calibration is taken to start with
+LEAST_WEIGHT = 0.1  # of an outcome: where the curve is flat one tells little, but a Newton step would be endless
 SIGNAL_LIMIT = 12.0  # signals beyond tell no more
 
 
@@ -51,7 +54,7 @@ class Calibration:
 
     def __init__(self) -> None:
         self.offset, self.slope = 0.0, 0.5
-        self._information = [2.0, 0.0, 2.0]  # of (offset, offset), (offset, slope), (slope, slope): the weight of the guess above
+        self._information = [0.0, 0.0, 0.0]  # of (offset, offset), (offset, slope), (slope, slope), beside GUESS
 
     def __call__(self, signal: float) -> float:
         return 1 / (1 + math.exp(-max(-30.0, min(30.0, self.offset + self.slope * _limited(signal)))))
@@ -59,10 +62,10 @@ class Calibration:
     def learn(self, signal: float, kept: bool) -> None:
         """One outcome."""
         chance, x = self(signal), _limited(signal)
-        weight, error = chance * (1 - chance), kept - chance
+        weight, error = max(chance * (1 - chance), LEAST_WEIGHT), kept - chance
         oo, os, ss = (0.5 ** (1 / MEMORY) * value for value in self._information)
         self._information = [oo + weight, os + weight * x, ss + weight * x * x]
-        oo, os, ss = self._information
+        oo, os, ss = (value + guess for value, guess in zip(self._information, GUESS, strict=True))
         determinant = oo * ss - os * os
         self.offset += (ss - os * x) * error / determinant
         self.slope += (oo * x - os) * error / determinant
@@ -91,12 +94,13 @@ class AdaptiveLength:
 
     `costs[n]` are the seconds of a round that drafts n tokens, n = 0 … longest; costs[0] is a vanilla step. One more
     token brings Π cᵢ·a tokens, with cᵢ the calibrated chance that the i-th drafted token is kept and a the recent share that is,
-    and takes what it takes on average by `costs`; it pays while tokens per second exceed those reached lately (the optimal stopping rule
+    and takes what the slope of `costs` says; it pays while tokens per second exceed those reached lately (the optimal stopping rule
     of a renewal process: with equal chances it is α^(γ+1) > c·S(γ)).
 
-    Whether to draft at all is decided by the clock: spells of rounds that draft and of vanilla rounds are timed, and the faster kind goes on;
-    the other is tried again when what that is expected to lose is EXPLORED of the time since. At first vanilla rounds are believed to take costs[0],
-    and drafting to pay. On a device every drafted token waits for its signal.
+    Whether rounds draft at all is decided for a spell of them: they do if drafting lately reached more tokens per second of `costs` than vanilla
+    rounds do. The other kind is tried for a spell when what that is expected to lose is EXPLORED of the time since; the clock then corrects the
+    ratio of both kinds' costs, by the medians of neighbouring spells, as a machine may be fast now and slow later. On a device every drafted token
+    waits for its signal.
 
     Both verifications stay exact. Coupled: whatever is drafted, the output is vanilla's, so the signal may be the
     margin by which the drafted token won its draw. Rejection: the decision to draft on behind a token comes after the token was
@@ -116,10 +120,10 @@ class AdaptiveLength:
         self.costs, self.longest = list(costs), len(costs) - 1
         self._calibration = Calibration()
         self._accepted = RecentMean(3.0, 5.0)
-        self._token_s = (costs[-1] - costs[1]) / (len(costs) - 2) if len(costs) > 2 else costs[1] - costs[0]  # of one more drafted token
-        self._gain = RecentMean(1.0, costs[0])  # tokens per second of `costs` in rounds that draft
-        self._paces = {True: RecentMean(0.0, 0.0, PACE_MEMORY), False: RecentMean(SPELL, SPELL * costs[0], PACE_MEMORY)}  # tokens per second of the clock
-        self._drafts, self._rounds, self._spell_s = True, 0, 0.0
+        self._gain = RecentMean(1.2, costs[0], GAIN_MEMORY)  # tokens per second of `costs` in rounds that draft
+        self._correction = RecentMean(0.0, TRUST, PAIR_MEMORY)  # log of how much slower than `costs` vanilla rounds are, over the same of drafting rounds
+        self._drafts, self._slowness = True, []  # of the present spell: its kind, and each round's seconds over its cost
+        self._last: tuple[bool, float] | None = None  # kind and slowness of the spell before
         self._explorable_s = AT_ONCE * SPELL * costs[0]
         self._reach: list[float] = []  # for each text the chance that all tokens drafted in this round are kept
 
@@ -132,36 +136,46 @@ class AdaptiveLength:
         chances = [self._calibration(signal) for signal in signals[-1][:, 0].tolist()]
         self._reach = [reach * chance for reach, chance in zip(self._reach or [1.0] * len(chances), chances, strict=True)]
         tokens = sum(self._reach) / len(self._reach) * self._accepted()
-        return tokens > max(self._gain(), 1 / self.costs[0]) * self._token_s
+        return tokens > max(self._gain(), 1 / self._vanilla_s) * self._token_s(drafted)
+
+    def _token_s(self, drafted: int) -> float:
+        """Seconds that one more token takes behind `drafted` ones, by the slope of `costs` around there: their differences are noisy."""
+        low, high = max(drafted - 1, 1), min(drafted + 2, self.longest)
+        return (self.costs[high] - self.costs[low]) / (high - low)
+
+    @property
+    def _vanilla_s(self) -> float:
+        """Seconds of a vanilla round, beside rounds that take `costs`."""
+        return self.costs[0] * math.exp(self._correction())
 
     def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
-        tokens = sum(result.accepted + 1 for result in results) / len(results)
+        cost = self.costs[len(signals)]
         if signals:
-            self._gain.add(tokens, self.costs[len(signals)])
+            self._gain.add(sum(result.accepted + 1 for result in results) / len(results), cost)
             for row, result in zip(torch.cat(signals, 1).tolist(), results, strict=True):
                 for i in range(result.tested):
                     kept = i < result.accepted
                     self._calibration.learn(row[i], kept)
                     self._accepted.add(kept, 1.0)
-        self._time(tokens, seconds)
+        self._slowness.append(seconds / cost)
+        self._explorable_s += EXPLORED * cost
+        if len(self._slowness) == SPELL:
+            self._end_spell()
 
-    def _time(self, tokens: float, seconds: float) -> None:
-        """Count a round of the present spell, and choose the next one's kind at its end."""
-        if self._rounds > 0:
-            seconds = min(seconds, INTERRUPTED * self._spell_s / self._rounds)
-        self._rounds += 1
-        self._spell_s += seconds
-        self._explorable_s += EXPLORED * seconds
-        if self._rounds > SETTLED:
-            self._paces[self._drafts].add(tokens, seconds)
-        if self._rounds == SPELL:
-            self._drafts = self._next_kind()
-            self._rounds, self._spell_s = 0, 0.0
+    def _end_spell(self) -> None:
+        """Compare the spell with the one before, where that was of the other kind, and choose the kind of the next."""
+        slowness = statistics.median(self._slowness[SETTLED:])
+        if self._last is not None and self._last[0] != self._drafts:
+            idle, drafting = (self._last[1], slowness) if self._drafts else (slowness, self._last[1])
+            self._correction.add(math.log(idle / drafting), 1.0)
+        self._last, self._slowness = (self._drafts, slowness), []
+        self._drafts = self._next_kind()
 
     def _next_kind(self) -> bool:
         """Whether the next spell drafts: if that is the faster kind, or, where that may be afforded, the slower."""
-        faster = self._paces[True]() > self._paces[False]()
-        loss = self._spell_s * (1 - self._paces[not faster]() / self._paces[faster]())
+        speedup = self._gain() * self._vanilla_s
+        faster = speedup > 1
+        loss = SPELL * self.costs[0] * (1 - min(speedup, 1 / speedup))
         if self._drafts != faster or self._explorable_s < loss:
             return faster
         self._explorable_s = 0.0

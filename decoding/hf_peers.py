@@ -41,7 +41,7 @@ def generation_config(policy: SamplingPolicy, max_new_tokens: int, eos_ids: froz
     if policy.temperature > 0:
         sampling = {"do_sample": True, "temperature": policy.temperature, "top_k": policy.top_k, "top_p": policy.top_p}
     ends = sorted(eos_ids)
-    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **sampling)
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else None, **sampling)
 
 
 @contextmanager
@@ -79,8 +79,9 @@ def hf_decode(
     synchronize(target.device)
     wall_s = time.perf_counter() - start
     tokens = out[0, len(prompt) :].tolist()
-    rounds = [RoundResult([0] * count) for count in marks.counts[1:]]
+    with_prefill, *counts = marks.counts[1:]
+    rounds = [RoundResult([0] * count) for count in counts]
     stats = DecodeStats(
-        prompt_tokens=len(prompt), emitted=len(tokens), with_prefill=marks.counts[1], target_calls=len(rounds), rounds=rounds, wall_s=wall_s)
+        prompt_tokens=len(prompt), emitted=len(tokens), with_prefill=with_prefill, target_calls=len(rounds), rounds=rounds, wall_s=wall_s)
     stats.seconds["prefill"] = marks.times[1] - start
     return tokens, stats
