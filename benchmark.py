@@ -5,14 +5,15 @@
     python benchmark.py --random_init llama-3.2-1b --planted_alpha 0.8 --planted_layer 1 --draft_vocab_size 32768 --torch_dtype bf16 \\
         --gammas 2 4 auto --spec_num_prompts 8 --spec_max_new_tokens 32 --out_dir runs/speed-1b
 
-All entries decode a prompt before the next prompt begins, in an order that rotates from prompt to prompt, and all prompts `repeats` times; the
-first prompt is decoded once more before, uncounted. Speedups are ratios of tokens per second over the same prompts, with a paired
+All entries decode a prompt before the next prompt begins, in an order drawn anew for each prompt, and all prompts `repeats` times; the
+first prompt is decoded once more before, uncounted. Predictions rest on what rounds cost just before and just after. Speedups are ratios of tokens per second over the same prompts, with a paired
 bootstrap interval. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
 are those of the true shape, texts mean nothing, and every row says `planted`.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -75,12 +76,7 @@ class Args(PolicyArgs, PromptArgs):
             raise UserError("give either --model_path MODEL with --checkpoint EXIT, or --random_init SHAPE")
         if self.model_path is not None and self.checkpoint is None and any(METHODS[name].draft != "none" for name in self.methods):
             raise UserError("drafting methods need --checkpoint EXIT; or give --methods vanilla hf_generate")
-        if not 1 <= min(self.batch_sizes) <= max(self.batch_sizes) <= self.spec_num_prompts:
-            raise UserError(f"--batch_sizes {' '.join(map(str, self.batch_sizes))}: must lie between 1 and --spec_num_prompts {self.spec_num_prompts}")
-        if any(max(self.batch_sizes) % size for size in self.batch_sizes):
-            raise UserError(f"--batch_sizes {' '.join(map(str, self.batch_sizes))}: each must divide the largest, so that all decode the same prompts")
-        if 1 not in self.batch_sizes and any(METHODS[name].whole is not None for name in self.methods):
-            raise UserError("transformers' decoders take one prompt at a time: add 1 to --batch_sizes, or leave them out of --methods")
+        self.check_batches()
         if self.random_init is not None and self.spec_prompt_length == 0:
             raise UserError("--spec_prompt_length 0: random prompts need a length; give one or more")
         if self.repeats < 1:
@@ -89,6 +85,15 @@ class Args(PolicyArgs, PromptArgs):
             read_exit_info(self.checkpoint)
         self.policy()
         super().check()
+
+    def check_batches(self) -> None:
+        """Raise UserError for sizes that cannot be compared."""
+        if not 1 <= min(self.batch_sizes) <= max(self.batch_sizes) <= self.spec_num_prompts:
+            raise UserError(f"--batch_sizes {' '.join(map(str, self.batch_sizes))}: must lie between 1 and --spec_num_prompts {self.spec_num_prompts}")
+        if any(max(self.batch_sizes) % size for size in self.batch_sizes):
+            raise UserError(f"--batch_sizes {' '.join(map(str, self.batch_sizes))}: each must divide the largest, so that all decode the same prompts")
+        if 1 not in self.batch_sizes and any(METHODS[name].whole is not None for name in self.methods):
+            raise UserError("transformers' decoders take one prompt at a time: add 1 to --batch_sizes, or leave them out of --methods")
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ def entries(subject: Subject, args: Args) -> list[Entry]:
 
 def drafting_entries(options: DecodeOptions, subject: Subject, args: Args) -> list[Entry]:
     """The entries of one drafting method and verification: γ by γ and batch by batch."""
-    costs = tuple(round_costs(subject.model, subject.draft, subject.prompts[0], options, args.longest))
+    costs = tuple(measured_costs(subject, options, args))
     found = []
     for batch in args.batch_sizes:
         for gamma in args.gammas:
@@ -180,6 +185,11 @@ def drafting_entries(options: DecodeOptions, subject: Subject, args: Args) -> li
             rule = AdaptiveLength(costs) if gamma == "auto" else int(gamma)
             found.append(Entry(replace(options, gamma=rule), batch, gamma, costs if batch == 1 else ()))
     return found
+
+
+def measured_costs(subject: Subject, options: DecodeOptions, args: Args) -> list[float]:
+    """tuning.round_costs behind the first prompt."""
+    return round_costs(subject.model, subject.draft, subject.prompts[0], options, args.longest)
 
 
 @dataclass
@@ -191,13 +201,14 @@ class Measured:
 
 
 def decode_all(subject: Subject, todo: list[Entry], args: Args) -> dict[Entry, Measured]:
-    """Every entry on all prompts; entries take turns in a rotating order."""
+    """Every entry on all prompts; entries take turns in an order that is drawn anew for each turn, as one leaves its data in the caches of the next."""
+    orders = random.Random(args.seed)
     largest = max(entry.batch for entry in todo)
     usable = len(subject.prompts) // largest * largest
     device, found = subject.model.device, {entry: Measured() for entry in todo}
     firsts = [0, *list(range(0, usable, largest)) * args.repeats]
     for turn, first in enumerate(firsts):
-        for entry in [*todo[turn % len(todo) :], *todo[: turn % len(todo)]]:
+        for entry in orders.sample(todo, len(todo)):
             draft = subject.draft if METHODS[entry.options.method].whole is None else subject.untrimmed
             for start in range(first, first + largest, entry.batch):
                 keys = list(range(start, start + entry.batch))
@@ -217,6 +228,7 @@ def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float
     vanilla = {entry.batch: measured.batches for entry, measured in found.items() if entry.options.method == "vanilla"}
     peer = next((measured.batches for entry, measured in found.items() if entry.options.method == "hf_generate"), None)
     weights = sum({parameter.data_ptr(): parameter.nbytes for parameter in subject.parameters()}.values())
+    after = {drafting(entry): measured_costs(subject, entry.options, args) for entry in {drafting(entry): entry for entry in found if entry.costs}.values()}
     rows = []
     for entry, measured in found.items():
         batches = measured.batches
@@ -230,7 +242,8 @@ def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float
         if METHODS[entry.options.method].whole is None:
             row |= {**phase_columns(batches, rounds), "roofline_share": bytes_read(entry, batches, subject) / bandwidth / own[1].sum()}
         if entry.costs:
-            row |= drafting_columns(entry, [run for batch in batches for run in batch], args)
+            costs = [(one + other) / 2 for one, other in zip(entry.costs, after[drafting(entry)], strict=True)]
+            row |= drafting_columns(costs, [run for batch in batches for run in batch], args)
             row["measured_over_predicted"] = row["speedup"] / row["predicted"]
         rows.append({**row, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k, "planted": args.random_init is not None})
     return rows
@@ -248,11 +261,16 @@ def phase_columns(batches: list[list[DecodeStats]], rounds: int) -> dict:
     return {f"{name}_ms": 1000 * sum(phase[name] for phase in phases) / rounds for name in ("draft", "verify", "host")}
 
 
-def drafting_columns(entry: Entry, runs: list[DecodeStats], args: Args) -> dict:
+def drafting(entry: Entry) -> tuple[str, str]:
+    """Method and verification, which rounds cost the same with."""
+    return entry.options.method, entry.options.verification
+
+
+def drafting_columns(costs: list[float], runs: list[DecodeStats], args: Args) -> dict:
     """Acceptance, tokens per call, round costs in vanilla steps, and the speedup that these predict."""
     figures = speculation_metrics(runs, args.longest, args.seed)
     kept = ("spec_token_accept_rate", "spec_tokens_per_call", "spec_mean_proposed")
-    costs, rounds = entry.costs, [r for run in runs for r in run.rounds]
+    rounds = [r for run in runs for r in run.rounds]
     predicted = sum(r.accepted + 1 for r in rounds) * costs[0] / sum(costs[r.proposed] for r in rounds)
     return {
         **{name: figures[name] for name in kept if name in figures}, "predicted": predicted,
