@@ -136,9 +136,9 @@ def test_vanilla_alone_needs_no_exit(subject, tmp_path, monkeypatch):
     assert list(table["method"]) == ["vanilla", "hf_generate"]
 
 
-def test_every_way_decodes_every_prompt_once_and_none_is_always_first(subject, tmp_path, monkeypatch):
+def test_every_way_decodes_every_prompt_as_often_in_an_order_that_changes(subject, tmp_path, monkeypatch):
     """And under coupled verification to the same text. The first prompts are decoded once more before, uncounted."""
-    calls, exact, counted_batches, exact_pace = [], benchmark.generate_batch, [], benchmark.pace
+    repeats, calls, exact, counted_batches, exact_pace = 2, [], benchmark.generate_batch, [], benchmark.pace
 
     def recorded(model, prompts, options, draft, *, prompt_ids):
         found = exact(model, prompts, options, draft, prompt_ids=prompt_ids)
@@ -152,18 +152,19 @@ def test_every_way_decodes_every_prompt_once_and_none_is_always_first(subject, t
 
     monkeypatch.setattr(benchmark, "generate_batch", recorded)
     monkeypatch.setattr(benchmark, "pace", counted_pace)
-    results(monkeypatch, tmp_path / "out", model_path=subject.model, checkpoint=subject.noisy, verifications="coupled", gammas=[2], batch_sizes=[1, 2])
+    flags = {"verifications": "coupled", "gammas": [2], "batch_sizes": [1, 2], "repeats": repeats}
+    results(monkeypatch, tmp_path / "out", model_path=subject.model, checkpoint=subject.noisy, **flags)
     by_way, texts = defaultdict(list), defaultdict(set)
     for way, keys, pairs in calls:
         by_way[way] += keys
         for key, pair in zip(keys, pairs, strict=True):
             texts[key].add(pair)
-    assert len(by_way) == 6 and all(keys == [0, 1, *range(PROMPTS)] for keys in by_way.values())
+    assert len(by_way) == 6 and all(keys == [0, 1, *list(range(PROMPTS)) * repeats] for keys in by_way.values())
     assert sorted(texts) == list(range(PROMPTS)) and all(len(found) == 1 for found in texts.values())
-    assert all(sum(texts_of) == PROMPTS for texts_of in counted_batches)
-    ways_in_turn = list(dict.fromkeys(way for way, *_ in calls))
-    third_turn = [way for way, keys, _ in calls if keys[0] == 2]  # that of the last two prompts
-    assert list(dict.fromkeys(third_turn)) == [*ways_in_turn[2:], *ways_in_turn[:2]]
+    assert all(sum(texts_of) == PROMPTS * repeats for texts_of in counted_batches)
+    turns = [calls[start : start + 9] for start in range(0, len(calls), 9)]  # two prompts: two calls of three ways, one of the others
+    orders = {tuple(dict.fromkeys(way for way, *_ in turn)) for turn in turns}
+    assert len(orders) > 1 and all(len(order) == 6 for order in orders)
 
 
 def test_head_cut_to_frequent_tokens(subject, tmp_path, monkeypatch):
@@ -219,6 +220,7 @@ def test_a_benchmark_is_never_written_over(trained, subject, monkeypatch, capsys
         ({"batch_sizes": [5]}, "--batch_sizes 5: must lie between 1 and --spec_num_prompts 4"),
         ({"batch_sizes": [1, 2, 3]}, "--batch_sizes 1 2 3: each must divide the largest"),
         ({"batch_sizes": [2], "methods": ["hf_generate"]}, "take one prompt at a time: add 1 to --batch_sizes"),
+        ({"repeats": 0}, "--repeats 0: must be at least 1"),
         ({"gammas": [2, 0]}, "--gamma 0: must be auto, or a number from 1 to 63"),
         ({"gammas": ["many"]}, "--gamma many: "),
         ({"spec_top_p": 1.5}, "--spec_top_p 1.5 must lie in"),

@@ -328,7 +328,7 @@ def test_taking_back_a_token_because_of_its_draw_breaks_the_law(rule, alternatin
 def test_a_signal_of_rejection_says_nothing_about_the_draw(rule, alternating, monkeypatch):
     """So even taking a token back because of its signal leaves the law as it is."""
     take_back(monkeypatch, lambda this_round: float(this_round.signals[-1]) < 0)
-    check_law_under(LENGTHS[rule](), SAMPLED[0], tokens=4000)
+    check_law_under(LENGTHS[rule](), SAMPLED[0])
 
 
 def check_coupled_text(rule: object, policy: SamplingPolicy, tokens: int = 1500) -> None:

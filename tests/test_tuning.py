@@ -249,10 +249,9 @@ def results_of(folder) -> tuple[pd.DataFrame, dict]:
     return pd.read_csv(folder / "candidates.csv"), json.loads((folder / tune.RESULTS_NAME).read_text())
 
 
-@pytest.mark.parametrize("verification", VERIFICATIONS)
-def test_tune_measures_every_exit_with_every_head(subject, short, tmp_path, monkeypatch, capsys, verification):
+def test_tune_measures_every_exit_with_every_head(subject, short, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    assert run_main(tune, command(subject, out, draft_vocab_sizes=[64, 128], verification=verification), monkeypatch) == 0
+    assert run_main(tune, command(subject, out, draft_vocab_sizes=[64, 128]), monkeypatch) == 0
     table, found = results_of(out)
     sizes = (len(subject.target.tokenizer), 64, 128)
     names = {f"{path}{'' if size > 128 else f' cut to {size}'}": size for path in (subject.same, subject.noisy) for size in sizes}
@@ -272,10 +271,11 @@ def with_costs(monkeypatch, costs: list[float]) -> None:
     monkeypatch.setattr(tune, "round_costs", lambda *_: costs)
 
 
-def test_tune_recommends_the_exit_and_gamma_that_pay_most(subject, short, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+def test_tune_recommends_the_exit_and_gamma_that_pay_most(subject, short, tmp_path, monkeypatch, capsys, verification):
     """At 10 % of a step for a drafted token, one that is always kept is worth eight of them."""
     with_costs(monkeypatch, [1 + 0.1 * n for n in range(9)])
-    assert run_main(tune, command(subject, tmp_path / "out"), monkeypatch) == 0
+    assert run_main(tune, command(subject, tmp_path / "out", verification=verification), monkeypatch) == 0
     table, found = results_of(tmp_path / "out")
     assert (found["draft"], found["gamma"]) == (subject.same, 8) and found["predicted_speedup"] == pytest.approx(9 / 1.8, rel=1e-4)
     assert list(table["draft"]) == [subject.same, subject.noisy]
