@@ -207,7 +207,7 @@ def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, 
     assert run_main(prove, [*command, "--out_dir", tmp_path / "real"], monkeypatch) == 0
     assert all(row["passed"] for row in json.loads((tmp_path / "real" / "proof.json").read_text()))
     exact = drafting.verify_chain
-    monkeypatch.setattr(drafting, "verify_chain", lambda v, p, q, drafted, noise, positions: exact(v, p, q, drafted, noise, positions + 1))
+    monkeypatch.setattr(drafting, "verify_chain", lambda v, p, q, drafted, noise, positions, ids: exact(v, p, q, drafted, noise, positions + 1, ids))
     assert run_main(prove, [*command, "--out_dir", tmp_path / "bug"], monkeypatch) == 1
     assert "FAIL  coupled" in capsys.readouterr().out
 
