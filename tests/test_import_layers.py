@@ -62,11 +62,11 @@ def test_decoding_package_is_empty_of_code():
 def test_every_kind_of_breach_is_found(tmp_path: Path):
     (tmp_path / "decoding").mkdir()
     modules = {"train": "def f():\n    import evaluate", "evaluate": "", "unheard_of": "", "command_line": "", "results": "from train import x",
-               "decoding/chain": "from . import vanilla", "decoding/vanilla": "from command_line import UserError"}
+               "decoding/chain": "from . import hf_peers", "decoding/hf_peers": "from command_line import UserError"}
     for name, text in modules.items():
         (tmp_path / f"{name}.py").write_text(text)
     found = " | ".join(broken_rules(tmp_path))
     for breach in ("train (level 50) imports evaluate", "unheard_of has no level", "results (level 1) imports train",
-                   "decoding.chain (level 20) imports decoding.vanilla", "decoding.vanilla imports command_line, which lies above"):
+                   "decoding.chain (level 20) imports decoding.hf_peers", "decoding.hf_peers imports command_line, which lies above"):
         assert breach in found
     assert len(broken_rules(tmp_path)) == 5
