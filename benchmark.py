@@ -30,10 +30,10 @@ from decoding.draft_length import AdaptiveLength
 from decoding.state import DecodeStats
 from decoding.verify import VERIFICATIONS
 from evaluation import PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, training_texts
-from machine_speed import held_memory, memory_bandwidth, peak_memory, restart_peak
+from machine_speed import counts_memory, held_memory, memory_bandwidth, peak_memory, restart_peak
 from metrics import pace, speculation_metrics, speedup_interval, with_interval
 from planted import planted_pair
-from results import make_output_dir, record_run, write_csv
+from results import new_output_dir, record_run, write_csv
 from speculative import METHODS, DecodeOptions, generate_batch
 from target_model import Target, eos_token_ids, load_target, named_config
 from truncated_llama import TruncatedLlama, load_exit, read_exit_info, step_bytes
@@ -212,11 +212,12 @@ def decode_all(subject: Subject, todo: list[Entry], args: Args) -> dict[Entry, M
             draft = subject.draft if METHODS[entry.options.method].whole is None else subject.untrimmed
             for start in range(first, first + largest, entry.batch):
                 keys = list(range(start, start + entry.batch))
-                restart_peak(device)
+                if counts_memory(device):
+                    restart_peak(device)
                 generations = generate_batch(subject.model, [subject.prompts[key] for key in keys], entry.options, draft, prompt_ids=keys)
                 if turn > 0:
                     found[entry].batches.append([generation.stats for generation in generations])
-                    found[entry].peak_bytes = max(found[entry].peak_bytes, peak_memory(device))
+                    found[entry].peak_bytes = max(found[entry].peak_bytes, peak_memory(device) if counts_memory(device) else 0)
         print(f"[{turn}/{len(firsts) - 1}] {'warm-up' if turn == 0 else 'prompts'} done", flush=True)
     return found
 
@@ -228,7 +229,8 @@ def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float
     vanilla = {entry.batch: measured.batches for entry, measured in found.items() if entry.options.method == "vanilla"}
     peer = next((measured.batches for entry, measured in found.items() if entry.options.method == "hf_generate"), None)
     weights = sum({parameter.data_ptr(): parameter.nbytes for parameter in subject.parameters()}.values())
-    after = {drafting(entry): measured_costs(subject, entry.options, args) for entry in {drafting(entry): entry for entry in found if entry.costs}.values()}
+    drafting_options = {drafting(entry): entry.options for entry in found if entry.costs}
+    after = {key: measured_costs(subject, options, args) for key, options in drafting_options.items()}
     rows = []
     for entry, measured in found.items():
         batches = measured.batches
@@ -238,7 +240,8 @@ def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float
         if peer is not None and entry.batch == 1:
             row |= speedup_interval("over_hf_generate", paces(peer, args), own, args.seed)
         rounds = sum(len(batch[0].rounds) for batch in batches)
-        row |= {"ms_per_round": 1000 * own[1].sum() / rounds, "peak_bytes": measured.peak_bytes - held_before, "weights_bytes": weights}
+        row |= {"ms_per_round": 1000 * own[1].sum() / rounds, "weights_bytes": weights}
+        row |= {"peak_bytes": measured.peak_bytes - held_before} if counts_memory(subject.model.device) else {}
         if METHODS[entry.options.method].whole is None:
             row |= {**phase_columns(batches, rounds), "roofline_share": bytes_read(entry, batches, subject) / bandwidth / own[1].sum()}
         if entry.costs:
@@ -300,10 +303,9 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     args = parse_args(Args)
     args.check()
-    folder = make_output_dir(args.out_dir)
-    if (folder / RESULTS_NAME).exists():
-        raise UserError(f"{folder} holds a benchmark already; choose another --out_dir")
-    held_before = held_memory(args.resolve()[0])
+    folder = new_output_dir(args.out_dir, RESULTS_NAME, "a benchmark")
+    device = args.resolve()[0]
+    held_before = held_memory(device) if counts_memory(device) else 0
     subject = load_subject(args)
     bandwidth = memory_bandwidth(subject.model.device)
     record_run(folder, args, {**subject.facts, "bandwidth_bytes_per_s": bandwidth, "threads": torch.get_num_threads()})

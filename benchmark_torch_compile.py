@@ -44,7 +44,7 @@ from decoding.kv_cache import CachedModel
 from decoding.state import synchronize
 from decoding.static_llama import KEPT_WIDTHS, StaticLlama
 from machine_speed import memory_bandwidth
-from results import make_output_dir, record_run, write_json
+from results import new_output_dir, record_run, write_json
 from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, load_config, load_target, weights_hash
 from truncated_llama import step_bytes
 
@@ -419,9 +419,7 @@ def summary_table(rows: list[dict]) -> str:
 def main() -> None:
     args = parse_args(Args)
     args.check()
-    folder = make_output_dir(args.out_dir)
-    if (folder / RESULTS_NAME).exists():
-        raise UserError(f"{folder} holds step times already; choose another --out_dir")
+    folder = new_output_dir(args.out_dir, RESULTS_NAME, "step times")
     model = load_model(args)
     bandwidth = memory_bandwidth(model.device)
     record_run(folder, args, {"target_hash": weights_hash(model), "bandwidth_bytes_per_s": bandwidth})

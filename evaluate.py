@@ -17,7 +17,7 @@ from command_line import UserError, parse_args, run
 from transformers import PretrainedConfig
 
 from evaluation import Draft, EvaluationArgs, evaluate_draft, exit_draft, model_draft, summary_table
-from results import make_output_dir, record_run, write_json
+from results import new_output_dir, record_run, write_json
 from target_model import Target, load_config, load_target, load_tokenizer, tokenizer_hash
 from truncated_llama import TruncatedLlama, load_exit, read_exit_info
 
@@ -60,9 +60,7 @@ def load_draft(args: Args, target: Target) -> Draft:
 def main() -> None:
     args = parse_args(Args)
     args.check()
-    folder = make_output_dir(args.out_dir)
-    if (folder / RESULTS_NAME).exists():
-        raise UserError(f"{folder} holds an evaluation already; choose another --out_dir")
+    folder = new_output_dir(args.out_dir, RESULTS_NAME, "an evaluation")
     data = args.open_data()
     target = load_target(args.model_path, args)
     facts = args.facts(target, data)

@@ -123,7 +123,7 @@ class SpeculationArgs(PromptArgs):
         """The method to decode with, given the draft."""
         if self.method != "auto":
             return self.method
-        shares = isinstance(draft, TruncatedLlama) and self.engine == "static" and why_unsupported(target.model, *draft.exit.children()) is None
+        shares = isinstance(draft, TruncatedLlama) and self.engine == "static" and why_unsupported(target.model, draft.parts()) is None
         return "self_speculative" if shares else "speculative"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 BUFFER_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # several times the largest caches of either
 RUNS = 10
+PEAK_RESET = "/proc/self/clear_refs"
 
 
 def memory_bandwidth(device: torch.device | str) -> float:
@@ -43,8 +45,13 @@ def _device_seconds(work: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1000
 
 
+def counts_memory(device: torch.device | str) -> bool:
+    """Whether the functions below can tell: on CUDA, and on the CPU where Linux lets a process see and reset its peak."""
+    return torch.device(device).type == "cuda" or os.access(PEAK_RESET, os.W_OK)
+
+
 def held_memory(device: torch.device | str) -> int:
-    """Bytes that this process holds: of the GPU's memory, by torch's tensors; on the CPU resident, libraries and all. Needs Linux."""
+    """Bytes that this process holds: of the GPU's memory, by torch's tensors; on the CPU resident, libraries and all (see counts_memory)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _resident("VmRSS")
@@ -62,7 +69,7 @@ def restart_peak(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path(PEAK_RESET).write_text("5")
 
 
 def _resident(name: str) -> int:

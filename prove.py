@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from command_line import UserError, parse_args, run
+from command_line import parse_args, run
 
 import pandas as pd
 import torch
@@ -34,7 +34,7 @@ from decoding.sampling import Noise, Purpose, SamplingPolicy, policy_probs
 from decoding.state import DecodeStats
 from evaluation import SpeculationArgs, choose_prompts
 from metrics import acceptance_z
-from results import make_output_dir, record_run, write_json
+from results import new_output_dir, record_run, write_json
 from speculative import DecodeOptions, Generation, generate
 from target_model import Target, eos_token_ids, load_target
 from truncated_llama import Exit, TruncatedLlama, find_checkpoints, load_exit, read_exit_info
@@ -146,9 +146,7 @@ def main() -> int:
     paths = find_checkpoints(args.checkpoint_glob) if args.checkpoint_glob else []
     for path in paths:
         read_exit_info(path)
-    folder = make_output_dir(args.out_dir)
-    if (folder / RESULTS_NAME).exists():
-        raise UserError(f"{folder} holds a proof already; choose another --out_dir")
+    folder = new_output_dir(args.out_dir, RESULTS_NAME, "a proof")
     data = args.open_data()
     target = load_target(args.model_path, args)
     record_run(folder, args, args.facts(target, data))

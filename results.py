@@ -61,6 +61,14 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, pd.DataFrame(rows).to_csv(index=False))
 
 
+def new_output_dir(path: str, result: str, kind: str) -> Path:
+    """The folder `path`, made where missing. Raises UserError when it has the file `result` already (`kind` says what that is) or cannot be written to."""
+    folder = make_output_dir(path)
+    if (folder / result).exists():
+        raise UserError(f"{folder} holds {kind} already; choose another --out_dir")
+    return folder
+
+
 def make_output_dir(path: str) -> Path:
     """The folder `path`, made where missing. Raises UserError when it cannot be written to."""
     folder = Path(path)

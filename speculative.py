@@ -31,7 +31,7 @@ from decoding.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy
 from decoding.self_speculation import SharedExit, self_speculation_round
 from decoding.state import DecodeState, DecodeStats, Model, RoundResult, synchronize
-from decoding.static_llama import KEPT_WIDTHS, StaticLlama, why_unsupported
+from decoding.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupported
 from decoding.vanilla import vanilla_round
 from decoding.verify import VERIFICATIONS, Verification
 from plain_llama import as_llama, constant_drafting
@@ -185,7 +185,7 @@ def generate_batch(
             raise ValueError(f"method {options.method!r} is transformers' own: it knows neither stop nor on_tokens")
         return [Generation(*method.whole(target, prompt, options, draft, options.seed + key)) for prompt, key in zip(prompts, prompt_ids, strict=True)]
     with _on(target.device), _lent_engines(target, _slots(prompts, options), len(prompts), options.engine) as engines:
-        return _decode(engines, target, prompts, options, draft, prompt_ids, on_tokens)
+        return _decode(engines, prompts, options, draft, prompt_ids, on_tokens)
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -194,11 +194,11 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 
 def _decode(
-    engines: Engines, target: nn.Module, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int],
+    engines: Engines, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int],
     on_tokens: Callable[[int, list[int]], None] | None,
 ) -> list[Generation]:
     """Rounds until every text has ended."""
-    synchronize(target.device)
+    synchronize(engines.target.device)
     start = time.perf_counter()
     state = _prepare(engines, prompts, options, draft, prompt_ids)
     state.clock.add("prefill", time.perf_counter() - start)
@@ -216,7 +216,7 @@ def _decode(
             if on_tokens is not None:
                 on_tokens(row, kept)
         state.roll_back()
-    synchronize(target.device)
+    synchronize(engines.target.device)
     wall_s = time.perf_counter() - start
     return [_finish(state, row, stats[row], wall_s) for row in range(len(prompts))]
 
@@ -260,7 +260,7 @@ def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: 
 def _check_exit(target: nn.Module, draft: nn.Module, options: DecodeOptions) -> None:
     if not isinstance(draft, TruncatedLlama) or draft.target is not target:
         raise ValueError(f"method {options.method!r} drafts with an exit of the target itself: pass a TruncatedLlama of it, or use method 'speculative'")
-    reason = why_unsupported(target, *draft.exit.children()) if options.engine == "static" else "with transformers' forward pass (engine='transformers')"
+    reason = why_unsupported(target, draft.parts()) if options.engine == "static" else "with transformers' forward pass (engine='transformers')"
     if reason is not None:
         raise ValueError(f"method {options.method!r} cannot share blocks {reason if options.engine != 'static' else 'of ' + reason}; use method 'speculative'")
 
@@ -334,7 +334,7 @@ def _draft_for(engines: Engines, draft: nn.Module, kind: str, capacity: int, eng
         fits = isinstance(known, SharedExit) and known.serves(engines.target, draft.exit)
     else:
         model, parts = _parts(draft)
-        fits = isinstance(known, StaticLlama) and known.serves(model, capacity, engines.target.batch, engine, **parts)
+        fits = isinstance(known, StaticLlama) and known.serves(model, capacity, engines.target.batch, engine, parts)
     if not fits:
         known = SharedExit(engines.target, draft.exit) if kind == "exit" else _new_engine(draft, capacity, engines.target.batch, engine)
         if not isinstance(known, CachedModel):
@@ -342,17 +342,17 @@ def _draft_for(engines: Engines, draft: nn.Module, kind: str, capacity: int, eng
     return known
 
 
-def _parts(model: nn.Module) -> tuple[nn.Module, dict]:
-    """The Llama that `model` is, or is cut from, and what it has of its own."""
-    return (model.target, model.parts()) if isinstance(model, TruncatedLlama) else (model, {})
+def _parts(model: nn.Module) -> tuple[nn.Module, Parts | None]:
+    """The Llama that `model` is, or is cut from, and its parts where they are others than that Llama's."""
+    return (model.target, model.parts()) if isinstance(model, TruncatedLlama) else (model, None)
 
 
 def _new_engine(model: nn.Module, capacity: int, batch: int, engine: str) -> Model:
     """StaticLlama where it can run `model` and is wanted; else transformers' own forward pass, said once."""
     target, parts = _parts(model)
-    reason = why_unsupported(target, *(model.exit.children() if parts else ()))
+    reason = why_unsupported(target, parts)
     if engine == "static" and reason is None:
-        return StaticLlama(target, capacity, batch, **parts)
+        return StaticLlama(target, capacity, batch, parts)
     if batch > 1:
         raise ValueError(f"only StaticLlama decodes several texts together, and it cannot run {reason or 'engine=transformers'}")
     if engine == "static" and isinstance(target, PreTrainedModel) and target not in _noted:

@@ -25,6 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from decoding.static_llama import Parts
 from target_model import Target, tokenizer_hash, weights_hash
 
 FORMAT = "early-exit-1"
@@ -138,10 +139,10 @@ class TruncatedLlama(nn.Module):
     def device(self) -> torch.device:
         return self.target.device
 
-    def parts(self) -> dict:
-        """The blocks, norm, head and known tokens that this model is made of, by the names of StaticLlama's arguments."""
-        blocks = [*self.target.model.layers[: self.exit.prefix], *filter(None, [self.exit.block])]
-        return {"layers": blocks, "norm": self.exit.norm, "head": self.exit.head, "token_ids": self.exit.token_ids}
+    def parts(self) -> Parts:
+        """What this model is made of, beside the target's embeddings."""
+        blocks = *self.target.model.layers[: self.exit.prefix], *filter(None, [self.exit.block])
+        return Parts(blocks, self.exit.norm, self.exit.head, self.exit.token_ids)
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from decoding.verify import Verification
 from evaluation import EvaluationData, PolicyArgs, PromptArgs, choose_prompts, training_texts
 from machine_speed import memory_bandwidth
 from metrics import pace, speedup_interval, with_interval
-from results import make_output_dir, record_run, write_csv, write_json
+from results import new_output_dir, record_run, write_csv, write_json
 from speculative import DecodeOptions, generate
 from target_model import Target, eos_token_ids, load_target
 from truncated_llama import TruncatedLlama, check_exit_fits, find_checkpoints, load_exit, read_exit_info, step_bytes
@@ -142,9 +142,7 @@ def report(found: dict) -> str:
 def main() -> None:
     args = parse_args(Args)
     args.check()
-    folder = make_output_dir(args.out_dir)
-    if (folder / RESULTS_NAME).exists():
-        raise UserError(f"{folder} holds a recommendation already; choose another --out_dir")
+    folder = new_output_dir(args.out_dir, RESULTS_NAME, "a recommendation")
     data: EvaluationData = args.open_data()
     target = load_target(args.model_path, args)
     record_run(folder, args, args.facts(target, data))

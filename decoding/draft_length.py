@@ -18,7 +18,6 @@ SPELL, SETTLED = 32, 8  # rounds that draft, or do not, in a row, and those of t
 EXPLORED, AT_ONCE = 0.005, 0.2  # share of the time that may be lost to trying what seems slower, and how much of a spell of it at the beginning
 TRUST = 2.0  # pairs of spells that the given costs count for
 GUESS = (2.0, 0.0, 25.0)  # information that the calibration is taken to start with
-LEAST_WEIGHT = 0.1  # of an outcome: where the curve is flat one tells little, but a Newton step would be endless
 SIGNAL_LIMIT = 12.0  # signals beyond tell no more
 
 
@@ -62,7 +61,7 @@ class Calibration:
     def learn(self, signal: float, kept: bool) -> None:
         """One outcome."""
         chance, x = self(signal), _limited(signal)
-        weight, error = max(chance * (1 - chance), LEAST_WEIGHT), kept - chance
+        weight, error = chance * (1 - chance), kept - chance
         oo, os, ss = (0.5 ** (1 / MEMORY) * value for value in self._information)
         self._information = [oo + weight, os + weight * x, ss + weight * x * x]
         oo, os, ss = (value + guess for value, guess in zip(self._information, GUESS, strict=True))

@@ -1,8 +1,8 @@
 """x·Wᵀ for a few rows of x: the same product, asked for in the way that reads W fastest.
 
 Decoding multiplies one to a few rows with every weight matrix, so it is bound by reading W. On the CPU the usual call,
-mm(x, Wᵀ), reads W at a fraction of the memory's speed: in fp32 W·xᵀ, or one row as a batch of two, is two to three times
-as fast, and in bf16 a row given twice is faster than once (LOG.md, 2026-11-21).
+mm(x, Wᵀ), reads W at a fraction of the memory's speed: in fp32 W·xᵀ, or one row as a batch of two, is faster, and in
+bf16 a row given twice is faster than once.
 """
 
 from __future__ import annotations

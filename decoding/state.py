@@ -132,7 +132,7 @@ class DecodeState:
 
     def last(self, count: int = 1) -> torch.Tensor:
         """The last `count` committed tokens of every text, int64 (B, count)."""
-        texts = [(text[:1] * count + text)[-count:] for text in self.committed]  # one that has ended may be shorter: what is fed for it is not used
+        texts = [[*text[:1] * (count - len(text)), *text[-count:]] for text in self.committed]  # one that has ended may be shorter: what is fed for it is not used
         return torch.tensor(texts, device=self.target.device)
 
     def roll_back(self) -> None:

@@ -45,8 +45,26 @@ KEPT_WIDTHS = 64  # buffers of passes with up to so many rows are kept for the n
 REACH_STEP = 256  # where positions lie on the device, attention reads this many slots or a multiple of it
 
 
-def why_unsupported(model: nn.Module, *own: nn.Module) -> str | None:
-    """What keeps StaticLlama from running `model`, with parts that are a draft's `own`, or None."""
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The blocks, norm and head that a pass goes through, and the tokens (V_d,) that the head knows where these are not all."""
+
+    layers: tuple[nn.Module, ...]
+    norm: nn.Module
+    head: nn.Module
+    token_ids: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM) -> Parts:
+        """The whole model's."""
+        return cls(tuple(model.model.layers), model.model.norm, model.lm_head)
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        return self.norm, self.head, *self.layers
+
+
+def why_unsupported(model: nn.Module, parts: Parts | None = None) -> str | None:
+    """What keeps StaticLlama from running `model`, or `parts` that a draft has beside it, or None."""
     if not isinstance(model, LlamaForCausalLM):
         return f"{type(model).__name__} is no LlamaForCausalLM"
     config = model.config
@@ -57,9 +75,10 @@ def why_unsupported(model: nn.Module, *own: nn.Module) -> str | None:
         return f"the activation {config.hidden_act!r} (known: silu)"
     if getattr(config, "sliding_window", None):
         return "sliding-window attention"
-    if len({(parameter.device, parameter.dtype) for part in (model, *own) for parameter in part.parameters()}) > 1:
+    whole = (model,) if parts is None else (model, *parts.modules())
+    if len({(parameter.device, parameter.dtype) for part in whole for parameter in part.parameters()}) > 1:
         return "weights on several devices or of several dtypes"
-    for module in chain.from_iterable(part.modules() for part in (model, *own)):
+    for module in chain.from_iterable(part.modules() for part in whole):
         if type(module) not in PLAIN:
             return f"quantised or adapted layers: a {type(module).__name__}"
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
@@ -209,15 +228,10 @@ class Span:
             raise ValueError(f"{count} tokens behind {start} exceed the cache's {rotary.capacity} slots")
         self.rotary, self.start, self.count, self.text, self.visible = rotary, start, count, text, visible
         self.positions = None if offsets is None else start + offsets
-        self.causal = count > 1 and start == 0 and visible is None
 
     def view(self, cache: KeyValues) -> SpanView:
         """What the rows see and write of `cache`."""
         return SpanView(self, cache)
-
-    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the rows, see Rotary.span."""
-        return self.rotary.span(self.text, slice(self.start, self.start + self.count) if self.positions is None else self.positions)
 
     @cached_property
     def rows(self) -> native.Rows:
@@ -238,13 +252,14 @@ class Span:
 
 
 class SpanView:
-    """What the rows of a Span see of a cache: per block keys and values (1, K, start+T, head_dim), and what to add to the scores."""
+    """A Span's angles, and what its rows see of a cache: per block keys and values (1, K, start+T, head_dim), and what to add to the scores."""
 
     def __init__(self, place: Span, cache: KeyValues) -> None:
-        slots = slice(place.start + place.count)
-        self.keys, self.values = (half[:, place.text : place.text + 1, :, slots].unbind(0) for half in cache.halves())
-        self.mask = None if place.count == 1 or place.causal else self._mask(place, cache)
-        self._start, self._heads = place.start, cache.heads
+        self._start, end = place.start, place.start + place.count
+        self.angles = place.rotary.span(place.text, slice(place.start, end) if place.positions is None else place.positions)
+        self.keys, self.values = (half[:, place.text : place.text + 1, :, :end].unbind(0) for half in cache.halves())
+        self.causal = place.count > 1 and place.start == 0 and place.visible is None
+        self.mask = None if place.count == 1 or self.causal else self._mask(place, cache)
 
     @staticmethod
     def _mask(place: Span, cache: KeyValues) -> torch.Tensor:
@@ -267,8 +282,6 @@ class Scatter:
     Attention reads the first `reach` slots of every text and masks those behind each position.
     """
 
-    causal = False
-
     def __init__(self, rotary: Rotary, positions: torch.Tensor, reach: int) -> None:
         self.batch, self.count = positions.shape
         self.rotary, self.positions, self.reach = rotary, positions, reach
@@ -277,10 +290,6 @@ class Scatter:
     def view(self, cache: KeyValues) -> ScatterView:
         """What the rows see and write of `cache`."""
         return ScatterView(self, cache)
-
-    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the rows, see Rotary.scatter."""
-        return self.rotary.scatter(self.positions)
 
     @cached_property
     def rows(self) -> native.Rows:
@@ -301,10 +310,12 @@ class Scatter:
 
 
 class ScatterView:
-    """What the rows of a Scatter may see of a cache: per block keys and values (B, K, reach, head_dim), and what to add to the scores."""
+    """A Scatter's angles, and what its rows may see of a cache: per block keys and values (B, K, reach, head_dim), and what to add to the scores."""
+
+    causal = False
 
     def __init__(self, place: Scatter, cache: KeyValues) -> None:
-        self._place, self._halves = place, cache.halves()
+        self._place, self._halves, self.angles = place, cache.halves(), place.rotary.scatter(place.positions)
         self.keys, self.values = (half[..., : place.reach, :].unbind(0) for half in self._halves)
         self.mask = cache.mask(torch.arange(place.reach, device=place.positions.device) <= place.positions[..., None])
 
@@ -385,13 +396,13 @@ class Workspace:
             self.grouped_attended.copy_(mixed.view(self.grouped_attended.shape))
 
 
-def run_block(block: Block, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], view: SpanView | ScatterView, index: int, causal: bool, space: Workspace) -> None:
+def run_block(block: Block, x: torch.Tensor, view: SpanView | ScatterView, index: int, space: Workspace) -> None:
     """One decoder block, number `index` of the cache, on `x` (B·T, D) in place."""
     space.norm(x, block.attention_norm)
     space.qkv(block.qkv)
-    space.rotate(*angles)
+    space.rotate(*view.angles)
     view.write(index, space.new_keys, space.new_values)
-    space.attend(view.keys[index], view.values[index], causal, view.mask)
+    space.attend(view.keys[index], view.values[index], view.causal, view.mask)
     x.add_(space.out(block.out))
     space.norm(x, block.mlp_norm)
     space.gate_up(block.gate_up)
@@ -402,7 +413,7 @@ def run_block(block: Block, x: torch.Tensor, angles: tuple[torch.Tensor, torch.T
 class Stack:
     """Blocks with the cache that they write to: `run` puts a pass through some of them."""
 
-    def __init__(self, layers: list[nn.Module], cache: KeyValues, config: PretrainedConfig, like: torch.Tensor, cpp: bool = True) -> None:
+    def __init__(self, layers: Iterable[nn.Module], cache: KeyValues, config: PretrainedConfig, like: torch.Tensor, cpp: bool = True) -> None:
         self.blocks, self.cache = [Block(layer) for layer in layers], cache
         self._config, self._like = config, like
         self._spaces: dict[tuple[int, int], Workspace] = {}
@@ -414,12 +425,12 @@ class Stack:
         if self._native is not None and len(x) <= native.UP_TO[x.dtype]:
             self._native.run(x, place, first, last, kept)
             return x
-        space, angles, view = self._space(place), place.angles(), place.view(self.cache)
+        space, view = self._space(place), place.view(self.cache)
         for index in range(first, last + 1):
             if kept is not None and index == kept.at:
                 place.save(x, kept.store)
             if index < last:
-                run_block(self.blocks[index], x, angles, view, index, place.causal, space)
+                run_block(self.blocks[index], x, view, index, space)
         return x
 
     def _space(self, place: Span | Scatter) -> Workspace:
@@ -502,7 +513,7 @@ class Head:
 # ---- the model ----
 
 class StaticLlama:
-    """A Llama with a cache of `capacity` slots for each of `batch` texts; `layers`, `norm` and `head` may be an exit's own.
+    """A Llama with a cache of `capacity` slots for each of `batch` texts; `parts` may be an exit's.
 
     `token_ids` (V_d,) names the tokens of the logits' columns where the head knows only part of the vocabulary.
 
@@ -512,44 +523,35 @@ class StaticLlama:
     need not be computed; otherwise they are device tensors, so that a CUDA graph can replay a pass.
     """
 
-    def __init__(
-        self, model: LlamaForCausalLM, capacity: int, batch: int = 1, *,
-        layers: Iterable[nn.Module] | None = None, norm: nn.Module | None = None, head: nn.Linear | None = None,
-        token_ids: torch.Tensor | None = None, cpp: bool = True,
-    ) -> None:
+    def __init__(self, model: LlamaForCausalLM, capacity: int, batch: int = 1, parts: Parts | None = None, *, cpp: bool = True) -> None:
         """`cpp` False: torch's calls also where the C++ could run. Raises ValueError for a model that `why_unsupported` names."""
-        reason = why_unsupported(model, *filter(None, (norm, head)), *(layers or []))
+        reason = why_unsupported(model, parts)
         if reason is not None:
             raise ValueError(f"StaticLlama cannot run {reason}")
-        self.config, self.batch, self.token_ids = model.config, batch, token_ids
+        parts = parts or Parts.of(model)
+        self.config, self.batch, self.token_ids = model.config, batch, parts.token_ids
         self.embedding = model.model.embed_tokens.weight.detach()
         self.device = self.embedding.device
         self.on_host = self.device.type == "cpu" and batch == 1
         self.capacity = -(-capacity // REACH_STEP) * REACH_STEP
-        layers, head = list(layers or model.model.layers), head or model.lm_head
         with torch.inference_mode(False), torch.no_grad():
-            self.cache = KeyValues(len(layers), batch, self.capacity, self.config, self.embedding)
-            self.stack = Stack(layers, self.cache, self.config, self.embedding, cpp)
-            self.head = Head(norm or model.model.norm, head, self.config.rms_norm_eps, cpp)
+            self.cache = KeyValues(len(parts.layers), batch, self.capacity, self.config, self.embedding)
+            self.stack = Stack(parts.layers, self.cache, self.config, self.embedding, cpp)
+            self.head = Head(parts.norm, parts.head, self.config.rms_norm_eps, cpp)
             self.rotary = Rotary(model.model.rotary_emb, self.embedding, self.capacity, batch)
-        self._weights, self._settings = weights_at(model.model.embed_tokens, norm or model.model.norm, head, *layers), _settings(model)
+        self._weights, self._settings = weights_at(model.model.embed_tokens, *parts.modules()), _settings(model)
         self.programs = Programs(self.device)
         self.start()
 
-    def serves(
-        self, model: nn.Module, capacity: int, batch: int, engine: str, *, layers: list[nn.Module] | None = None,
-        norm: nn.Module | None = None, head: nn.Module | None = None, token_ids: torch.Tensor | None = None,
-    ) -> bool:
+    def serves(self, model: nn.Module, capacity: int, batch: int, engine: str, parts: Parts | None = None) -> bool:
         """Whether this object can decode `batch` texts of up to `capacity` tokens of `model`, its arguments at construction still true.
 
         `engine` as in speculative.DecodeOptions.
         """
-        if engine != "static" or batch != self.batch or capacity > self.capacity or self._settings != _settings(model):
+        if engine != "static" or batch != self.batch or capacity > self.capacity or why_unsupported(model, parts) is not None:
             return False
-        if why_unsupported(model, *filter(None, (norm, head)), *(layers or [])) is not None:
-            return False
-        layers, ends = list(layers or model.model.layers), (model.model.embed_tokens, norm or model.model.norm, head or model.lm_head)
-        return self._weights == weights_at(*ends, *layers)
+        weights = weights_at(model.model.embed_tokens, *(parts or Parts.of(model)).modules())
+        return self._weights == weights and self._settings == _settings(model)
 
     def start(self, prompt_lengths: list[int] | None = None) -> None:
         """Forget all tokens and counts. `prompt_lengths` matter to dynamic NTK scaling only (see Rotary)."""

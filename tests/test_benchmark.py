@@ -15,10 +15,7 @@ import benchmark
 import tuning
 from planted import TOLERANCE
 from test_commands import check_one_line, run_main
-from test_export_draft import save_checkpoint, save_target
-from test_tuning import time_little
-from toy_models import noisy_exit
-from truncated_llama import Exit
+from test_tuning import save_exits, time_little
 
 PROMPTS, NEW_TOKENS = 4, 12
 SUITE = ["vanilla", "speculative", "self_speculative"]
@@ -32,15 +29,13 @@ def short(monkeypatch):
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory, tokenizer) -> SimpleNamespace:
-    """A saved target, an exit that says what the target says, a disturbed one of layer 1, and the shape of a smaller target."""
+    """A saved target with two exits (see save_exits), and the shape of a smaller one."""
     root = tmp_path_factory.mktemp("benchmark")
-    target = save_target(root / "target", tokenizer)
-    same = save_checkpoint(root / "same.safetensors", target, Exit(target.model, 3))
-    noisy = save_checkpoint(root / "noisy.safetensors", target, noisy_exit(target.model, 1, scale=0.02).exit)
+    found = save_exits(root, tokenizer)
     shape = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
                         max_position_embeddings=128, tie_word_embeddings=True)
     shape.save_pretrained(root / "shape")
-    return SimpleNamespace(model=target.name, same=str(same), noisy=str(noisy), shape=str(root / "shape" / "config.json"))
+    return SimpleNamespace(model=found.target.name, same=found.same, noisy=found.noisy, shape=str(root / "shape" / "config.json"))
 
 
 def command(out_dir: Path, **changes: object) -> list:

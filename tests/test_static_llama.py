@@ -15,8 +15,9 @@ from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 import speculative
 from decoding import native, static_llama
 from decoding.programs import Programs
-from decoding.sampling import SamplingPolicy
+from decoding.sampling import Noise, SamplingPolicy
 from decoding.self_speculation import SharedExit
+from decoding.state import DecodeState
 from decoding.static_llama import PREFILL_CHUNK, Scatter, StaticLlama, why_unsupported
 from speculative import DecodeOptions, generate, generate_batch
 from toy_models import (
@@ -257,6 +258,15 @@ class CheckedPrograms(Programs):
 def test_what_a_graph_would_replay_is_the_same_work(monkeypatch, method, name):
     """On CUDA a step is captured once per key; a slot limit or a table that the key does not name would be the first call's for ever."""
     monkeypatch.setattr(static_llama, "Programs", CheckedPrograms)
+    check_replays(method, name)
+    monkeypatch.setattr(DecodeState, "program", lambda state, programs, key, function, *inputs: programs(
+        (key, state.policy), lambda *tensors: function(*tensors[:-1], Noise(tensors[-1])), *inputs, state.noise.key))
+    with pytest.raises(AssertionError, match="names not all that the work depends on"):
+        check_replays(method, name)
+
+
+def check_replays(method: str, name: str) -> None:
+    """Decode batches of texts that cross REACH_STEP, with one engine after another text's."""
     settings = {"max_position_embeddings": 64} if name == "dynamic rope" else {}
     target = llama(name, **settings)
     draft = None if method == "vanilla" else noisy_exit(target, 2, own_block=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -219,8 +220,11 @@ NEW_TOKENS, PROMPTS = 12, 3
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory, tokenizer) -> SimpleNamespace:
+    return save_exits(tmp_path_factory.mktemp("tune"), tokenizer)
+
+
+def save_exits(root: Path, tokenizer) -> SimpleNamespace:
     """A saved target with two exits: one that says what the target says, and a disturbed one of layer 1."""
-    root = tmp_path_factory.mktemp("tune")
     target = save_target(root / "target", tokenizer)
     same = save_checkpoint(root / "a_same.safetensors", target, Exit(target.model, 3))
     noisy = save_checkpoint(root / "b_noisy.safetensors", target, noisy_exit(target.model, 1, scale=0.02).exit)
