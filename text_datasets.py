@@ -9,9 +9,12 @@ from itertools import islice
 from command_line import UserError
 
 import arithmetic_dataset
+import c4_dataset
+import cnn_dataset
 import fineweb_dataset
 import gsm8k_dataset
 import mt_bench_dataset
+import openwebtext_dataset
 import pydoc_dataset
 import share_gpt_dataset
 import slim_pj_dataset
@@ -20,8 +23,8 @@ import xsum_dataset
 from row_files import ExampleStream, TextDataset, open_rows
 
 _MODULES = (
-    ultrachat_dataset, share_gpt_dataset, slim_pj_dataset, fineweb_dataset, xsum_dataset, gsm8k_dataset, mt_bench_dataset,
-    pydoc_dataset, arithmetic_dataset,
+    ultrachat_dataset, share_gpt_dataset, slim_pj_dataset, fineweb_dataset, c4_dataset, openwebtext_dataset, cnn_dataset,
+    xsum_dataset, gsm8k_dataset, mt_bench_dataset, pydoc_dataset, arithmetic_dataset,
 )
 DATASETS: dict[str, TextDataset] = {module.DATASET.name: module.DATASET for module in _MODULES}
 FINGERPRINT_ROWS = 100

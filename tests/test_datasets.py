@@ -31,6 +31,9 @@ TEXT = {"text": "The quick brown fox.", "id": "<urn:uuid:1>"}
 FORMS = {
     "ultrachat": ULTRACHAT, "pydoc": ULTRACHAT, "share_gpt": SHARE_GPT, "gsm8k": QUESTION, "arithmetic": QUESTION, "slim_pj": TEXT, "fineweb": TEXT,
     "xsum": {"document": "It rained. It rained more.", "summary": "It rained.", "id": "1"},
+    "cnn": {"article": "LONDON, England (CNN) -- It rained. It rained more.", "highlights": "It rained .\nMore rain is due .", "id": "42c027e4"},
+    "openwebtext": {"text": "The quick brown fox.\n\nIt jumped."},
+    "c4": {"text": "The quick brown fox.\nIt jumped.", "timestamp": "2019-04-25T12:57:54Z", "url": "https://fox.com/quick/"},
     "mt_bench": {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Now a shorter one."]},
 }
 
@@ -90,6 +93,20 @@ def test_xsum_cuts_the_article_not_the_summary_and_asks_for_loss_on_the_answer(t
     question, answer = (message["content"] for message in example["messages"])
     assert len(question) < MAX_DOCUMENT_CHARS + 60 and question.endswith(" word") and answer == "Words."
     assert example["loss_on"] == "assistant"
+
+
+def test_cnn_is_the_whole_article_and_nothing_of_its_highlights(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{**FORMS["cnn"], "article": "word " * 2000}])
+    assert list(open_stream("cnn", "train", path).rest_of_epoch()) == [{"text": "word " * 2000}]
+
+
+@pytest.mark.parametrize(("name", "column"), [("cnn", "article"), ("openwebtext", "text"), ("c4", "text")])
+def test_rows_without_their_text_are_counted(name, column):
+    good = FORMS[name]
+    bad = [{**good, column: value} for value in (None, "", " \n", 7, ["word"])] + [{key: good[key] for key in good if key != column}]
+    stream = ExampleStream(DATASETS[name], [*bad, None, good], seed=0)
+    assert list(stream.rest_of_epoch()) == [{"text": good[column]}]
+    assert stream.skipped == {f"without {column}": 6, "that are not objects": 1}
 
 
 def test_dirty_share_gpt_rows_are_counted_by_reason(tmp_path):
@@ -189,7 +206,7 @@ def test_file_without_a_split_beside_named_ones_is_an_error(tmp_path):
 
 
 def test_unknown_names_are_named():
-    with pytest.raises(UserError, match="choose one of arithmetic, fineweb, .*, xsum"):
+    with pytest.raises(UserError, match="choose one of arithmetic, c4, cnn, fineweb, .*, xsum"):
         open_stream("ultrachat2", "train")
     with pytest.raises(UserError, match="choose one of train, validation, test"):
         open_stream("ultrachat", "dev")
@@ -208,6 +225,12 @@ def take_and_resume(make_stream, before: int, after: int) -> tuple[list[dict], l
 
 def hub_stream(rows: list[dict]) -> datasets.IterableDataset:
     return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=3)
+
+
+def serve_hub(monkeypatch: pytest.MonkeyPatch, rows: dict[str, list[dict]]) -> None:
+    """Lets the hub hold `rows` by its own names of the splits."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: hub_stream(rows[split]))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "README.md")
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -240,14 +263,29 @@ def test_nothing_usable_is_an_error_and_no_endless_loop(rows, position):
         next(iter(stream))
 
 
-def test_hash_of_the_id_cuts_a_hub_stream_that_has_no_held_out_split(monkeypatch):
+@pytest.mark.parametrize(("name", "key"), [("fineweb", "<urn:uuid:{}>"), ("openwebtext", "{}")])
+def test_hash_of_the_key_cuts_a_hub_stream_that_has_no_held_out_split(name, key, monkeypatch):
     rows = [{"text": str(i), "id": f"<urn:uuid:{i}>"} for i in range(400)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: hub_stream(rows) if split == "train" else None)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "README.md")
-    found = {split: texts(open_stream("fineweb", split)) for split in SPLITS}
+    serve_hub(monkeypatch, {"train": rows})
+    found = {split: texts(open_stream(name, split)) for split in SPLITS}
     assert sorted(sum(found.values(), [])) == sorted(row["text"] for row in rows)
-    assert all(split_of(f"<urn:uuid:{text}>") == split for split in SPLITS for text in found[split])
+    assert all(split_of(key.format(text)) == split for split in SPLITS for text in found[split])
     assert 0 < len(found["validation"]) < 20 and 0 < len(found["test"]) < 20
+
+
+def test_held_out_rows_of_c4_are_of_the_hubs_validation_split_and_disjoint(monkeypatch):
+    serve_hub(monkeypatch, {name: [{**FORMS["c4"], "text": f"{name} {i}", "url": f"https://fox.com/{i}"} for i in range(400)]
+                            for name in ("train", "validation")})
+    found = {split: set(texts(open_stream("c4", split))) for split in SPLITS}
+    assert {text.split()[0] for text in found["train"]} == {"train"} and len(found["train"]) > 360
+    assert {text.split()[0] for text in found["validation"] | found["test"]} == {"validation"}
+    assert 0 < len(found["validation"]) < 20 and 0 < len(found["test"]) < 20 and not found["validation"] & found["test"]
+    assert not {text.split()[1] for text in found["train"]} & {text.split()[1] for text in found["validation"] | found["test"]}
+
+
+def test_cnn_reads_the_splits_of_the_hub(monkeypatch):
+    serve_hub(monkeypatch, {name: [{**FORMS["cnn"], "article": name}] * 3 for name in SPLITS})
+    assert {split: texts(open_stream("cnn", split)) for split in SPLITS} == {split: [split] * 3 for split in SPLITS}
 
 
 def test_unreachable_hub_is_one_error_line(monkeypatch, tmp_path):
