@@ -1,13 +1,16 @@
 """What is measured and how it is computed: quality against the teacher, speculation counts, intervals, cost model.
 
-The columns of `results.csv` are DRAFT_COLUMNS, QUALITY_COLUMNS (each behind `<dataset>_`) and SPECULATION_COLUMNS.
+The columns of `results.csv` are DRAFT_COLUMNS, QUALITY_COLUMNS (each behind `<dataset>_`) and SPECULATION_COLUMNS; those of
+`potential.json` are DRAFT_COLUMNS and POTENTIAL_COLUMNS.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn.functional import log_softmax
 
@@ -57,6 +60,21 @@ SPECULATION_COLUMNS = {
     "spec_cost_ratio, spec_verify_ratio": "c = t_draft(1) / t_target(1); v = t_target(γ+1) / t_target(1)",
     "vanilla_<phase>_s, spec_<phase>_s": "seconds of prefill, decode, draft, verify (sampling included) and host",
     "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over prompts (absent for one prompt)",
+}
+POTENTIAL_COLUMNS = {
+    "potential_kl": "KL(p‖q) in nats per token, both softened by potential_kl_temperature and not truncated (absent where infinite)",
+    "potential_overlap": "mean Σ min(p, q) under the sampling policy",
+    "potential_tv": "1 − potential_overlap",
+    "potential_agreement": "share of positions where draft and target have the same argmax",
+    "potential_tau_rejection": "τ that chains of γ promise: mean of 1 + Σ_j Π_{i ≤ j} a_i over all places where γ tokens follow, a_i = Σ min(p, q) at "
+        "the i-th of them (absent where no sample has γ); for ranking drafts, as it lies above spec_tokens_per_call: prompts count, and rounds begin "
+        "where the draft failed",
+    "potential_tau_coupled": "the same with a_i = the chance that coupled verification keeps the token",
+    "potential_kl_temperature": "the temperature of potential_kl alone",
+    "potential_samples": "samples that count",
+    "potential_skipped": "samples left out, as they have fewer than 2 tokens",
+    "potential_tokens": "positions that the figures are means over: every token of a sample but its first; no padding",
+    "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over samples (absent for one sample)",
 }
 TOP_K = 5
 CHUNK_ROWS = 2048  # rows of V logits in fp32 at a time: 1 GB at V = 128k
@@ -212,6 +230,12 @@ def _interval(name: str, resampled: np.ndarray, prompts: int) -> dict[str, float
 def _resamples(count: int, seed: int) -> np.ndarray:
     """Indices (NUM_RESAMPLES, count) drawn with replacement."""
     return np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's ρ: the correlation of both ranks, equal values at the mean of their ranks. NaN where x or y has one value only."""
+    ranks = pd.DataFrame({"x": list(x), "y": list(y)}).rank()
+    return float(ranks["x"].corr(ranks["y"]))
 
 
 # ---- cost model ----

@@ -39,8 +39,11 @@ GREY = "#666666"
 MAX_LABELS_WITH_STAGE = 9  # with more points than this, the stage moves from the labels to a legend
 LOG_RANGE = 30  # an axis whose largest value exceeds its smallest by this factor is logarithmic
 LABEL_GAP = 9.5  # points between the centres of two labels in a margin
+CLEARER = 1.5  # points that a label lies nearer to its own point than to another
 MAX_POINTS_IN_COLUMN = 5  # a figure of more labelled points is wider than a column
 MAX_END_LABELS = 12  # as many as fit beside a panel
+FEWEST_RANKED = 4  # drafts; a rank correlation of fewer says nothing
+NUM_RESAMPLES, INTERVAL = 2000, (2.5, 97.5)  # metrics.py's, which needs torch
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 7.5, "axes.labelsize": 8, "axes.titlesize": 8,
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
@@ -222,9 +225,9 @@ def layer_axis(axis: Axes, layers: Iterable[int]) -> None:
     axis.xaxis.set_major_locator(ticker.FixedLocator(layers) if len(layers) <= 9 else ticker.MaxNLocator(8, integer=True))
 
 
-def scale_axis(axis: Axes, name: str, values: pd.Series) -> None:
-    """Make axis `name` ("x" or "y") logarithmic where `values` span it; linear near 0 where some are (almost) 0."""
-    if values.max() <= LOG_RANGE * values.min():
+def scale_axis(axis: Axes, name: str, values: pd.Series, log_range: float = LOG_RANGE) -> None:
+    """Make axis `name` ("x" or "y") logarithmic where `values` span `log_range`; linear near 0 where some are (almost) 0."""
+    if values.max() <= log_range * values.min():
         return
     set_scale, which = getattr(axis, f"set_{name}scale"), getattr(axis, f"{name}axis")
     if values.min() < 1e-3:
@@ -294,7 +297,8 @@ def label_points(axis: Axes, rows: pd.DataFrame, columns: tuple[str, str], texts
         look = STAGES[rows["kind"].iloc[index]]
         style = {"fontsize": 7, "color": look.ink, "va": "bottom", "gid": "label"}
         label = axis.annotate(texts[index], values[index], textcoords="offset points", xytext=(0, 0), **style)
-        place = free_place(points[index], label.get_window_extent().size, axis, obstacles=obstacles, lines=lines)
+        others = np.delete(points, index, axis=0)
+        place = free_place(points[index], label.get_window_extent().size, axis, others=others, obstacles=obstacles, lines=lines)
         label.remove()
         if place is None:
             left_out.append(texts[index])
@@ -309,15 +313,17 @@ def label_points(axis: Axes, rows: pd.DataFrame, columns: tuple[str, str], texts
 
 
 def free_place(
-    point: np.ndarray, size: np.ndarray, axis: Axes, *, obstacles: np.ndarray, lines: np.ndarray,
+    point: np.ndarray, size: np.ndarray, axis: Axes, *, others: np.ndarray, obstacles: np.ndarray, lines: np.ndarray,
 ) -> tuple[np.ndarray, tuple[float, float], np.ndarray] | None:
     """The nearest place around `point` (2,) for a text of `size` (2,), in pixels; None where there is none.
 
     A place is free when it lies within the axes and touches none of the boxes `obstacles` (n, 4). One farther off
-    than 8 points gets a leader, which may touch none of `lines` (n, 4): the labels and leaders placed before. Returns
-    the place (4,), its corner nearest to the point (as shares of its size) and boxes (n, 4) along the leader.
+    than 8 points gets a leader, which may touch none of `lines` (n, 4), the labels and leaders placed before, and no
+    marker at `others` (n, 2); one without must lie clearly nearer to `point` than to those. Returns the place (4,), its
+    corner nearest to the point (as shares of its size) and boxes (n, 4) along the leader.
     """
     pixels, frame = pixels_per_point(axis.figure), axis.get_window_extent()
+    crossed = np.vstack([lines, around(others, 2.5 * pixels)])
     for distance, angle in itertools.product((5, 8, 12, 16, 20, 25, 30, 37, 45), range(0, 360, 15)):
         direction = np.round([np.cos(np.radians(angle)), np.sin(np.radians(angle))], 6)
         near = point + distance * pixels * direction
@@ -326,9 +332,15 @@ def free_place(
         box = np.concatenate([low, low + size])
         leader = along([point + 6 * pixels * direction, near], pixels) if distance > 8 else np.empty((0, 4))
         inside = (box[:2] >= frame.min).all() and (box[2:] <= frame.max).all()
-        if inside and not touch(box[None], obstacles) and not touch(leader, lines):
+        nearest = len(leader) > 0 or (gaps(box, others) > (distance + CLEARER) * pixels).all()
+        if inside and nearest and not touch(box[None], obstacles) and not touch(leader, crossed):
             return box, tuple(anchor), leader
     return None
+
+
+def gaps(box: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Distances (n,) from `box` (4,) to `points` (n, 2)."""
+    return np.hypot(*np.maximum(0, np.maximum(box[:2] - points, points - box[2:])).T)
 
 
 def touch(boxes: np.ndarray, others: np.ndarray) -> bool:
@@ -483,6 +495,9 @@ def draw_points(axis: Axes, rows: pd.DataFrame, at: tuple[pd.Series, str], *, in
 
 # ---- figures with one point per draft ----
 
+MEASURED_TAU = "spec_tokens_per_call"
+
+
 def speedup_vs_quality(table: pd.DataFrame) -> Figure | None:
     """KL to the target against measured speedup, a panel per quality data set, with the Pareto front."""
     columns = [f"{dataset}_kl" for dataset in dataset_names(table, "speedup_vs_quality")]
@@ -554,6 +569,67 @@ def draw_predicted(axis: Axes, rows: pd.DataFrame, column: str) -> None:
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_locator(ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
     axis.set_title("dashed: measured = predicted", fontsize=7, color=GREY)
+
+
+def potential_vs_tokens_per_call(table: pd.DataFrame) -> Figure | None:
+    """Per quality data set, what promises a good draft against what it gave: KL and overlap against measured tokens per call."""
+    grid = [ranked_panels(drafts_of(table), dataset) for dataset in dataset_names(table, "potential_vs_tokens_per_call")]
+    grid = [panels for panels in grid if panels]
+    if not grid:
+        return None
+    figure, axes = panel_grid([len(panels) for panels in grid], 3.1)
+    pairs = list(zip(itertools.chain(*axes), itertools.chain(*grid), strict=True))
+    for axis, panel in pairs:
+        draw_potential(axis, panel)
+    every = pd.concat([panel.rows for _, panel in pairs])
+    note = interval_note(every, MEASURED_TAU, "potential_vs_tokens_per_call")
+    head_line(figure, settings_line(table, "; ".join(filter(None, [note, "ρ: Spearman's, with its 95 % interval over drafts"]))))
+    stage_legend(figure, [stage for stage, _ in by_stage(every)])
+    settle(figure)
+    for axis, panel in pairs:
+        label_points(axis, panel.rows, (panel.column, MEASURED_TAU), point_names(panel.rows, with_stage=False))
+    return figure
+
+
+def ranked_panels(drafts: pd.DataFrame, dataset: str) -> list[Panel]:
+    """KL and overlap on `dataset`, each with the drafts that have it and a measured τ; a printed line where those are too few."""
+    panels = [Panel(f"{dataset}_kl", f"KL(p‖q) on {dataset} (nats/token)", drafts, "KL", wide_range=True),
+              Panel(f"{dataset}_overlap", f"Σ min(p, q) on {dataset}, temperature 1", drafts, "overlap")]
+    found = []
+    for panel in panels:
+        rows = rows_with(drafts, [panel.column, MEASURED_TAU], "potential_vs_tokens_per_call")
+        if 0 < len(rows) < FEWEST_RANKED:
+            print(f"plots: potential_vs_tokens_per_call: {panel.column} left out, {len(rows)} drafts are too few to rank")
+        found += [replace(panel, rows=rows)] if len(rows) >= FEWEST_RANKED else []
+    return found
+
+
+def draw_potential(axis: Axes, panel: Panel) -> None:
+    """Measured τ with its interval, a marker per draft, and the rank correlation in the title."""
+    for _, points in by_stage(panel.rows):
+        draw_points(axis, points, (points[panel.column], MEASURED_TAU), interval=True)
+    if panel.wide_range:
+        scale_axis(axis, "x", panel.rows[panel.column], log_range=1)
+    axis.margins(0.12)
+    axis.set(xlabel=panel.label, ylabel="tokens per target call τ")
+    found = rank_correlation(panel.rows[panel.column], panel.rows[MEASURED_TAU])
+    text = "no ρ, as not both vary" if found is None else "ρ = {:.2f} [{:.2f}, {:.2f}]".format(*found).replace("-", "−")
+    axis.set_title(f"{panel.title}: {text}")
+
+
+def rank_correlation(x: pd.Series, y: pd.Series, seed: int = 0) -> tuple[float, float, float] | None:
+    """Spearman's ρ, as metrics.spearman, and its bootstrap interval over pairs; None where x or y does not vary.
+
+    Resamples in which one of them does not vary do not count.
+    """
+    if min(x.nunique(), y.nunique()) < 2:
+        return None
+    count = len(x)
+    pick = np.vstack([np.arange(count), np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))])
+    x_ranks, y_ranks = (pd.DataFrame(values.to_numpy(float)[pick]).rank(axis=1) for values in (x, y))
+    rho = x_ranks.corrwith(y_ranks, axis=1)
+    low, high = np.nanpercentile(rho[1:], INTERVAL)
+    return rho[0], low, high
 
 
 # ---- small multiples of rounds ----
@@ -760,7 +836,8 @@ def draw_steps(axis: Axes, rows: pd.DataFrame) -> None:
 FIGURES = {
     figure.__name__: figure
     for figure in (
-        quality_by_layer, acceptance_by_layer, speedup_vs_quality, acceptance_histograms, predicted_speedup, acceptance_by_position,
+        quality_by_layer, acceptance_by_layer, speedup_vs_quality, potential_vs_tokens_per_call, acceptance_histograms, predicted_speedup,
+        acceptance_by_position,
     )
 }
 

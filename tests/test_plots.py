@@ -17,10 +17,12 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
+import metrics
 import plots
 
 ROOT = Path(__file__).parent.parent
 GAMMA = 4
+RANKING = "potential_vs_tokens_per_call"  # the figure that needs some drafts
 NAMES = [*plots.FIGURES, "training_curves"]
 
 
@@ -31,7 +33,8 @@ def synthetic_draft(kind: str, layer: int) -> dict:
     row |= {"gamma": GAMMA, "verification": "rejection", "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     row |= {"chat_kl": 4 * (1 - rate), "chat_kl_at_train_temperature": 1.0, "chat_ppl": 40 * (1 - rate), "chat_top1": rate / 2}
     row |= {"spec_mean_accepted": 3 * rate, "spec_token_accept_rate": rate, "spec_tv": 1 - rate, "spec_speedup": 1.4 - rate / 2}
-    row |= {f"{name}_ci_low": 0.9 * row[name] for name in ("spec_mean_accepted", "spec_token_accept_rate", "spec_tv", "spec_speedup")}
+    row |= {"chat_overlap": rate, "spec_tokens_per_call": 1 + 3 * rate}
+    row |= {f"{name}_ci_low": 0.9 * row[name] for name in ("spec_mean_accepted", "spec_token_accept_rate", "spec_tv", "spec_speedup", "spec_tokens_per_call")}
     row |= {name.replace("_low", "_high"): value * 1.2 for name, value in row.items() if name.endswith("_ci_low")}
     row |= {"spec_predicted_speedup": 1.45 - rate / 2}
     row |= {f"spec_accept_at_{position}": rate for position in range(1, GAMMA + 1)}
@@ -82,7 +85,8 @@ def test_every_figure_is_written_as_png_and_pdf(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kinds, layers", [(("head",), (5,)), (("head",), (1, 5)), (("untuned", "head", "last_block", "head+last_block"), (5,))])
 def test_one_layer_or_one_stage_is_enough(kinds: tuple[str, ...], layers: tuple[int, ...]) -> None:
-    assert drawn(synthetic_table(kinds, layers)) == set(plots.FIGURES)
+    too_few = {RANKING} if len(kinds) * len(layers) < plots.FEWEST_RANKED else set()
+    assert drawn(synthetic_table(kinds, layers)) == set(plots.FIGURES) - too_few
 
 
 def test_target_alone_gives_its_quality(capsys: pytest.CaptureFixture) -> None:
@@ -105,15 +109,16 @@ def test_target_as_its_own_draft_is_no_draft() -> None:
     ("spec_speedup", False, {"speedup_vs_quality", "predicted_speedup"}),
     ("spec_accepted_hist_", False, {"acceptance_histograms"}),
     ("spec_accept_at_", True, {"acceptance_by_position"}),
-    ("chat_", False, {"quality_by_layer", "speedup_vs_quality"}),
-    ("chat_", True, {"quality_by_layer", "speedup_vs_quality"}),
+    ("chat_", False, {"quality_by_layer", "speedup_vs_quality", RANKING}),
+    ("chat_", True, {"quality_by_layer", "speedup_vs_quality", RANKING}),
+    ("spec_tokens_per_call", False, {RANKING}),
     ("chat_top1", True, set()),
     ("spec_tv", False, set()),
 ])
 def test_missing_numbers_leave_their_panel_out_and_say_so(
     capsys: pytest.CaptureFixture, prefix: str, as_nan: bool, gone: set[str],
 ) -> None:
-    table = synthetic_table(("head",), (1, 5))
+    table = synthetic_table(("head",), (1, 5, 7, 9))
     columns = [column for column in table if column.startswith(prefix)]
     table = table.assign(**dict.fromkeys(columns, np.nan)) if as_nan else table.drop(columns=columns)
     assert drawn(table) == set(plots.FIGURES) - gone
@@ -146,6 +151,39 @@ def test_figure_of_an_earlier_call_does_not_stay(tmp_path: Path) -> None:
     assert {path.name for path in (folder / "plots").iterdir()} == {"quality_by_layer.png", "quality_by_layer.pdf"}
 
 
+def test_ranking_of_drafts_states_spearmans_rho_with_its_interval() -> None:
+    """KL falls and overlap rises with τ, but for the two exits at layer 9, which trade places in KL."""
+    table = synthetic_table()
+    best = table.index[table["target_layer"] == 9]
+    table.loc[best, "chat_kl"] = table.loc[best[::-1], "chat_kl"].to_numpy()
+    with mpl.rc_context(plots.STYLE):
+        kl, overlap = plots.potential_vs_tokens_per_call(table).axes
+    drafts = plots.drafts_of(table)
+    for axis, column in ((kl, "chat_kl"), (overlap, "chat_overlap")):
+        rho, low, high = plots.rank_correlation(drafts[column], drafts["spec_tokens_per_call"])
+        assert rho == pytest.approx(metrics.spearman(drafts[column], drafts["spec_tokens_per_call"])) and -1.001 < low <= rho <= high < 1.001
+        assert f"ρ = {rho:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−") in axis.get_title(loc="left")
+        assert axis.get_ylabel() == "tokens per target call τ"
+    assert "KL: ρ = −0.94 [−1.00, " in kl.get_title(loc="left") and "overlap: ρ = 1.00 [1.00, 1.00]" in overlap.get_title(loc="left")
+    assert kl.get_xscale() == "log" and overlap.get_xscale() == "linear"
+
+
+def test_rank_correlation_shares_the_constants_of_metrics_and_needs_values_that_vary() -> None:
+    assert (plots.NUM_RESAMPLES, plots.INTERVAL) == (metrics.NUM_RESAMPLES, metrics.INTERVAL)
+    assert plots.rank_correlation(pd.Series([1.0, 1.0, 1.0, 1.0]), pd.Series([1.0, 2.0, 3.0, 4.0])) is None
+    rho, low, high = plots.rank_correlation(pd.Series([1.0, 2.0, 2.0, 4.0]), pd.Series([1.0, 3.0, 2.0, 4.0]))
+    assert rho == pytest.approx(4.5 / 22.5**0.5) and low <= rho <= high
+
+
+def test_ranking_is_left_out_for_fewer_drafts_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(plots, "FIGURES", {RANKING: plots.FIGURES[RANKING]})
+    for count, names in ((3, set()), (4, {f"{RANKING}.png", f"{RANKING}.pdf"})):
+        folder = write_synthetic(tmp_path / str(count), synthetic_table(("head",), tuple(range(count))))
+        plots.plot_results(folder, [])
+        assert {path.name for path in (folder / "plots").glob(f"{RANKING}.*")} == names
+    assert capsys.readouterr().out.count("3 drafts are too few to rank") == 2
+
+
 def crowded_table(per_stage: int) -> pd.DataFrame:
     """Drafts in a small cloud, several of them at the same place."""
     table = synthetic_table(("untuned", "head", "head+last_block"), tuple(range(per_stage)))
@@ -156,7 +194,7 @@ def crowded_table(per_stage: int) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("table", [synthetic_table(), crowded_table(3), crowded_table(12)])
-@pytest.mark.parametrize("draw", [plots.speedup_vs_quality, plots.predicted_speedup])
+@pytest.mark.parametrize("draw", [plots.speedup_vs_quality, plots.predicted_speedup, plots.potential_vs_tokens_per_call])
 def test_labels_of_points_overlap_neither_each_other_nor_points(table: pd.DataFrame, draw) -> None:
     """Boxes as the renderer measures them, not those that the placement computed."""
     with mpl.rc_context(plots.STYLE):
@@ -173,6 +211,23 @@ def test_labels_of_points_overlap_neither_each_other_nor_points(table: pd.DataFr
     for label, box in zip(labels, boxes, strict=True):
         assert not any(box.contains(*point) for point in points), f"{label.get_text()} covers a point"
         assert axis.get_window_extent().contains(box.x0, box.y0) and axis.get_window_extent().contains(box.x1, box.y1)
+
+
+def test_a_label_without_a_leader_is_nearest_to_its_own_point() -> None:
+    """Three drafts in a row, closer than a label is wide: labels above them once stood in another order than the points."""
+    table = synthetic_table(("untuned", "head"), (1, 3, 7))
+    table.loc[:2, "chat_overlap"], table.loc[:2, "spec_tokens_per_call"] = [0.100, 0.126, 0.156], [1.145, 1.128, 1.140]
+    table.loc[3:5, "spec_tokens_per_call"] = [1.8, 3.4, 4.1]
+    with mpl.rc_context(plots.STYLE):
+        figure = plots.potential_vs_tokens_per_call(table)
+        figure.draw_without_rendering()
+    axis = figure.axes[1]
+    labels = [text for text in axis.texts if text.get_gid() == "label"]
+    points = axis.transData.transform([label.xy for label in labels])
+    assert len(labels) == 6
+    for index, label in enumerate(labels):
+        distances = plots.gaps(Text.get_window_extent(label).extents, points)
+        assert label.arrow_patch or distances.argmin() == index, label.get_text()
 
 
 def test_labels_without_room_are_counted(capsys: pytest.CaptureFixture) -> None:
