@@ -26,31 +26,38 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from decoding.chain import chain_round
 from decoding.draft_length import DraftLength, FixedLength
+from decoding.dynamic_tree import DynamicTree, dynamic_tree_round
 from decoding.hf_peers import generation_config, hf_decode
 from decoding.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy
-from decoding.self_speculation import SharedExit, self_speculation_round
+from decoding.self_speculation import self_speculation_round
+from decoding.shared_exit import SharedExit
+from decoding.specexec import SpecExec, specexec_round
 from decoding.state import DecodeState, DecodeStats, Model, RoundResult, synchronize
 from decoding.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupported
+from decoding.static_tree import StaticTree, static_tree_round
 from decoding.vanilla import vanilla_round
 from decoding.verify import VERIFICATIONS, Verification
 from plain_llama import as_llama, constant_drafting
 from truncated_llama import TruncatedLlama
 
 Stop = Callable[[list[int]], bool]
+TreePlan = StaticTree | DynamicTree | SpecExec
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
     """How to decode. `stop(tokens)` may end it: asked with the new tokens so far, true leaves the last of them out.
 
-    `gamma` is a number or a rule (decoding/draft_length.py). `engine` "static" is the suite's own forward pass, where it can run the
+    `gamma`, of chains, is a number or a rule (decoding/draft_length.py), `verification` theirs; `tree`, of tree methods, is a StaticTree, a DynamicTree or a
+    SpecExec (the latter two have defaults). `engine` "static" is the suite's own forward pass, where it can run the
     models; "transformers" is theirs.
     """
 
     method: str = "vanilla"
     policy: SamplingPolicy = field(default_factory=SamplingPolicy)
     gamma: int | DraftLength = 4
+    tree: TreePlan | None = None
     verification: Verification = "rejection"
     max_new_tokens: int = 128
     eos_ids: frozenset[int] = frozenset()
@@ -66,8 +73,36 @@ class DecodeOptions:
             raise ValueError(f"unknown verification {self.verification!r}: choose one of {', '.join(VERIFICATIONS)}")
         if not 1 <= self.length().longest < KEPT_WIDTHS:
             raise ValueError(f"gamma {self.gamma} must lie between 1 and {KEPT_WIDTHS - 1}")
+        self._check_tree()
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+
+    def _check_tree(self) -> None:
+        plan = METHODS[self.method].plan
+        if plan is None and self.tree is not None:
+            raise ValueError(f"method {self.method!r} drafts no trees: leave out tree=")
+        if plan is StaticTree and self.tree is None:
+            raise ValueError("method 'static_tree' needs tree=StaticTree(growmap)")
+        if plan is not None and not isinstance(self.plan, plan):
+            raise ValueError(f"method {self.method!r} takes a {plan.__name__} as tree=, not a {type(self.tree).__name__}")
+
+    @property
+    def plan(self) -> TreePlan | None:
+        """What the trees of a tree method look like."""
+        kind = METHODS[self.method].plan
+        return self.tree if kind is None or self.tree is not None else kind()
+
+    @property
+    def ahead(self) -> int:
+        """Positions behind the committed tokens that a round may draft."""
+        if METHODS[self.method].draft == "none":
+            return 0
+        return self.length().longest if self.plan is None else self.plan.depth
+
+    @property
+    def slots_ahead(self) -> int:
+        """Slots behind the committed tokens that a round may fill."""
+        return self.length().longest if self.plan is None else self.plan.slots
 
     def length(self) -> DraftLength:
         """The rule that `gamma` stands for."""
@@ -79,13 +114,15 @@ class Method:
     """How a decoding method decodes, whether its output has the target's law, and what it drafts with.
 
     It has a `round`, or, as transformers' own decoders, decodes a `whole` text (target, prompt, options, draft, seed).
-    `draft`: "none", "model" (any with the target's vocabulary) or "exit" (a TruncatedLlama of this very target).
+    `draft`: "none", "model" (any with the target's vocabulary), "exit" (a TruncatedLlama of this very target) or "any" (an exit that shares the target's
+    blocks where it can, else a model). `plan`: what DecodeOptions.tree has to be.
     """
 
     lossless: bool
-    draft: Literal["none", "model", "exit"]
+    draft: Literal["none", "model", "exit", "any"]
     round: Callable[[DecodeState, DecodeOptions], list[RoundResult]] | None = None
     whole: Callable[[nn.Module, list[int], DecodeOptions, nn.Module | None, int], tuple[list[int], DecodeStats]] | None = None
+    plan: type | None = None
 
 
 def _hf_generate(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
@@ -114,6 +151,9 @@ METHODS = {
     "vanilla": Method(True, "none", lambda state, options: vanilla_round(state)),
     "speculative": Method(True, "model", lambda state, options: chain_round(state, options.length(), options.verification)),
     "self_speculative": Method(True, "exit", lambda state, options: self_speculation_round(state, options.length(), options.verification)),
+    "static_tree": Method(True, "any", lambda state, options: static_tree_round(state, options.plan), plan=StaticTree),
+    "dynamic_tree": Method(True, "any", lambda state, options: dynamic_tree_round(state, options.plan), plan=DynamicTree),
+    "specexec": Method(True, "any", lambda state, options: specexec_round(state, options.plan), plan=SpecExec),
     "hf_generate": Method(True, "none", whole=_hf_generate),
     "hf_assisted": Method(True, "model", whole=_hf_assisted),
     "hf_early_exit": Method(True, "exit", whole=_hf_early_exit),
@@ -177,6 +217,8 @@ def generate_batch(
     method = METHODS[options.method]
     for prompt in prompts:
         _check(target, prompt, options, draft if method.draft != "none" else target)
+    if method.plan is not None and len(prompts) > 1:
+        raise ValueError(f"method {options.method!r} decodes one text at a time, not {len(prompts)}")
     prompt_ids = list(range(len(prompts))) if prompt_ids is None else prompt_ids
     if len(prompt_ids) != len(prompts):
         raise ValueError(f"{len(prompt_ids)} prompt_ids for {len(prompts)} prompts")
@@ -251,10 +293,10 @@ def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: 
         raise ValueError(f"draft and target have different vocabularies ({draft.config.vocab_size} and {target.config.vocab_size} tokens)")
     if options.method == "self_speculative":
         _check_exit(target, draft, options)
-    ahead = options.length().longest if METHODS[options.method].draft != "none" else 0
     context = min(context_length(model.config) for model in (target, draft))
-    if len(prompt) + options.max_new_tokens + ahead > context:
-        raise ValueError(f"prompt ({len(prompt)}), new tokens ({options.max_new_tokens}) and gamma ({ahead}) exceed the context of {context}")
+    if len(prompt) + options.max_new_tokens + options.ahead > context:
+        raise ValueError(
+            f"prompt ({len(prompt)}), new tokens ({options.max_new_tokens}) and gamma or tree depth ({options.ahead}) exceed the context of {context}")
 
 
 def _check_exit(target: nn.Module, draft: nn.Module, options: DecodeOptions) -> None:
@@ -289,12 +331,12 @@ _making = Lock()  # weights are joined by one thread at a time
 
 def _slots(prompts: list[list[int]], options: DecodeOptions) -> int:
     """Capacity of a cache for these texts."""
-    return max(map(len, prompts)) + options.max_new_tokens + options.length().longest + 1
+    return max(map(len, prompts)) + options.max_new_tokens + options.slots_ahead + 1
 
 
 def _prepare(engines: Engines, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int]) -> DecodeState:
     """Empty caches of sufficient capacity for target and draft, and all else that a generation starts with."""
-    kind = METHODS[options.method].draft
+    kind = _draft_kind(engines.target, draft, options)
     drafter = None if kind == "none" else _draft_for(engines, draft, kind, _slots(prompts, options), options.engine)
     for model in filter(None, (engines.target, drafter)):
         model.start([len(prompt) for prompt in prompts])
@@ -326,6 +368,15 @@ def _engines_for(target: nn.Module, capacity: int, batch: int, engine: str) -> E
         if isinstance(known.target, StaticLlama):  # a CachedModel holds the model, and would keep it alive here
             _engines[target] = known
     return known
+
+
+def _draft_kind(target: Model, draft: nn.Module | None, options: DecodeOptions) -> str:
+    """Method.draft, of which "any" is "exit" or "model"."""
+    kind = METHODS[options.method].draft
+    if kind != "any":
+        return kind
+    shares = isinstance(draft, TruncatedLlama) and isinstance(target, StaticLlama) and why_unsupported(draft.target, draft.parts()) is None
+    return "exit" if shares and target.serves(draft.target, 0, target.batch, options.engine) else "model"
 
 
 def _draft_for(engines: Engines, draft: nn.Module, kind: str, capacity: int, engine: str) -> Model | SharedExit:

@@ -32,12 +32,14 @@ FORMAT = "early-exit-1"
 
 
 def prepare_pass(
-    target: LlamaForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Cache | None = None
+    target: LlamaForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Cache | None = None,
+    position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict]:
     """Embeddings (B, T, D) of `input_ids` (B, T), and what every block of this pass gets beside the hidden state."""
     hidden = target.model.embed_tokens(input_ids)
     start = cache.get_seq_length() if cache is not None else 0
-    position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
+    if position_ids is None:
+        position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
     mask = None  # a single token sees everything before it
     if attention_mask is not None or input_ids.shape[1] > 1:
         mask = create_causal_mask(
@@ -151,10 +153,11 @@ class TruncatedLlama(nn.Module):
         past_key_values: Cache | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
+        position_ids: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), or (B, logits_to_keep, V); `past_key_values` is appended to in place."""
+        """Logits (B, T, V), or (B, logits_to_keep, V); `past_key_values` is appended to in place. The mask is (B, T), or 4-D and added to the scores."""
         cache = past_key_values if use_cache else None
-        hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask, cache)
+        hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask, cache, position_ids)
         hidden = run_blocks(self.target.model.layers[: self.exit.prefix], hidden, pass_inputs)
         return CausalLMOutputWithPast(logits=self.exit(hidden, pass_inputs, logits_to_keep), past_key_values=cache)
 

@@ -16,20 +16,25 @@ from decoding.programs import Programs
 class CachedModel:
     """One text, decoded with a model called as `model(input_ids=, past_key_values=, use_cache=True).logits`.
 
-    `lengths`, `calls`, `tokens`, `forward`, `advance`, `prefill`, `crop` and `layers` are those of StaticLlama.
+    `lengths`, `calls`, `tokens`, `forward`, `forward_tree`, `advance`, `note`, `prefill`, `crop`, `keep` and `layers` are those of
+    StaticLlama. `_filled` tokens are in the library's cache: those of `lengths`, and what passes have appended behind.
     """
 
     batch, on_host, reach, token_ids = 1, True, 0, None
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.device = model, model.device
+        self.model, self.device, self.config = model, model.device, model.config
         self.programs = Programs(torch.device("cpu"))  # a growing cache cannot be captured
         self.start()
 
     def start(self, prompt_lengths: list[int] | None = None) -> None:
         """Forget all tokens and counts."""
-        self.lengths, self.calls, self.tokens = [0], 0, 0
+        self.lengths, self.calls, self.tokens, self._filled = [0], 0, 0, 0
         self._cache = DynamicCache()
+
+    def reach_of(self, rows: int) -> int:
+        """See StaticLlama: here nothing is masked."""
+        return self.reach
 
     def starts(self) -> torch.Tensor:
         """Where the next pass begins, int64 (1,)."""
@@ -39,14 +44,25 @@ class CachedModel:
         """Logits (1, T, V) that follow each of `tokens` (1, T), appended to the cache."""
         return self._pass(tokens)
 
-    def _pass(self, tokens: torch.Tensor, logits_to_keep: int = 0) -> torch.Tensor:
-        return self.model(
-            input_ids=tokens.to(self.device), past_key_values=self._cache, use_cache=True, logits_to_keep=logits_to_keep
-        ).logits
+    def forward_tree(self, tokens: torch.Tensor, starts: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Logits (T, V) that follow the nodes `tokens` (T,), appended to the cache; places as StaticLlama's. Attention must take 4-D masks (eager, sdpa)."""
+        count, window = visible.shape
+        hidden = torch.zeros(count, int(starts) + window, dtype=self.model.dtype, device=self.device)
+        hidden[:, int(starts) :].masked_fill_(~visible, torch.finfo(hidden.dtype).min)
+        positions = (int(starts) + depths)[None]
+        return self._pass(tokens[None], attention_mask=hidden[None, None], position_ids=positions)[0]
+
+    def _pass(self, tokens: torch.Tensor, **inputs: object) -> torch.Tensor:
+        self._filled += tokens.shape[1]
+        return self.model(input_ids=tokens.to(self.device), past_key_values=self._cache, use_cache=True, **inputs).logits
 
     def advance(self, count: int) -> None:
         """Count the `count` tokens of a pass as appended."""
         self.lengths = [self.lengths[0] + count]
+        self.note(count)
+
+    def note(self, count: int) -> None:
+        """Count a pass over `count` tokens that the cache does not keep."""
         self.calls += 1
         self.tokens += count
 
@@ -64,10 +80,17 @@ class CachedModel:
 
     def crop(self, lengths: list[int]) -> None:
         """Forget everything behind the first `lengths[0]` tokens; more than are held is no change."""
-        surplus = self.lengths[0] - lengths[0]
+        self.lengths = [min(self.lengths[0], lengths[0])]
+        surplus, self._filled = self._filled - self.lengths[0], self.lengths[0]
         if surplus > 0:
             self._cache.crop(-surplus)
-            self.lengths = list(lengths)
+
+    def keep(self, start: int, nodes: torch.Tensor) -> None:
+        """Behind the first `start` tokens keep of a tree that was run there the `nodes` (N,), ascending."""
+        for layer in self._cache.layers:
+            layer.keys, layer.values = (torch.cat([half[..., :start, :], half[..., start + nodes, :]], -2) for half in (layer.keys, layer.values))
+        self._filled = start + len(nodes)
+        self.lengths = [self._filled]
 
     def layers(self, row: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(keys, values) of each block, (1, heads, length, head dimension): for tests that compare caches."""

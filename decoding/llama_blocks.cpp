@@ -152,8 +152,8 @@ struct Shape {
 };
 
 // T rows. Row t goes to slot slots[t] of text texts[t] and is rotated to positions[t]; without these, to slot start + t of text `text`,
-// rotated to its slot. A row sees its text up to its own slot. With `visible` (T, T) all rows lie behind `start` slots that
-// each sees, besides the rows j with visible[t, j].
+// rotated to its slot. A row sees its text up to its own slot. With `visible` (T, window) it sees, of the last `window` slots up to the
+// pass's last, those j with visible[t, j], and all before them.
 template <typename W>
 struct Rows {
     int64_t count, start, one_text;
@@ -161,6 +161,7 @@ struct Rows {
     const W *cosines, *sines;  // (texts, capacity, head_dim), of which the first half is read, and (texts, capacity, head_dim / 2)
     int64_t tables;            // texts that have tables of their own; 1: all share the first
     const uint8_t* visible;
+    int64_t window;
 
     int64_t text(int64_t t) const { return texts ? texts[t] : one_text; }
     int64_t slot(int64_t t) const { return slots ? slots[t] : start + t; }
@@ -223,10 +224,10 @@ static void place(const Block<W>& block, const Shape& shape, const Rows<W>& rows
     }
 }
 
-// The weights that a query gives to the first `seen` slots, from its scores; what it does not see among the pass's rows weighs 0.
-static float soften(float* score, int64_t seen, int64_t start, const uint8_t* visible) {
-    for (int64_t s = start; visible && s < seen; s++)
-        if (!visible[s - start]) score[s] = -1e30f;
+// The weights that a query gives to the first `seen` slots, from its scores; what it does not see of the last `window` weighs 0.
+static float soften(float* score, int64_t seen, int64_t window, const uint8_t* visible) {
+    for (int64_t i = 0; visible && i < window; i++)
+        if (!visible[i]) score[seen - window + i] = -1e30f;
     float most = -1e30f, total = 0;
 #pragma omp simd reduction(max : most)
     for (int64_t s = 0; s < seen; s++) most = score[s] > most ? score[s] : most;
@@ -256,7 +257,7 @@ static void attend(const Block<W>& block, const Shape& shape, const Rows<W>& row
     }
     for (int64_t g = 0; g < groups; g++) {
         float* score = scores + g * padded;
-        const float total = soften(score, seen, rows.start, rows.visible ? rows.visible + t * rows.count : nullptr);
+        const float total = soften(score, seen, rows.window, rows.visible ? rows.visible + t * rows.window : nullptr);
         for (int64_t i = 0; i < size; i += LANES) {
             floats mixed[4] = {};  // four chains of additions: one alone would wait for itself
             int64_t s = 0;

@@ -45,7 +45,8 @@ class Rows(ctypes.Structure):
     """struct Rows of the source."""
 
     _fields_ = [*[(name, ctypes.c_int64) for name in ("count", "start", "one_text")],
-                *[(name, ctypes.c_void_p) for name in ("slots", "texts", "positions", "cosines", "sines")], ("tables", ctypes.c_int64), ("visible", ctypes.c_void_p)]
+                *[(name, ctypes.c_void_p) for name in ("slots", "texts", "positions", "cosines", "sines")], ("tables", ctypes.c_int64),
+                ("visible", ctypes.c_void_p), ("window", ctypes.c_int64)]
 
 
 class Pass(ctypes.Structure):
@@ -94,6 +95,8 @@ ARGUMENTS = {
     "policy_probs": [_POINTER, _POINTER, _NUMBER, _NUMBER, ctypes.c_float, _NUMBER, ctypes.c_float, ctypes.c_int],
     "draw": [_POINTER, _NOISE, _PLACES, *[_POINTER] * 2, *[_NUMBER] * 2, *[_POINTER] * 2],
     "verify_coupled": [*[_POINTER] * 2, _NOISE, _PLACES, _POINTER, *[_NUMBER] * 3, *[_POINTER] * 2],
+    "verify_match": [*[_POINTER] * 4, *[_NUMBER] * 2, ctypes.c_float, _NUMBER, ctypes.c_float, _NOISE, _PLACES, *[_POINTER] * 3],
+    "gumbel_children": [_POINTER, *[_NUMBER] * 2, *[ctypes.c_float] * 2, _NOISE, _PLACES, *[_POINTER] * 2, _NUMBER, *[_POINTER] * 2],
     "verify_rejection": [*[_POINTER] * 4, _NOISE, _PLACES, _PLACES, _POINTER, *[_NUMBER] * 4, *[_POINTER] * 2],
 }
 

@@ -180,3 +180,61 @@ extern "C" void verify_rejection(
         next[text] = draw_row(source, residual->key(key, positions[kept]), nullptr, n).token;
     }
 }
+
+// ---- trees ----
+
+// Walks from node 0 to the child that equals the target's draw, while there is one, through n nodes of which parents come first.
+extern "C" void verify_match(
+    const float* logits, const int64_t* tokens, const int64_t* parents, const int64_t* depths, int64_t nodes, int64_t n,
+    float temperature, int64_t top_k, float top_p, const Noise* noise, const Places* places, const uint64_t* start, uint8_t* reached, int64_t* drawn) {
+    static thread_local std::vector<float> probs;
+    probs.resize(n);
+    int64_t node = 0;
+    for (int64_t next = 0; next < nodes; node = next) {
+        reached[node] = 1;
+        row_probs(logits + node * n, probs.data(), n, temperature, top_k, top_p);
+        *drawn = draw_row(probs.data(), places->key(noise->of(0), *start + 1 + depths[node]), nullptr, n).token;
+        for (next = node + 1; next < nodes && !(parents[next] == node && tokens[next] == *drawn);) next++;
+    }
+}
+
+// One of many candidates.
+struct Candidate {
+    float score;
+    int64_t column;
+};
+
+// For each row of logits (rows, n) the `count` tokens with the largest log q + g, g the Gumbel noise of the row's position, q at `temperature`
+// (0: the largest logits, without noise), best first, and the log of their shares of softmax((log q + g) / scale).
+extern "C" void gumbel_children(
+    const float* logits, int64_t rows, int64_t n, float temperature, float scale, const Noise* noise, const Places* places, const uint64_t* positions,
+    const int64_t* ids, int64_t count, int64_t* tokens, double* values) {
+    static thread_local std::vector<float> gumbel, scores;
+    gumbel.assign(n, 0.0f);
+    scores.resize(n);
+    for (int64_t row = 0; row < rows; row++) {
+        if (temperature > 0 && (row == 0 || positions[row] != positions[row - 1])) {
+            const uint64_t key = places->key(noise->of(0), positions[row]);
+            for (int64_t i = 0; i < n; i++) gumbel[i] = float(unit(mix(key ^ (uint64_t(ids ? ids[i] : i) + 1) * GOLDEN)));
+            for (float& value : gumbel) value = -std::log(std::max(-std::log(value), 1e-30f));
+        }
+        const float over = temperature > 0 ? 1 / temperature : 1;
+        float most = LEAST, total = 0;
+        for (int64_t i = 0; i < n; i++) scores[i] = logits[row * n + i] * over + gumbel[i];
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < n; i++) most = scores[i] > most ? scores[i] : most;
+#pragma omp simd reduction(+ : total)
+        for (int64_t i = 0; i < n; i++) total += std::exp((scores[i] - most) / scale);
+        std::vector<Candidate> best;
+        for (int64_t i = 0; i < n; i++) {
+            if (int64_t(best.size()) == count && scores[i] <= best.back().score) continue;
+            const auto at = std::upper_bound(best.begin(), best.end(), scores[i], [](float score, const Candidate& c) { return score > c.score; });
+            best.insert(at, {scores[i], i});
+            if (int64_t(best.size()) > count) best.pop_back();
+        }
+        for (int64_t k = 0; k < count; k++) {
+            tokens[row * count + k] = ids ? ids[best[k].column] : best[k].column;
+            values[row * count + k] = (best[k].score - most) / scale - std::log(total);
+        }
+    }
+}

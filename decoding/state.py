@@ -20,23 +20,45 @@ PHASES = ("prefill", "draft", "verify", "record")
 
 
 @dataclass
+class TreeCounts:
+    """Of a round over a tree: `passes` of the draft, which fed it `fed` nodes, `widest` at once, and made `considered` candidates (both root and all);
+    `nodes` of the tree that was verified, the root included, and the tokens that it was `expected` to bring."""
+
+    considered: int
+    passes: int = 1
+    fed: int = 1
+    widest: int = 1
+    nodes: int = 1
+    expected: float = 1.0
+
+    def add_pass(self, fed: int, considered: int) -> None:
+        """Count a draft pass over `fed` nodes, and the candidates that came of it."""
+        self.passes += 1
+        self.fed += fed
+        self.widest = max(self.widest, fed)
+        self.considered += considered
+
+
+@dataclass
 class RoundResult:
     """One text's share of a round: its tokens (kept drafts, then the correction or bonus) and its counts.
 
-    `overlaps` and `expected` hold, for each tested position, Σ min(p, q) and the verification's own chance of keeping
-    the drafted token; they are filled only when `record_overlap` is set.
+    `tested`: drafted positions that verification reached: the kept ones and, where there is one, the first rejected (in a tree, where something was
+    drafted). `overlaps` and `expected` hold, for each of them, Σ min(p, q) and the verification's own chance of keeping
+    the drafted token; they are filled only when `record_overlap` is set, and not for trees.
     """
 
     tokens: list[int]
     proposed: int = 0
     accepted: int = 0
+    tested: int | None = None
     overlaps: list[float] = field(default_factory=list)
     expected: list[float] = field(default_factory=list)
+    tree: TreeCounts | None = None
 
-    @property
-    def tested(self) -> int:
-        """Drafted positions that verification reached: the kept ones and, where there is one, the first rejected."""
-        return min(self.accepted + 1, self.proposed)
+    def __post_init__(self) -> None:
+        if self.tested is None:
+            self.tested = min(self.accepted + 1, self.proposed)
 
 
 @dataclass
@@ -129,6 +151,11 @@ class DecodeState:
     def __post_init__(self) -> None:
         self.clock = Clock(self.target.device)
         self.running = list(range(len(self.committed)))  # texts that have not ended
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of the target."""
+        return self.target.config.vocab_size
 
     def last(self, count: int = 1) -> torch.Tensor:
         """The last `count` committed tokens of every text, int64 (B, count)."""

@@ -215,19 +215,19 @@ class KeyValues:
 class Span:
     """T rows of one text at slots start … start+T−1, known on the host: what is read and written are plain slices.
 
-    `offsets` (T,) are the rows' positions relative to `start` (default: in order), `visible` (T, T) says which of
-    each other the rows see (default: themselves and what is before them). Raises ValueError where the slots end.
+    `positions` (T,) say where in the text the rows stand (default: at their slots), and `visible` (T, W) which of the last W
+    slots up to the pass's last each row sees, besides all before them (default: those up to its own). Raises
+    ValueError where the slots end.
     """
 
     batch = 1
 
     def __init__(
-        self, rotary: Rotary, start: int, count: int, text: int = 0, offsets: torch.Tensor | None = None, visible: torch.Tensor | None = None,
+        self, rotary: Rotary, start: int, count: int, text: int = 0, positions: torch.Tensor | None = None, visible: torch.Tensor | None = None,
     ) -> None:
         if start + count > rotary.capacity:
             raise ValueError(f"{count} tokens behind {start} exceed the cache's {rotary.capacity} slots")
-        self.rotary, self.start, self.count, self.text, self.visible = rotary, start, count, text, visible
-        self.positions = None if offsets is None else start + offsets
+        self.rotary, self.start, self.count, self.text, self.positions, self.visible = rotary, start, count, text, positions, visible
 
     def view(self, cache: KeyValues) -> SpanView:
         """What the rows see and write of `cache`."""
@@ -240,7 +240,8 @@ class Span:
             raise ValueError(f"position {int(self.positions.max())} exceeds the cache's {self.rotary.capacity} slots")
         self._held = native.dense(self.positions, None if self.visible is None else self.visible.to(torch.uint8))
         positions, visible = map(native.address, self._held)
-        return native.Rows(self.count, self.start, self.text, None, None, positions, *self.rotary.tables, visible)
+        window = 0 if self.visible is None else self.visible.shape[1]
+        return native.Rows(self.count, self.start, self.text, None, None, positions, *self.rotary.tables, visible, window)
 
     def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
         """Put `x` (T, D) where `store` (B, S, D) has this place."""
@@ -267,7 +268,7 @@ class SpanView:
         if place.visible is None:
             whole.tril_(place.start)
         else:
-            whole[0, :, place.start :] = place.visible
+            whole[0, :, place.start + place.count - place.visible.shape[1] :] = place.visible
         return cache.mask(whole)
 
     def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -277,15 +278,27 @@ class SpanView:
 
 
 class Scatter:
-    """T rows of every text at slots `positions` (B, T), known on the device: nothing depends on the host.
+    """T rows of every text at `slots` (B, T), known on the device: nothing depends on the host.
 
-    Attention reads the first `reach` slots of every text and masks those behind each position.
+    Attention reads the first `reach` slots of every text and masks those behind each row's. The rows of a tree have `positions` (B, T)
+    that are not their slots, and see of the window of W slots from `starts` (B,) what `visible` (T, W) says.
     """
 
-    def __init__(self, rotary: Rotary, positions: torch.Tensor, reach: int) -> None:
-        self.batch, self.count = positions.shape
-        self.rotary, self.positions, self.reach = rotary, positions, reach
-        self.texts = torch.arange(self.batch, device=positions.device)[:, None]
+    def __init__(self, rotary: Rotary, slots: torch.Tensor, reach: int, tree: TreeRows | None = None) -> None:
+        self.batch, self.count = slots.shape
+        self.rotary, self.slots, self.reach, self.tree = rotary, slots, reach, tree
+        self.positions = slots if tree is None else tree.positions
+        self.texts = torch.arange(self.batch, device=slots.device)[:, None]
+
+    def seen(self) -> torch.Tensor:
+        """Which slots each row sees, bool (B, T, reach)."""
+        slots = torch.arange(self.reach, device=self.slots.device)
+        if self.tree is None:
+            return slots <= self.slots[..., None]
+        window = slots - self.tree.starts[:, None]  # (B, reach)
+        inside = (window >= 0) & (window < self.tree.visible.shape[1])
+        of_window = self.tree.visible[:, window.clamp(0, self.tree.visible.shape[1] - 1)].transpose(0, 1)  # (B, T, reach)
+        return (window < 0)[:, None] | (inside[:, None] & of_window)
 
     def view(self, cache: KeyValues) -> ScatterView:
         """What the rows see and write of `cache`."""
@@ -294,19 +307,30 @@ class Scatter:
     @cached_property
     def rows(self) -> native.Rows:
         """The rows as C++ reads them; on the CPU."""
-        if int(self.positions.max()) >= self.rotary.capacity:
-            raise ValueError(f"slot {int(self.positions.max())} of {self.rotary.capacity}")  # C++ would write elsewhere
-        self._held = native.dense(self.positions, self.texts.expand_as(self.positions))
+        if max(int(self.slots.max()), int(self.positions.max())) >= self.rotary.capacity:
+            raise ValueError(f"slot {int(self.slots.max())} of {self.rotary.capacity}")  # C++ would write elsewhere
+        if self.tree is not None:
+            return Span(self.rotary, int(self.slots[0, 0]), self.count, 0, self.positions[0], self.tree.visible).rows
+        self._held = native.dense(self.slots, self.texts.expand_as(self.slots))
         slots, texts = map(native.address, self._held)
-        return native.Rows(self.positions.numel(), 0, 0, slots, texts, None, *self.rotary.tables, None)
+        return native.Rows(self.slots.numel(), 0, 0, slots, texts, None, *self.rotary.tables, None, 0)
 
     def save(self, x: torch.Tensor, store: torch.Tensor) -> None:
         """Put `x` (B·T, D) where `store` (B, S, D) has this place."""
-        store[self.texts, self.positions] = x.unflatten(0, (self.batch, self.count))
+        store[self.texts, self.slots] = x.unflatten(0, (self.batch, self.count))
 
     def load(self, store: torch.Tensor) -> torch.Tensor:
         """A copy (B·T, D) of what `store` (B, S, D) has at this place."""
-        return store[self.texts, self.positions].flatten(0, 1)
+        return store[self.texts, self.slots].flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class TreeRows:
+    """What the rows of a tree have beside their slots; see Scatter."""
+
+    starts: torch.Tensor
+    positions: torch.Tensor
+    visible: torch.Tensor
 
 
 class ScatterView:
@@ -317,13 +341,13 @@ class ScatterView:
     def __init__(self, place: Scatter, cache: KeyValues) -> None:
         self._place, self._halves, self.angles = place, cache.halves(), place.rotary.scatter(place.positions)
         self.keys, self.values = (half[..., : place.reach, :].unbind(0) for half in self._halves)
-        self.mask = cache.mask(torch.arange(place.reach, device=place.positions.device) <= place.positions[..., None])
+        self.mask = cache.mask(place.seen())
 
     def write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values (B·T, K, head_dim) of block `index`."""
         place = self._place
         for half, new in zip(self._halves, (keys, values), strict=True):
-            half[index][place.texts, :, place.positions] = new.unflatten(0, (place.batch, place.count))
+            half[index][place.texts, :, place.slots] = new.unflatten(0, (place.batch, place.count))
 
 
 @dataclass(frozen=True)
@@ -567,8 +591,11 @@ class StaticLlama:
     @property
     def reach(self) -> int:
         """Slots that a pass of up to KEPT_WIDTHS rows may see, where places are device tensors."""
-        needed = max(self.lengths) + KEPT_WIDTHS
-        return min(self.capacity, -(-needed // REACH_STEP) * REACH_STEP)
+        return self.reach_of(KEPT_WIDTHS)
+
+    def reach_of(self, rows: int) -> int:
+        """The same for a pass that ends up to `rows` behind the cached tokens."""
+        return min(self.capacity, -(-(max(self.lengths) + rows) // REACH_STEP) * REACH_STEP)
 
     def place(self, starts: torch.Tensor, count: int, offset: int = 0) -> Span | Scatter:
         """`count` rows behind the cached tokens of every text and `offset` further ones."""
@@ -588,15 +615,29 @@ class StaticLlama:
         x = self.stack.run(self.embed(tokens), self.place(starts, tokens.shape[1]))
         return self.head(x).view(*tokens.shape, -1)
 
-    def forward_tree(self, tokens: torch.Tensor, offsets: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Logits (T, V) of the nodes `tokens` (T,) behind the only text; node i is `offsets[i]` tokens behind its end and
-        sees the text and the nodes j with `visible[i, j]`."""
-        place = Span(self.rotary, self.lengths[0], len(tokens), offsets=offsets, visible=visible)
-        return self.head(self.stack.run(self.embed(tokens), place))
+    def place_tree(self, starts: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor) -> Span | Scatter:
+        """T rows of the only text in the last of the W slots from `starts` (1,), at the positions starts + `depths` (T,); row i sees all before
+        these slots, and of them what `visible` (T, W) says."""
+        count, window = visible.shape
+        if self.on_host:
+            start = int(starts)
+            return Span(self.rotary, start + window - count, count, positions=start + depths, visible=visible)
+        if max(self.lengths) + window > self.capacity:
+            raise ValueError(f"{window} nodes behind {max(self.lengths)} tokens exceed the cache's {self.capacity} slots")
+        slots = starts[:, None] + torch.arange(window - count, window, device=self.device)
+        return Scatter(self.rotary, slots, self.reach_of(window), TreeRows(starts, starts[:, None] + depths, visible))
+
+    def forward_tree(self, tokens: torch.Tensor, starts: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Logits (T, V) that follow the nodes `tokens` (T,), placed as `place_tree` says; valid until the next pass of that shape."""
+        return self.head(self.stack.run(self.embed(tokens), self.place_tree(starts, depths, visible)))
 
     def advance(self, count: int) -> None:
         """Count the `count` tokens of a pass as appended to every text."""
         self.lengths = [length + count for length in self.lengths]
+        self.note(count)
+
+    def note(self, count: int) -> None:
+        """Count a pass over `count` tokens of every text that the cache does not keep."""
         self.calls += 1
         self.tokens += count * self.batch
 
@@ -623,11 +664,10 @@ class StaticLlama:
         """Forget what is behind the first `lengths[b]` tokens of text b; more than are held is no change."""
         self.lengths = [min(held, length) for held, length in zip(self.lengths, lengths, strict=True)]
 
-    def keep(self, slots: torch.Tensor) -> None:
-        """Keep of the only text's tokens behind its end those of the last pass at `slots` (N,), relative to its start, ascending."""
-        start = self.lengths[0]
-        self.cache.move(0, start + slots, start)
-        self.lengths[0] = start + len(slots)
+    def keep(self, start: int, nodes: torch.Tensor) -> None:
+        """Behind the only text's first `start` tokens keep of a tree that was run there the `nodes` (N,), ascending."""
+        self.cache.move(0, start + nodes, start)
+        self.lengths = [start + len(nodes)]
 
     def layers(self, row: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(keys, values) of each block, (1, K, length, head_dim): for tests that compare caches."""

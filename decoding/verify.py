@@ -1,20 +1,23 @@
 """Accept rules: pure functions of distributions and tokens, each exact for the way its tokens were drafted.
 
 For a chain of γ drafted tokens: p (γ+1, V) are the target's distributions after the last committed token and after
-each drafted one, q (γ, V) those that the drafted tokens came from.
+each drafted one, q (γ, V) those that the drafted tokens came from. For a tree of N nodes: p (N, V) after each node.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
 from decoding import native
-from decoding.sampling import Noise, Purpose, draw, noise_places
+from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, noise_places, policy_probs
+from decoding.tree import Tree
 
 Verification = Literal["rejection", "coupled"]
 VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
+TreeVerification = Literal["coupled", "match", "swor"]
 
 
 def verify_chain(
@@ -143,3 +146,97 @@ def coupled_agreement(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def expected_acceptance(p: torch.Tensor, q: torch.Tensor, verification: Verification) -> torch.Tensor:
     """Chance that `verification` keeps a token drafted from q, per row (N, V); (N,)."""
     return overlap(p, q) if verification == "rejection" else coupled_agreement(p, q)
+
+
+# ---- trees ----
+
+@dataclass(frozen=True)
+class TreeRule:
+    """How a node's children are chosen, and how one of them is accepted.
+
+    "match" follows the child that equals the target's own draw, whatever the children: the output is vanilla's. "swor" is rejection for
+    children drawn without replacement from q, tried in that order; it is exact for no others, and such a pair raises ValueError.
+    "overwrite" is common_sense.py's, and lossy.
+    """
+
+    children: Literal["gumbel", "top_k", "drawn"]
+    accept: Literal["match", "swor", "overwrite"] = "match"
+
+    def __post_init__(self) -> None:
+        if self.accept == "swor" and self.children != "drawn":
+            raise ValueError(f"rejection without replacement is exact for drawn children only, not for {self.children!r} ones: accept them by 'match'")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output has the target's law."""
+        return self.accept != "overwrite"
+
+
+TREE_RULES: dict[TreeVerification, TreeRule] = {
+    "coupled": TreeRule("gumbel"), "match": TreeRule("top_k"), "swor": TreeRule("drawn", "swor"),
+}
+
+
+def verify_match(logits: torch.Tensor, policy: SamplingPolicy, tree: Tree, noise: Noise, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Walk to the child that equals the target's draw, while there is one: which nodes are reached, bool (N,), and the last draw, int64 ().
+
+    `logits` (N, V) are the target's after each node, the root being the token at `starts` (1,). The draws have their position's TOKEN noise, so the
+    output is vanilla sampling's, token for token, whatever the tree (§3 of SpecExec 2406.02532; coupled children: Daliri et al. 2408.07978).
+    """
+    if native.samples(logits):
+        return _verify_match_natively(logits, policy, tree, noise, starts)
+    drawn = draw(policy_probs(logits, policy)[None], noise, (starts + 1 + tree.depths)[None])[0]
+    agrees = drawn[tree.parents.clamp(min=0)] == tree.tokens
+    agrees[0] = True
+    reached = (agrees | ~tree.visible).all(-1)
+    return reached, drawn[last_of(reached)]
+
+
+def last_of(reached: torch.Tensor) -> torch.Tensor:
+    """The largest index that is true in bool (N,), int64 ()."""
+    return (reached * torch.arange(len(reached), device=reached.device)).amax()
+
+
+def verify_swor(p: torch.Tensor, q: torch.Tensor, tree: Tree, noise: Noise, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rejection for children drawn without replacement (Sequoia 2402.12374, algorithm 2). Arguments as for `verify_match`, but p (N, V).
+
+    q (N, V) are the laws that each node's children were drawn from (any rows for leaves). At a node, R starts as p and D as q; child x in draw order is accepted if
+    u·D(x) < R(x), else R becomes (R − D)₊ and D loses x, both normalised. The last token is drawn from the R of where the walk ends.
+    A child of probability 0, as there is none left to be drawn, is not tried.
+    """
+    noise, nodes = noise.of_round(starts), torch.arange(len(tree), device=p.device)
+    uniforms = noise.uniform(nodes[None], Purpose.ACCEPT)[0]
+    rest, left = p.clone(), q.clone()  # R and D of every node
+    reached = nodes == 0
+    open_ = torch.ones_like(reached)  # nodes of which no child was accepted
+    for child in range(1, len(tree)):
+        parent, token = tree.parents[child], tree.tokens[child]
+        tried = reached[parent] & open_[parent] & (left[parent, token] > 0)
+        if p.device.type == "cpu" and not tried:
+            continue
+        kept = tried & (uniforms[child] * left[parent, token] < rest[parent, token])
+        reached[child] = kept
+        open_[parent] &= ~kept
+        rejected = tried & ~kept
+        rest[parent] = torch.where(rejected, residual(rest[parent], left[parent]), rest[parent])
+        left[parent] = torch.where(rejected, _without(left[parent], token), left[parent])
+    last = last_of(reached)
+    return reached, draw(rest[last][None, None], noise, last[None, None], Purpose.RESIDUAL)[0, 0]
+
+
+def _without(law: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """`law` (V,) without `token`, normalised; zeros where nothing is left."""
+    law = law.index_fill(0, token, 0.0)
+    return law / law.sum().clamp(min=torch.finfo(law.dtype).tiny)
+
+
+def _verify_match_natively(
+    logits: torch.Tensor, policy: SamplingPolicy, tree: Tree, noise: Noise, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`verify_match` in C++, which looks at the nodes on the walk only."""
+    logits, tokens, parents, depths, starts = native.dense(logits, tree.tokens, tree.parents, tree.depths, starts)
+    reached, drawn = torch.zeros(len(tokens), dtype=torch.bool), torch.empty((), dtype=torch.int64)
+    native.function("verify_match")(
+        *map(native.address, (logits, tokens, parents, depths)), *logits.shape, policy.temperature, policy.top_k, policy.top_p, noise.for_cpp(1),
+        native.Places(*noise_places(Purpose.TOKEN)), native.address(starts), native.address(reached), native.address(drawn))
+    return reached, drawn

@@ -9,20 +9,23 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # The tens are the tiers, from what everything stands on to what a user starts; the ones order a tier within itself.
 LEVELS = {
-    0: "command_line machine_speed decoding.native decoding.matmul decoding.programs",
+    0: "command_line machine_speed decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap",
     1: "row_files results decoding.sampling decoding.kv_cache decoding.static_llama",
-    2: "data_utils decoding.state decoding.verify",
-    3: "decoding.draft_length decoding.vanilla",
-    4: "decoding.drafting",
-    10: "target_model training_loop losses plots arithmetic_dataset fineweb_dataset gsm8k_dataset mt_bench_dataset pydoc_dataset"
-        " share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
+    2: "data_utils decoding.state decoding.verify decoding.shared_exit",
+    3: "decoding.draft_length decoding.vanilla decoding.children",
+    4: "decoding.drafting decoding.tree_drafting",
+    5: "decoding.best_first",
+    10: "target_model training_loop losses plots arithmetic_dataset c4_dataset cnn_dataset fineweb_dataset gsm8k_dataset mt_bench_dataset"
+        " openwebtext_dataset pydoc_dataset share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
     11: "metrics",
-    20: "text_datasets truncated_llama decoding.chain decoding.self_speculation decoding.hf_peers",
+    20: "text_datasets truncated_llama followers decoding.chain decoding.self_speculation decoding.static_tree decoding.dynamic_tree"
+        " decoding.specexec decoding.hf_peers",
     21: "tuned_llama plain_llama planted",
     30: "speculative",
-    31: "tuning",
+    31: "tuning tree_tuning",
+    32: "potential",
     40: "evaluation",
-    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark benchmark_torch_compile tune",
+    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark benchmark_torch_compile tune build_followers",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

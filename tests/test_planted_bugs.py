@@ -13,7 +13,7 @@ import decoding.static_llama as static_llama
 import decoding.verify as verify
 import truncated_llama
 from decoding.sampling import Purpose, SamplingPolicy
-from decoding.self_speculation import SharedExit
+from decoding.shared_exit import SharedExit
 from test_verify import check_enumeration, check_zero_is_never_accepted
 from toy_models import (
     bigram_pair,

@@ -11,7 +11,7 @@ import metrics
 from decoding import native
 from decoding.drafting import ChainRound
 from decoding.sampling import SamplingPolicy, policy_probs
-from decoding.self_speculation import SharedExit
+from decoding.shared_exit import SharedExit
 from decoding.state import DecodeState, RoundResult
 from decoding.static_llama import KEPT_WIDTHS, PREFILL_CHUNK, REACH_STEP, Span, Stack, StaticLlama
 from speculative import DecodeOptions, generate, generate_batch

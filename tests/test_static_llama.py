@@ -16,7 +16,7 @@ import speculative
 from decoding import native, static_llama
 from decoding.programs import Programs
 from decoding.sampling import Noise, SamplingPolicy
-from decoding.self_speculation import SharedExit
+from decoding.shared_exit import SharedExit
 from decoding.state import DecodeState
 from decoding.static_llama import PREFILL_CHUNK, Scatter, StaticLlama, why_unsupported
 from speculative import DecodeOptions, generate, generate_batch
@@ -302,14 +302,14 @@ def test_tree_is_its_paths_and_a_kept_path_is_a_prefill(path, prefix):
             tokens = torch.randint(0, 64, (nodes,), generator=generator)
             engine.start()
             engine.prefill([text[0].tolist()])
-            found = engine.forward_tree(tokens, depths, visible)
+            found = engine.forward_tree(tokens, engine.starts(), depths, visible)
             paths = [visible[node].nonzero()[:, 0] for node in range(nodes)]
             padded = torch.stack([torch.cat([text[0], tokens[path], tokens.new_zeros(nodes - len(path))]) for path in paths])
             logits = model(padded).logits
             for node, along in enumerate(paths):
                 assert near(found[node], logits[node, prefix + len(along) - 1])
             along = paths[int(torch.randint(0, nodes, (1,), generator=generator))]
-            engine.keep(along)
+            engine.keep(prefix, along)
             fresh.start()
             fresh.prefill([[*text[0].tolist(), *tokens[along].tolist()]])
             assert engine.lengths == fresh.lengths == [prefix + len(along)]

@@ -1,0 +1,103 @@
+"""Which tokens become a tree node's children, and how likely each is to be the accepted one.
+
+Coupled and ranked children come from the draft's whole q, not cut by top-k or top-p: a token outside the draft's nucleus may be in the
+target's. Shapes: M nodes, K children each, V_d tokens that the draft knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from decoding import native
+from decoding.sampling import Noise, Purpose, SamplingPolicy, noise_places, policy_probs
+from decoding.verify import TreeRule, over_vocabulary
+
+IMPOSSIBLE = -torch.inf
+LEAST_MASS = 1e-12  # what is left of q behind draws that took all of it
+
+
+class Children(NamedTuple):
+    """K children of each of M nodes, in draw order: `tokens` int64 (M, K); the logarithms, fp64 (M, K), of `values`, the chance that a child is the
+    accepted one, and of `ranks`, by which children are taken into a tree; `q` (M, V), what they were drawn from ((M, 0) if that does not matter)."""
+
+    tokens: torch.Tensor
+    values: torch.Tensor
+    ranks: torch.Tensor
+    q: torch.Tensor
+
+
+class Nodes(NamedTuple):
+    """Where M nodes stand: at `depths` (M,) behind the root, which is the token at `starts` (1,); `ids` (M,) tell them apart within their round."""
+
+    noise: Noise
+    starts: torch.Tensor
+    depths: torch.Tensor
+    ids: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Chooser:
+    """Chooses children as `rule` wants them, under the target's `policy` and `vocab_size`.
+
+    `scale` is the s of coupled children, whose chances are softmax((log q + g)/s). `token_ids` (V_d,) names the logits' columns where the draft
+    knows only a part of the vocabulary.
+    """
+
+    rule: TreeRule
+    policy: SamplingPolicy
+    vocab_size: int
+    scale: float = 1.0
+    token_ids: torch.Tensor | None = None
+
+    def __call__(self, logits: torch.Tensor, count: int, nodes: Nodes) -> Children:
+        """`count` children of each of M nodes (fewer where the draft knows no more tokens), from the draft's logits (M, V_d)."""
+        choose = {"gumbel": self._gumbel, "top_k": self._top, "drawn": self._drawn}[self.rule.children]
+        return choose(logits, min(count, logits.shape[-1]), nodes)
+
+    def _gumbel(self, logits: torch.Tensor, count: int, nodes: Nodes) -> Children:
+        """The largest log q + g, g the noise that the target draws with (Daliri et al. 2408.07978, with several children); at T = 0 the largest log q."""
+        positions = nodes.starts + 1 + nodes.depths
+        if native.samples(logits):
+            tokens, values = self._gumbel_natively(logits, count, nodes.noise, positions)
+            return Children(tokens, values, values, logits[:, :0])
+        z = logits.double() / (self.policy.temperature or 1)
+        if self.policy.temperature > 0:
+            tokens = logits.shape[-1] if self.token_ids is None else self.token_ids
+            z = z - nodes.noise.exponential(positions[None], tokens, Purpose.TOKEN)[0].log()
+        best, columns = z.topk(count, -1)
+        values = best / self.scale - (z / self.scale).logsumexp(-1, keepdim=True)
+        return Children(self._named(columns), values, values, logits[:, :0])
+
+    def _gumbel_natively(self, logits: torch.Tensor, count: int, noise: Noise, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and values in C++, which computes the noise of a position once for neighbouring nodes."""
+        logits, positions, ids = native.dense(logits, positions, self.token_ids)
+        tokens, values = (torch.empty(len(logits), count, dtype=dtype) for dtype in (torch.int64, torch.float64))
+        native.function("gumbel_children")(
+            native.address(logits), *logits.shape, self.policy.temperature, self.scale, noise.for_cpp(1), native.Places(*noise_places(Purpose.TOKEN)),
+            *map(native.address, (positions, ids)), count, native.address(tokens), native.address(values))
+        return tokens, values
+
+    def _top(self, logits: torch.Tensor, count: int, nodes: Nodes) -> Children:
+        """The most likely tokens, valued by q at temperature max(T, 1): a colder q is too sure of itself."""
+        values, columns = (logits.double() / max(self.policy.temperature, 1)).log_softmax(-1).topk(count, -1)
+        return Children(self._named(columns), values, values, logits[:, :0])
+
+    def _drawn(self, logits: torch.Tensor, count: int, nodes: Nodes) -> Children:
+        """Drawn from q without replacement, with noise of each node's own.
+
+        A child ranks by the chance that it is tried at all, if acceptance is as q says (DySpec 2410.11744): that is known before the child is drawn, and so may
+        decide whether it is.
+        """
+        q = policy_probs(logits, self.policy)
+        z = q.double().log() - nodes.noise.of_round(nodes.starts).exponential(nodes.ids[None], q.shape[-1], Purpose.DRAFT)[0].log()
+        columns = z.topk(count, -1).indices
+        chances = q.double().gather(-1, columns)
+        tried = (1 - (chances.cumsum(-1) - chances)).clamp(min=LEAST_MASS)
+        ranks = torch.where(chances > 0, torch.maximum(tried, chances).log(), IMPOSSIBLE).cummin(-1).values
+        return Children(self._named(columns), chances.log(), ranks, over_vocabulary(q, self.token_ids, self.vocab_size))
+
+    def _named(self, columns: torch.Tensor) -> torch.Tensor:
+        return columns if self.token_ids is None else self.token_ids[columns]

@@ -1,0 +1,139 @@
+"""One round over a tree of drafted tokens: what static and growing trees share, for independent drafts and the target's own exits.
+
+A round is: the root pass, which feeds the draft the root and what of the text it has not seen; passes over the nodes that get children, level
+by level; one target call over all N nodes; the walk. What was accepted is kept in the target's cache. A draft gets it again in its next root
+pass, which reads the same weights anyway: between rounds its cache holds nothing but text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from decoding.children import Children, Chooser, Nodes
+from decoding.sampling import Noise, policy_probs
+from decoding.shared_exit import SharedExit
+from decoding.state import DecodeState, RoundResult, TreeCounts
+from decoding.static_llama import KEPT_WIDTHS
+from decoding.tree import Tree
+from decoding.verify import verify_match, verify_swor
+
+
+class ModelDraft:
+    """An independent draft in a tree round. Of the committed tokens the last `pending` are not in its cache."""
+
+    def __init__(self, state: DecodeState) -> None:
+        self._model = state.draft
+        self.pending = len(state.committed[0]) - self._model.lengths[0]
+        self.key = None
+        self.level, self.verify = self._model.forward_tree, state.target.forward_tree
+
+    def root(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Logits (1, V_d) that follow the last of `tokens` (1, pending), which stands at `starts` (1,)."""
+        return self._model.forward(tokens, starts + 1 - tokens.shape[1])[0, -1:]
+
+    def count_root(self) -> None:
+        """Take note of the root pass."""
+        self._model.advance(self.pending)
+
+    def keep(self, start: int, nodes: torch.Tensor) -> None:
+        """Of a verified tree it has kept nothing."""
+
+
+class ExitDraft:
+    """The target's own exit in a tree round; what its own block has not seen it takes in the root pass."""
+
+    pending = 1
+
+    def __init__(self, state: DecodeState) -> None:
+        self._target, self._exit = state.target, state.draft
+        if self._exit.behind >= KEPT_WIDTHS:
+            self._exit.catch_up()
+        self.key = self._behind = self._exit.behind
+        self.level, self.verify, self.keep = self._exit.draft_tree, self._exit.verify_tree, self._exit.keep
+
+    def root(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Logits (1, V_d) that follow `tokens` (1, 1), which stands at `starts` (1,)."""
+        return self._exit.draft(tokens, starts, 0, self._behind)[0]
+
+    def count_root(self) -> None:
+        """Take note of the root pass."""
+        self._exit.advance(self._behind, 1)
+        self._exit.lengths = [fed + 1 for fed in self._target.lengths]
+
+
+class TreeRound:
+    """Of one text: `root_pass`, any number of `level_pass`, then `verify`. No pass feeds more than `widest` nodes' slots."""
+
+    def __init__(self, state: DecodeState, chooser: Chooser, widest: int) -> None:
+        self.state, self.chooser = state, chooser
+        self.draft = ExitDraft(state) if isinstance(state.draft, SharedExit) else ModelDraft(state)
+        self.starts, self.root = state.target.starts(), state.last()[0]
+        self._key = (chooser.rule, chooser.scale, state.target.reach_of(widest), state.draft.reach_of(widest))
+
+    def program(self, key: object, function: Callable[..., tuple[torch.Tensor, ...]], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """function(*inputs, noise) as a program; see DecodeState."""
+        return self.state.program(self.state.draft.programs, (key, self._key), function, *inputs)
+
+    def root_pass(self, count: int) -> Children:
+        """`count` children of the root."""
+        def run(tokens: torch.Tensor, starts: torch.Tensor, noise: Noise) -> Children:
+            zero = torch.zeros_like(starts)
+            return self.chooser(self.draft.root(tokens, starts), count, Nodes(noise, starts, zero, zero))
+
+        with self.state.clock("draft"):
+            children = self.program(("root", count, self.draft.key), run, self.state.last(self.draft.pending), self.starts)
+        self.draft.count_root()
+        return Children(*children)
+
+    def level_pass(
+        self, key: object, work: Callable[..., tuple[torch.Tensor, ...]], inputs: tuple[torch.Tensor, ...], fixed: bool = True,
+    ) -> tuple[torch.Tensor, ...]:
+        """work(*inputs, starts, noise), in which `level_children` feeds the draft some nodes: a program, where its shapes are `fixed`."""
+        with self.state.clock("draft"):
+            if fixed:
+                return self.program(("level", key), work, *inputs, self.starts)
+            return work(*inputs, self.starts, self.state.noise)
+
+    def level_children(self, count: int, tokens: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor, starts: torch.Tensor, noise: Noise) -> Children:
+        """`count` children of the nodes `tokens` (M,) at `depths` (M,), which see `visible` (M, W) of the W nodes fed so far, themselves the last. For a program."""
+        fed = visible.shape[1]
+        ids = torch.arange(fed - len(tokens), fed, device=tokens.device)
+        return self.chooser(self.draft.level(tokens, starts, depths, visible), count, Nodes(noise, starts, depths, ids))
+
+    def verify(self, tree: Tree, q: torch.Tensor, counts: TreeCounts, expected: torch.Tensor) -> list[RoundResult]:
+        """One target call over `tree`, the walk, and what is left of both caches. Ends in the round's one wait for the device.
+
+        q (N, V), or (0, 0) where the rule does not look at it; `expected` fp64 (): the tokens that the round is expected to bring.
+        """
+        def decide(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
+            *tensors, q, expected, starts, noise = inputs
+            tree = Tree(*tensors)
+            logits = self.draft.verify(tree.tokens, starts, tree.depths, tree.visible)
+            reached, drawn = self._walk(logits, tree, q, noise, starts)
+            return (torch.cat([tree.tokens.double(), tree.parents.double(), reached.double(), drawn[None].double(), expected[None]]),)
+
+        with self.state.clock("verify"):
+            decision, = self.program("verify", decide, tree.tokens, tree.parents, tree.depths, tree.visible, q, expected, self.starts)
+            result = self._result(decision.tolist(), counts)
+        return [result]
+
+    def _walk(self, logits: torch.Tensor, tree: Tree, q: torch.Tensor, noise: Noise, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.chooser.rule.accept == "swor":
+            return verify_swor(policy_probs(logits, self.state.policy), q, tree, noise, starts)
+        return verify_match(logits, self.state.policy, tree, noise, starts)
+
+    def _result(self, decision: list[float], counts: TreeCounts) -> RoundResult:
+        """The round's result; keeps the accepted nodes in the caches."""
+        nodes = (len(decision) - 2) // 3
+        tokens, parents, reached = ([int(value) for value in decision[i * nodes : (i + 1) * nodes]] for i in range(3))
+        path = [node for node in range(nodes) if reached[node]]
+        start, kept = self.state.target.lengths[0], torch.tensor(path, device=self.starts.device)
+        self.state.target.note(nodes)
+        self.state.target.keep(start, kept)
+        self.draft.keep(start, kept)
+        accepted = len(path) - 1
+        counts.nodes, counts.expected = nodes, decision[-1]
+        return RoundResult([*(tokens[node] for node in path[1:]), int(decision[-2])], proposed=nodes - 1, accepted=accepted,
+                           tested=accepted + (path[-1] in parents), tree=counts)
