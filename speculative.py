@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from threading import Lock
 from typing import Literal
@@ -25,6 +25,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from decoding.chain import chain_round
+from decoding.common_sense import CommonSense
 from decoding.draft_length import DraftLength, FixedLength
 from decoding.dynamic_tree import DynamicTree, dynamic_tree_round
 from decoding.hf_peers import generation_config, hf_decode
@@ -37,7 +38,7 @@ from decoding.state import DecodeState, DecodeStats, Model, RoundResult, synchro
 from decoding.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupported
 from decoding.static_tree import StaticTree, static_tree_round
 from decoding.vanilla import vanilla_round
-from decoding.verify import VERIFICATIONS, Verification
+from decoding.verify import TREE_RULES, VERIFICATIONS, TreeRule, Verification
 from plain_llama import as_llama, constant_drafting
 from truncated_llama import TruncatedLlama
 
@@ -50,7 +51,7 @@ class DecodeOptions:
     """How to decode. `stop(tokens)` may end it: asked with the new tokens so far, true leaves the last of them out.
 
     `gamma`, of chains, is a number or a rule (decoding/draft_length.py), `verification` theirs; `tree`, of tree methods, is a StaticTree, a DynamicTree or a
-    SpecExec (the latter two have defaults). `engine` "static" is the suite's own forward pass, where it can run the
+    SpecExec (the latter two have defaults), and `common_sense` helps them. `engine` "static" is the suite's own forward pass, where it can run the
     models; "transformers" is theirs.
     """
 
@@ -58,6 +59,7 @@ class DecodeOptions:
     policy: SamplingPolicy = field(default_factory=SamplingPolicy)
     gamma: int | DraftLength = 4
     tree: TreePlan | None = None
+    common_sense: CommonSense | None = None
     verification: Verification = "rejection"
     max_new_tokens: int = 128
     eos_ids: frozenset[int] = frozenset()
@@ -85,6 +87,12 @@ class DecodeOptions:
             raise ValueError("method 'static_tree' needs tree=StaticTree(growmap)")
         if plan is not None and not isinstance(self.plan, plan):
             raise ValueError(f"method {self.method!r} takes a {plan.__name__} as tree=, not a {type(self.tree).__name__}")
+        if self.common_sense is None:
+            return
+        if plan is None or self.rule.accept == "swor":
+            raise ValueError("common_sense goes with tree methods whose verification is 'coupled' or 'match'")
+        if plan is not StaticTree and self.common_sense.reserved >= self.plan.budget:
+            raise ValueError(f"{self.common_sense.reserved} nodes for followers leave nothing of a tree of {self.plan.budget}: give fewer")
 
     @property
     def plan(self) -> TreePlan | None:
@@ -102,7 +110,22 @@ class DecodeOptions:
     @property
     def slots_ahead(self) -> int:
         """Slots behind the committed tokens that a round may fill."""
-        return self.length().longest if self.plan is None else self.plan.slots
+        if self.plan is None:
+            return self.length().longest
+        return self.plan.slots + (0 if self.common_sense is None else self.common_sense.nodes + self.plan.depth)
+
+    @property
+    def rule(self) -> TreeRule | None:
+        """How a tree method chooses and accepts children."""
+        if self.plan is None:
+            return None
+        rule = TREE_RULES[self.plan.verification]
+        return replace(rule, accept="overwrite") if self.common_sense is not None and self.common_sense.mode == "overwrite" else rule
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output has the target's law."""
+        return METHODS[self.method].lossless and (self.rule is None or self.rule.lossless)
 
     def length(self) -> DraftLength:
         """The rule that `gamma` stands for."""
@@ -343,6 +366,7 @@ def _prepare(engines: Engines, prompts: list[list[int]], options: DecodeOptions,
     return DecodeState(
         target=engines.target, draft=drafter, policy=options.policy, noise=Noise.of(options.seed, prompt_ids, engines.target.device),
         committed=[list(prompt) for prompt in prompts], eos_ids=options.eos_ids, record_overlap=options.record_overlap,
+        common_sense=options.common_sense,
     )
 
 

@@ -1,4 +1,4 @@
-"""What trees are fitted to: the scale of coupled values, acceptance by rank, and what draft and target passes cost on this machine.
+"""What trees are fitted to: the weights of coupled values, acceptance by rank, and what draft and target passes cost on this machine.
 
 All but the costs is measured on texts that the target itself decodes under the policy, with the noise that it decodes them with: what a tree
 drafts behind accepted nodes is drafted behind such text.
@@ -6,24 +6,21 @@ drafts behind accepted nodes is drafted behind such text.
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from decoding.children import Chooser, Nodes
+from decoding.children import Chooser, Coupling, Nodes
 from decoding.sampling import Noise, Purpose, policy_probs
-from decoding.state import synchronize
-from decoding.verify import TREE_RULES, TreeVerification, residual
+from decoding.verify import residual
 from speculative import DecodeOptions, generate
 
 CHUNK_ROWS = 64  # positions of V numbers in fp64 at a time: 65 MB each at V = 128k
-SCALES = (0.05, 20.0)  # where the scale is looked for
-SEARCH_STEPS = 40
+NEWTON_STEPS, CONVERGED = 50, 1e-6
+LEAST_WEIGHT = 0.01  # of Coupling
+UNKNOWN = -1e4  # log q of tokens that the draft does not know
 
 
 @dataclass(frozen=True)
@@ -65,55 +62,52 @@ def positions_of(texts: Sequence[OwnText], *models: nn.Module) -> Iterator[Posit
             yield Positions(rows[:-2], *rows[-2:], text.noise)
 
 
-# ---- the scale of coupled values ----
+# ---- coupled values ----
 
-def fit_scale(draft: nn.Module, texts: Sequence[OwnText], temperature: float) -> float:
-    """The s for which softmax((log q + g)/s) says best which token the target draws: of largest likelihood over `texts`.
+def fit_coupling(draft: nn.Module, texts: Sequence[OwnText], temperature: float) -> Coupling:
+    """The weights of log q and g for which their softmax says best which token the target draws: of largest likelihood over `texts`.
 
-    Convex in 1/s, so a golden-section search over log s finds it.
+    A logistic regression: concave, so that Newton's method finds its maximum. Tokens that the draft does not know do not count.
     """
-    scored = [_coupled_scores(positions, temperature) for positions in positions_of(texts, draft)]
-
-    def loss(log_scale: float) -> float:
-        s = math.exp(log_scale)
-        return sum(float(((z / s).logsumexp(-1) - drawn / s).sum()) for z, drawn in scored)
-
-    low, high = map(math.log, SCALES)
-    shrink = (math.sqrt(5) - 1) / 2
-    inner = [high - shrink * (high - low), low + shrink * (high - low)]
-    losses = [loss(point) for point in inner]
-    for _ in range(SEARCH_STEPS):
-        if losses[0] < losses[1]:
-            high, inner[1], losses[1] = inner[1], inner[0], losses[0]
-            inner[0] = high - shrink * (high - low)
-            losses[0] = loss(inner[0])
-        else:
-            low, inner[0], losses[0] = inner[0], inner[1], losses[1]
-            inner[1] = low + shrink * (high - low)
-            losses[1] = loss(inner[1])
-    return math.exp((low + high) / 2)
+    chunks = [_features(positions, temperature) for positions in positions_of(texts, draft)]
+    weights = torch.ones(len(chunks[0][0]), dtype=torch.float64)
+    for _ in range(NEWTON_STEPS):
+        gradients, information = zip(*(_gradient(weights, *chunk) for chunk in chunks), strict=True)
+        step = torch.linalg.solve(sum(information), sum(gradients))
+        weights = (weights + step.clamp(-1, 1)).clamp(min=LEAST_WEIGHT)
+        if step.abs().max() < CONVERGED:
+            break
+    return Coupling(*weights.tolist())
 
 
-def _coupled_scores(positions: Positions, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log q + g (R, V), and that of the token that the target drew (R,), where the draft knows that token at all."""
-    z = positions.logits[0].double() / (temperature or 1)
+def _features(positions: Positions, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log q and, unless T = 0, g: (F, R, V); and the columns (R,) of the tokens that the target drew."""
+    log_q = (positions.logits[0].double() / (temperature or 1)).log_softmax(-1)
+    known = log_q.gather(-1, positions.tokens[:, None])[:, 0].isfinite()
+    features = [log_q.clamp(min=UNKNOWN)]
     if temperature > 0:
-        z = z - positions.noise.exponential(positions.at, z.shape[-1], Purpose.TOKEN).log()
-    drawn = z.gather(-1, positions.tokens[:, None])[:, 0]
-    known = drawn.isfinite()
-    return z[known], drawn[known]
+        features.append(-positions.noise.exponential(positions.at, log_q.shape[-1], Purpose.TOKEN).log())
+    return torch.stack(features)[:, known], positions.tokens[known]
+
+
+def _gradient(weights: torch.Tensor, features: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient (F,) of the log-likelihood, and minus its second derivatives (F, F), on the CPU."""
+    chances = torch.einsum("f,frv->rv", weights.to(features.device), features).softmax(-1)
+    mean = torch.einsum("rv,frv->fr", chances, features)
+    found = features.gather(-1, drawn.expand(len(features), -1)[..., None])[..., 0]
+    second = torch.einsum("rv,frv,grv->fg", chances, features, features) - mean @ mean.T
+    return (found - mean).sum(-1).cpu(), second.cpu()
 
 
 # ---- acceptance by rank ----
 
-def acceptance_by_rank(target: nn.Module, draft: nn.Module, texts: Sequence[OwnText], options: DecodeOptions, verification: TreeVerification, width: int) -> list[float]:
-    """v_1 … v_width: the share of positions whose k-th child `verification` accepts. Teacher-forced."""
-    chooser = Chooser(TREE_RULES[verification], options.policy, target.config.vocab_size)
+def acceptance_by_rank(target: nn.Module, draft: nn.Module, texts: Sequence[OwnText], chooser: Chooser, width: int) -> list[float]:
+    """v_1 … v_width: the share of positions whose k-th child of `chooser` is accepted. Teacher-forced: over all positions of `texts`."""
     total, count = torch.zeros(width, dtype=torch.float64), 0
     for positions in positions_of(texts, draft, target):
         zero = torch.zeros_like(positions.at[:1])
         children = chooser(positions.logits[0], width, Nodes(positions.noise, zero - 1, positions.at, positions.at))
-        accepted = _swor_chances(policy_probs(positions.logits[1], options.policy), children.q, children.tokens) if verification == "swor" else (
+        accepted = _swor_chances(policy_probs(positions.logits[1], chooser.policy), children.q, children.tokens) if chooser.rule.accept == "swor" else (
             children.tokens == positions.tokens[:, None])
         total[: accepted.shape[1]] += accepted.double().sum(0).cpu()
         count += len(positions.at)

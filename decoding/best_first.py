@@ -7,15 +7,15 @@ only fall along a path. Expanding nodes among the N best known so far never miss
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from decoding.children import IMPOSSIBLE, Children, Chooser
+from decoding.children import IMPOSSIBLE, Children, Chooser, Coupling
 from decoding.state import DecodeState, RoundResult, TreeCounts
 from decoding.tree import Tree
-from decoding.tree_drafting import TreeRound
+from decoding.tree_drafting import TreeRound, reserved
 from decoding.vanilla import vanilla_round
 from decoding.verify import TREE_RULES, TreeVerification
 
@@ -113,19 +113,21 @@ class Pool(NamedTuple):
             kept = kept[self.ranks[kept] > IMPOSSIBLE]
         parents = torch.searchsorted(kept, self.parents[kept]).where(self.parents[kept] >= 0, -1)
         q = self.q[self.slots[kept].clamp(min=0)] if self.q.shape[1] else self.q[:0]
-        return Tree.of(self.tokens[kept], parents, deepest), q
+        values = torch.where(self.ranks[kept] > IMPOSSIBLE, self.values[kept], IMPOSSIBLE)
+        return Tree.of(self.tokens[kept], parents, values, deepest), q
 
 
-def best_first_round(state: DecodeState, growth: Growth, verification: TreeVerification, scale: float = 1.0) -> list[RoundResult]:
-    """Grow a tree with the children of `verification` (`scale`: see Chooser), and verify it in one target call."""
-    if growth.budget == 1:
+def best_first_round(state: DecodeState, growth: Growth, verification: TreeVerification, coupling: Coupling) -> list[RoundResult]:
+    """Grow a tree with the children of `verification` and `coupling`, and verify it in one target call."""
+    growth = replace(growth, budget=growth.budget - reserved(state))
+    if growth.budget <= 1:
         return vanilla_round(state, state.target.forward)
-    chooser = Chooser(TREE_RULES[verification], state.policy, state.vocab_size, scale, state.draft.token_ids)
+    chooser = Chooser(TREE_RULES[verification], state.policy, state.vocab_size, coupling, state.draft.token_ids)
     this_round = TreeRound(state, chooser, growth.widest)
     return this_round.verify(*grow(this_round, growth, state.eos_ids))
 
 
-def grow(this_round: TreeRound, growth: Growth, eos_ids: frozenset[int]) -> tuple[Tree, torch.Tensor, TreeCounts, torch.Tensor]:
+def grow(this_round: TreeRound, growth: Growth, eos_ids: frozenset[int]) -> tuple[Tree, torch.Tensor, TreeCounts]:
     """The tree that grows, and what else TreeRound.verify needs of it."""
     on_host = this_round.state.target.on_host
     fixed = not on_host and growth.passes is not None  # then a level's shapes do not depend on the text, and it can be a program
@@ -154,8 +156,7 @@ def grow(this_round: TreeRound, growth: Growth, eos_ids: frozenset[int]) -> tupl
         this_round.state.draft.note(fed)
         counts.add_pass(fed, len(grown.tokens) - len(pool.tokens))
         pool = grown
-    tree, q = pool.tree(growth.budget, deepest=min(growth.depth, counts.passes), trim=not fixed)
-    return tree, q, counts, pool.expected(growth.budget)
+    return *pool.tree(growth.budget, deepest=min(growth.depth, counts.passes), trim=not fixed), counts
 
 
 def _slows(pool: Pool, growth: Growth, counts: TreeCounts) -> bool:

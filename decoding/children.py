@@ -38,18 +38,30 @@ class Nodes(NamedTuple):
     ids: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Coupling:
+    """What the target's draw, argmax(log p + g), is expected to be from q and its noise g: softmax(draft·log q + noise·g).
+
+    log p is log q and an error, so that both count less the worse the draft is; a draft that is too unsure of itself counts more than the noise.
+    Fitted on data (tree_tuning.fit_coupling). At T = 0 there is no noise, and q is taken at temperature 1.
+    """
+
+    draft: float = 1.0
+    noise: float = 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Chooser:
     """Chooses children as `rule` wants them, under the target's `policy` and `vocab_size`.
 
-    `scale` is the s of coupled children, whose chances are softmax((log q + g)/s). `token_ids` (V_d,) names the logits' columns where the draft
+    `coupling` orders and values coupled children. `token_ids` (V_d,) names the logits' columns where the draft
     knows only a part of the vocabulary.
     """
 
     rule: TreeRule
     policy: SamplingPolicy
     vocab_size: int
-    scale: float = 1.0
+    coupling: Coupling = Coupling()
     token_ids: torch.Tensor | None = None
 
     def __call__(self, logits: torch.Tensor, count: int, nodes: Nodes) -> Children:
@@ -58,25 +70,29 @@ class Chooser:
         return choose(logits, min(count, logits.shape[-1]), nodes)
 
     def _gumbel(self, logits: torch.Tensor, count: int, nodes: Nodes) -> Children:
-        """The largest log q + g, g the noise that the target draws with (Daliri et al. 2408.07978, with several children); at T = 0 the largest log q."""
+        """Those that the target most likely draws, given the noise g that it draws with (Daliri et al. 2408.07978, with several children)."""
         positions = nodes.starts + 1 + nodes.depths
         if native.samples(logits):
             tokens, values = self._gumbel_natively(logits, count, nodes.noise, positions)
             return Children(tokens, values, values, logits[:, :0])
-        z = logits.double() / (self.policy.temperature or 1)
+        z = logits.double() * self._sharpness
         if self.policy.temperature > 0:
             tokens = logits.shape[-1] if self.token_ids is None else self.token_ids
-            z = z - nodes.noise.exponential(positions[None], tokens, Purpose.TOKEN)[0].log()
-        best, columns = z.topk(count, -1)
-        values = best / self.scale - (z / self.scale).logsumexp(-1, keepdim=True)
+            z = z - self.coupling.noise * nodes.noise.exponential(positions[None], tokens, Purpose.TOKEN)[0].log()
+        values, columns = z.log_softmax(-1).topk(count, -1)
         return Children(self._named(columns), values, values, logits[:, :0])
+
+    @property
+    def _sharpness(self) -> float:
+        """What logits are multiplied by."""
+        return self.coupling.draft / (self.policy.temperature or 1)
 
     def _gumbel_natively(self, logits: torch.Tensor, count: int, noise: Noise, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and values in C++, which computes the noise of a position once for neighbouring nodes."""
         logits, positions, ids = native.dense(logits, positions, self.token_ids)
         tokens, values = (torch.empty(len(logits), count, dtype=dtype) for dtype in (torch.int64, torch.float64))
         native.function("gumbel_children")(
-            native.address(logits), *logits.shape, self.policy.temperature, self.scale, noise.for_cpp(1), native.Places(*noise_places(Purpose.TOKEN)),
+            native.address(logits), *logits.shape, self._sharpness, self.coupling.noise if self.policy.temperature > 0 else 0.0, noise.for_cpp(1), native.Places(*noise_places(Purpose.TOKEN)),
             *map(native.address, (positions, ids)), count, native.address(tokens), native.address(values))
         return tokens, values
 

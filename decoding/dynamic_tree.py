@@ -1,6 +1,6 @@
 """Trees that take the shape of what the draft says: EAGLE-2 2406.16858, OPT-Tree 2406.17276, DySpec 2410.11744, and with coupled children.
 
-"coupled" (the default): children are the largest log q + g, g the noise that the target will draw with, valued by softmax((log q + g)/s); "match": the most likely
+"coupled" (the default): children are those that the target most likely draws, given the noise g that it will draw with, valued by softmax(a·log q + b·g); "match": the most likely
 tokens, valued by q at temperature max(T, 1). Both accept what equals the target's draw, so the output is vanilla's token for token.
 "swor": children drawn without replacement, accepted by rejection. Lossless with all three. Deviations: all share one builder, best-first in
 level-batched passes; under "swor" every node among the best is expanded, whatever the beam, and rounds do not stop early: which drawn children
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from decoding.best_first import Growth, best_first_round
+from decoding.children import Coupling
 from decoding.state import DecodeState, RoundResult
 from decoding.verify import TreeVerification
 
@@ -20,15 +21,15 @@ from decoding.verify import TreeVerification
 class DynamicTree:
     """`budget` nodes, the root included; `depth` levels and as many draft passes; `top_k` children of a node and nodes of a pass.
 
-    `scale` is the s of coupled children; `level_cost`, a draft pass in target passes, lets a round stop early (0: never).
+    `level_cost`, a draft pass in target passes, lets a round stop early (0: never); `coupling` values coupled children.
     """
 
     budget: int = 32
     depth: int = 7
     top_k: int = 8
-    scale: float = 1.0
     level_cost: float = 0.0
     verification: TreeVerification = "coupled"
+    coupling: Coupling = Coupling()
 
     @property
     def growth(self) -> Growth:
@@ -45,4 +46,4 @@ class DynamicTree:
 
 def dynamic_tree_round(state: DecodeState, plan: DynamicTree) -> list[RoundResult]:
     """Grow a tree and verify it in one target call."""
-    return best_first_round(state, plan.growth, plan.verification, plan.scale)
+    return best_first_round(state, plan.growth, plan.verification, plan.coupling)

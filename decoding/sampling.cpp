@@ -204,27 +204,26 @@ struct Candidate {
     int64_t column;
 };
 
-// For each row of logits (rows, n) the `count` tokens with the largest log q + g, g the Gumbel noise of the row's position, q at `temperature`
-// (0: the largest logits, without noise), best first, and the log of their shares of softmax((log q + g) / scale).
+// For each row of logits (rows, n) the `count` tokens with the largest score = sharpness * logit + weight * g, g the Gumbel noise of the row's position,
+// best first, and the log of their shares of softmax(scores).
 extern "C" void gumbel_children(
-    const float* logits, int64_t rows, int64_t n, float temperature, float scale, const Noise* noise, const Places* places, const uint64_t* positions,
+    const float* logits, int64_t rows, int64_t n, float sharpness, float weight, const Noise* noise, const Places* places, const uint64_t* positions,
     const int64_t* ids, int64_t count, int64_t* tokens, double* values) {
     static thread_local std::vector<float> gumbel, scores;
     gumbel.assign(n, 0.0f);
     scores.resize(n);
     for (int64_t row = 0; row < rows; row++) {
-        if (temperature > 0 && (row == 0 || positions[row] != positions[row - 1])) {
+        if (weight > 0 && (row == 0 || positions[row] != positions[row - 1])) {
             const uint64_t key = places->key(noise->of(0), positions[row]);
             for (int64_t i = 0; i < n; i++) gumbel[i] = float(unit(mix(key ^ (uint64_t(ids ? ids[i] : i) + 1) * GOLDEN)));
             for (float& value : gumbel) value = -std::log(std::max(-std::log(value), 1e-30f));
         }
-        const float over = temperature > 0 ? 1 / temperature : 1;
         float most = LEAST, total = 0;
-        for (int64_t i = 0; i < n; i++) scores[i] = logits[row * n + i] * over + gumbel[i];
+        for (int64_t i = 0; i < n; i++) scores[i] = sharpness * logits[row * n + i] + weight * gumbel[i];
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < n; i++) most = scores[i] > most ? scores[i] : most;
 #pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < n; i++) total += std::exp((scores[i] - most) / scale);
+        for (int64_t i = 0; i < n; i++) total += std::exp(scores[i] - most);
         std::vector<Candidate> best;
         for (int64_t i = 0; i < n; i++) {
             if (int64_t(best.size()) == count && scores[i] <= best.back().score) continue;
@@ -234,7 +233,7 @@ extern "C" void gumbel_children(
         }
         for (int64_t k = 0; k < count; k++) {
             tokens[row * count + k] = ids ? ids[best[k].column] : best[k].column;
-            values[row * count + k] = (best[k].score - most) / scale - std::log(total);
+            values[row * count + k] = best[k].score - most - std::log(total);
         }
     }
 }

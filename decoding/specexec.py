@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from decoding.best_first import Growth, best_first_round
+from decoding.children import Coupling
 from decoding.state import DecodeState, RoundResult
 from decoding.verify import TreeVerification
 
@@ -24,6 +25,7 @@ class SpecExec:
     branches: int = 8
     prune_threshold: float = 0.0
     verification: TreeVerification = "match"
+    coupling: Coupling = Coupling()
 
     def __post_init__(self) -> None:
         if self.verification == "swor":
@@ -42,4 +44,4 @@ class SpecExec:
 
 def specexec_round(state: DecodeState, plan: SpecExec) -> list[RoundResult]:
     """Grow the tree and verify it in one target call."""
-    return best_first_round(state, plan.growth, plan.verification)
+    return best_first_round(state, plan.growth, plan.verification, plan.coupling)

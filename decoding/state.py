@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from decoding.common_sense import CommonSense
 from decoding.kv_cache import CachedModel
 from decoding.programs import Programs
 from decoding.sampling import Noise, SamplingPolicy
@@ -147,6 +148,8 @@ class DecodeState:
     committed: list[list[int]]
     eos_ids: frozenset[int] = frozenset()
     record_overlap: bool = False
+    common_sense: CommonSense | None = None
+    stale_from: int | None = None  # where the target's cache is not the text's, if it is to be repaired
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.target.device)

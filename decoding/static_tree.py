@@ -1,6 +1,6 @@
 """Trees of one fixed shape (Sequoia 2402.12374): a growmap says how many children each node gets, and its ranks which.
 
-"coupled" (the default): the children of a node are the largest log q + g, g the noise that the target will draw with; "match": its most likely tokens;
+"coupled" (the default): a node's children are those that the target most likely draws, given the noise that it will draw with; "match": its most likely tokens;
 "swor": tokens drawn without replacement, accepted by rejection (the paper's). Lossless with all three. Deviation: leaves are never fed to the
 draft, so that a tree of depth d takes d draft passes.
 """
@@ -13,7 +13,7 @@ from itertools import groupby
 
 import torch
 
-from decoding.children import Children, Chooser
+from decoding.children import Children, Chooser, Coupling
 from decoding.growmap import Growmap
 from decoding.sampling import Noise
 from decoding.state import DecodeState, RoundResult, TreeCounts
@@ -29,6 +29,7 @@ class StaticTree:
 
     growmap: Growmap
     verification: TreeVerification = "coupled"
+    coupling: Coupling = Coupling()
 
     @property
     def budget(self) -> int:
@@ -92,7 +93,7 @@ def static_tree_round(state: DecodeState, plan: StaticTree) -> list[RoundResult]
     if plan.budget == 1:
         return vanilla_round(state, state.target.forward)
     shape = shape_of(plan.growmap.parents, state.target.device)
-    chooser = Chooser(TREE_RULES[plan.verification], state.policy, state.vocab_size, token_ids=state.draft.token_ids)
+    chooser = Chooser(TREE_RULES[plan.verification], state.policy, state.vocab_size, plan.coupling, state.draft.token_ids)
     this_round = TreeRound(state, chooser, plan.budget)
     tokens = this_round.root.repeat(plan.budget)
     drawn_from = []
@@ -103,9 +104,9 @@ def static_tree_round(state: DecodeState, plan: StaticTree) -> list[RoundResult]
     counts = TreeCounts(
         considered=plan.budget - 1, passes=len(shape.levels), fed=sum(len(level.nodes) for level in shape.levels),
         widest=max(len(level.nodes) for level in shape.levels))
-    expected = plan.growmap.tokens_per_call if plan.growmap.acceptance else torch.nan
-    return this_round.verify(
-        Tree(tokens, shape.parents, shape.depths, shape.visible), _by_node(drawn_from, shape), counts, torch.tensor(expected, dtype=torch.float64, device=tokens.device))
+    reach = plan.growmap.reach if plan.growmap.acceptance else [torch.nan] * plan.budget
+    values = torch.tensor(reach, dtype=torch.float64, device=tokens.device).log()
+    return this_round.verify(Tree(tokens, shape.parents, shape.depths, values, shape.visible), _by_node(drawn_from, shape), counts)
 
 
 def _level_pass(this_round: TreeRound, level: Level, tokens: torch.Tensor, number: int) -> Children:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from decoding.children import Children, Chooser, Nodes
+from decoding.common_sense import verify_overwriting
 from decoding.sampling import Noise, policy_probs
 from decoding.shared_exit import SharedExit
 from decoding.state import DecodeState, RoundResult, TreeCounts
@@ -70,7 +71,7 @@ class TreeRound:
         self.state, self.chooser = state, chooser
         self.draft = ExitDraft(state) if isinstance(state.draft, SharedExit) else ModelDraft(state)
         self.starts, self.root = state.target.starts(), state.last()[0]
-        self._key = (chooser.rule, chooser.scale, state.target.reach_of(widest), state.draft.reach_of(widest))
+        self._key = (chooser.rule, chooser.coupling, state.target.reach_of(widest), state.draft.reach_of(widest))
 
     def program(self, key: object, function: Callable[..., tuple[torch.Tensor, ...]], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """function(*inputs, noise) as a program; see DecodeState."""
@@ -102,38 +103,61 @@ class TreeRound:
         ids = torch.arange(fed - len(tokens), fed, device=tokens.device)
         return self.chooser(self.draft.level(tokens, starts, depths, visible), count, Nodes(noise, starts, depths, ids))
 
-    def verify(self, tree: Tree, q: torch.Tensor, counts: TreeCounts, expected: torch.Tensor) -> list[RoundResult]:
+    def verify(self, tree: Tree, q: torch.Tensor, counts: TreeCounts) -> list[RoundResult]:
         """One target call over `tree`, the walk, and what is left of both caches. Ends in the round's one wait for the device.
 
-        q (N, V), or (0, 0) where the rule does not look at it; `expected` fp64 (): the tokens that the round is expected to bring.
+        q (N, V) are the laws of each node's children, or (0, 0) where the rule does not look at them.
         """
+        state = self.state
+        expected = tree.expected
+        if reserved(state):
+            tree = state.common_sense.add_leaves(tree, state.eos_ids, trim=state.target.on_host)
+        starts, text = self.starts, []
+        if state.stale_from is not None:
+            text = state.committed[0][state.stale_from : -1]
+            tree, starts = tree.behind(torch.tensor(text, device=starts.device)), starts - len(text)
+
         def decide(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
-            *tensors, q, expected, starts, noise = inputs
+            *tensors, expected, q, starts, noise = inputs
             tree = Tree(*tensors)
             logits = self.draft.verify(tree.tokens, starts, tree.depths, tree.visible)
-            reached, drawn = self._walk(logits, tree, q, noise, starts)
-            return (torch.cat([tree.tokens.double(), tree.parents.double(), reached.double(), drawn[None].double(), expected[None]]),)
+            emitted, reached, drawn = self._walk(logits, tree, q, noise, starts, len(text))
+            return (torch.cat([*(each.double() for each in (tree.tokens, emitted, tree.parents, reached)), drawn[None].double(), expected[None]]),)
 
-        with self.state.clock("verify"):
-            decision, = self.program("verify", decide, tree.tokens, tree.parents, tree.depths, tree.visible, q, expected, self.starts)
-            result = self._result(decision.tolist(), counts)
-        return [result]
+        with state.clock("verify"):
+            decision, = self.program(("verify", len(text)), decide, *tree.tensors(), expected, q, starts)
+            return [self._result(decision.tolist(), len(text), counts)]
 
-    def _walk(self, logits: torch.Tensor, tree: Tree, q: torch.Tensor, noise: Noise, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _walk(
+        self, logits: torch.Tensor, tree: Tree, q: torch.Tensor, noise: Noise, starts: torch.Tensor, trunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tokens (N,) that nodes emit if they are reached, bool (N,), and the draw behind the last."""
+        policy, sense = self.state.policy, self.state.common_sense
+        if sense is not None and sense.mode == "overwrite":
+            return verify_overwriting(logits, policy, tree, noise, starts, sense, trunk)
         if self.chooser.rule.accept == "swor":
-            return verify_swor(policy_probs(logits, self.state.policy), q, tree, noise, starts)
-        return verify_match(logits, self.state.policy, tree, noise, starts)
+            return tree.tokens, *verify_swor(policy_probs(logits, policy), q, tree, noise, starts)
+        return tree.tokens, *verify_match(logits, policy, tree, noise, starts)
 
-    def _result(self, decision: list[float], counts: TreeCounts) -> RoundResult:
+    def _result(self, decision: list[float], trunk: int, counts: TreeCounts) -> RoundResult:
         """The round's result; keeps the accepted nodes in the caches."""
-        nodes = (len(decision) - 2) // 3
-        tokens, parents, reached = ([int(value) for value in decision[i * nodes : (i + 1) * nodes]] for i in range(3))
+        nodes = (len(decision) - 2) // 4
+        tokens, emitted, parents, reached = ([int(value) for value in decision[i * nodes : (i + 1) * nodes]] for i in range(4))
         path = [node for node in range(nodes) if reached[node]]
-        start, kept = self.state.target.lengths[0], torch.tensor(path, device=self.starts.device)
-        self.state.target.note(nodes)
-        self.state.target.keep(start, kept)
+        state, start = self.state, self.state.target.lengths[0] - trunk
+        kept = torch.tensor(path, device=self.starts.device)
+        state.target.note(nodes)
+        state.target.keep(start, kept)
         self.draft.keep(start, kept)
-        accepted = len(path) - 1
-        counts.nodes, counts.expected = nodes, decision[-1]
-        return RoundResult([*(tokens[node] for node in path[1:]), int(decision[-2])], proposed=nodes - 1, accepted=accepted,
+        overwritten = [place for place, node in enumerate(path) if emitted[node] != tokens[node]]
+        repairs = state.common_sense is not None and state.common_sense.repair
+        state.stale_from = start + overwritten[0] if overwritten and repairs else None
+        accepted = len(path) - 1 - trunk
+        counts.nodes, counts.expected = nodes - trunk, decision[-1]
+        return RoundResult([*(emitted[node] for node in path[trunk + 1 :]), int(decision[-2])], proposed=counts.nodes - 1, accepted=accepted,
                            tested=accepted + (path[-1] in parents), tree=counts)
+
+
+def reserved(state: DecodeState) -> int:
+    """Nodes of a tree's budget that are not for the draft to fill."""
+    return 0 if state.common_sense is None else state.common_sense.reserved

@@ -186,7 +186,7 @@ def verify_match(logits: torch.Tensor, policy: SamplingPolicy, tree: Tree, noise
     if native.samples(logits):
         return _verify_match_natively(logits, policy, tree, noise, starts)
     drawn = draw(policy_probs(logits, policy)[None], noise, (starts + 1 + tree.depths)[None])[0]
-    agrees = drawn[tree.parents.clamp(min=0)] == tree.tokens
+    agrees = (drawn[tree.parents.clamp(min=0)] == tree.tokens) & (tree.parents >= 0)
     agrees[0] = True
     reached = (agrees | ~tree.visible).all(-1)
     return reached, drawn[last_of(reached)]

@@ -11,10 +11,11 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     0: "command_line machine_speed decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap",
     1: "row_files results decoding.sampling decoding.kv_cache decoding.static_llama",
-    2: "data_utils decoding.state decoding.verify decoding.shared_exit",
-    3: "decoding.draft_length decoding.vanilla decoding.children",
-    4: "decoding.drafting decoding.tree_drafting",
-    5: "decoding.best_first",
+    2: "data_utils decoding.verify decoding.shared_exit decoding.common_sense",
+    3: "decoding.state decoding.children",
+    4: "decoding.draft_length decoding.vanilla",
+    5: "decoding.drafting decoding.tree_drafting",
+    6: "decoding.best_first",
     10: "target_model training_loop losses plots arithmetic_dataset c4_dataset cnn_dataset fineweb_dataset gsm8k_dataset mt_bench_dataset"
         " openwebtext_dataset pydoc_dataset share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
     11: "metrics",
