@@ -2,20 +2,24 @@
 
     python benchmark.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000100.safetensors \\
         --spec_prompt_dataset arithmetic --spec_prompt_length 0 --gammas 1 2 4 6 auto --num_threads 2 --out_dir runs/speed
+    python benchmark.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000300.safetensors \\
+        --methods self_speculative static_tree dynamic_tree specexec --verifications rejection coupled match swor --tree_budgets 8 16 32 64 \\
+        --spec_prompt_dataset pydoc --out_dir runs/trees
     python benchmark.py --random_init llama-3.2-1b --planted_alpha 0.8 --planted_layer 1 --draft_vocab_size 32768 --torch_dtype bf16 \\
         --gammas 2 4 auto --spec_num_prompts 8 --spec_max_new_tokens 32 --out_dir runs/speed-1b
 
 All entries decode a prompt before the next prompt begins, in an order drawn anew for each prompt, and all prompts `repeats` times; the
 first prompt is decoded once more before, uncounted. Predictions rest on what rounds cost just before and just after. Speedups are ratios of tokens per second over the same prompts, with a paired
-bootstrap interval. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
+bootstrap interval. Static trees get, for every size, the shape that is best for the acceptance measured on texts of the training split. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
 are those of the true shape, texts mean nothing, and every row says `planted`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain
 
 from command_line import UserError, parse_args, run
@@ -26,28 +30,34 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from decoding.children import Chooser, Coupling
 from decoding.draft_length import AdaptiveLength
+from decoding.dynamic_tree import DynamicTree
+from decoding.growmap import BestTrees
+from decoding.specexec import SpecExec
 from decoding.state import DecodeStats
-from decoding.verify import VERIFICATIONS
-from evaluation import PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, training_texts
+from decoding.static_tree import StaticTree
+from decoding.verify import TREE_RULES, VERIFICATIONS, TreeVerification, Verification
+from evaluation import DraftArgs, PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, fitting_prompts, load_draft, training_texts
 from machine_speed import counts_memory, held_memory, memory_bandwidth, peak_memory, restart_peak
 from metrics import pace, speculation_metrics, speedup_interval, with_interval
 from planted import planted_pair
 from results import new_output_dir, record_run, write_csv
-from speculative import METHODS, DecodeOptions, generate_batch
+from speculative import METHODS, DecodeOptions, TreePlan, generate_batch
 from target_model import Target, eos_token_ids, load_target, named_config
-from truncated_llama import TruncatedLlama, load_exit, read_exit_info, step_bytes
+from tree_args import FIT_SEED, FIT_TOKENS, TREE_METHODS, coupling_for, fitted_plan
+from tree_tuning import acceptance_by_rank, own_texts
+from truncated_llama import TruncatedLlama, step_bytes
 from tuning import frequent_tokens, round_costs
 
 RESULTS_NAME = "results.csv"
 
 
 @dataclass(kw_only=True)
-class Args(PolicyArgs, PromptArgs):
+class Args(DraftArgs, PolicyArgs, PromptArgs):
     """Compare ways to decode."""
 
     model_path: str | None = field(default=None, metadata={"help": "the target: a Hugging Face id or folder"})
-    checkpoint: str | None = field(default=None, metadata={"help": "the exit to draft with, made by train.py"})
     random_init: str | None = field(default=None, metadata={"help": "random weights in this shape: a name in assets/configs, a folder or a config.json"})
     planted_alpha: float = field(default=0.8, metadata={"help": "with --random_init: the acceptance that the exit is made to have"})
     planted_layer: int = field(default=1, metadata={"help": "with --random_init: the exit's layer"})
@@ -56,35 +66,52 @@ class Args(PolicyArgs, PromptArgs):
         default_factory=lambda: ["vanilla", "hf_generate", "hf_assisted", "speculative", "self_speculative"],
         metadata={"help": f"of {', '.join(METHODS)}; vanilla is always measured"})
     gammas: list[str] = field(default_factory=lambda: ["1", "2", "4", "auto"], metadata={"help": "drafted tokens per round; auto: as many as pay"})
-    verifications: list[str] = field(default_factory=lambda: ["rejection"], metadata={"help": "rejection, coupled, or both"})
+    verifications: list[str] = field(default_factory=lambda: ["rejection"], metadata={"help": "chains take rejection and coupled of these, trees coupled, match and swor"})
+    tree_budgets: list[int] = field(default_factory=lambda: [8, 32], metadata={"help": "nodes of trees, the root included"})
+    tree_depth: int = field(default=8, metadata={"help": "levels of static and dynamic trees; specexec: twice as many"})
+    tree_topk: int = field(default=8, metadata={"help": "children of a node and nodes of a draft pass: dynamic_tree, specexec"})
     repeats: int = field(default=1, metadata={"help": "times that all prompts are decoded; a prompt's tokens and seconds are summed"})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "prompts decoded together by the suite's methods"})
 
     @property
     def longest(self) -> int:
+        return max(*map(drafted_at_most, self.gammas), 2 * self.tree_depth if any(name in TREE_METHODS for name in self.methods) else 0)
+
+    @property
+    def longest_chain(self) -> int:
+        """Most tokens that a chain drafts."""
         return max(map(drafted_at_most, self.gammas))
 
     def config(self) -> PretrainedConfig:
         return super().config() if self.random_init is None else named_config(self.random_init)
 
     def check(self) -> None:
-        for name, known in (("methods", METHODS), ("verifications", VERIFICATIONS)):
+        for name, known in (("methods", METHODS), ("verifications", {**dict.fromkeys(VERIFICATIONS), **TREE_RULES})):
             unknown = set(getattr(self, name)) - set(known)
             if unknown:
                 raise UserError(f"--{name} {' '.join(sorted(unknown))}: choose from {', '.join(known)}")
         if (self.model_path is None) == (self.random_init is None):
             raise UserError("give either --model_path MODEL with --checkpoint EXIT, or --random_init SHAPE")
-        if self.model_path is not None and self.checkpoint is None and any(METHODS[name].draft != "none" for name in self.methods):
-            raise UserError("drafting methods need --checkpoint EXIT; or give --methods vanilla hf_generate")
+        if self.model_path is not None and any(METHODS[name].draft != "none" for name in self.methods):
+            self.check_draft(self.model_path, self.spec_prompt_length + self.spec_max_new_tokens + self.longest)
+        for name in ("tree_depth", "tree_topk"):
+            self.check_positive(name)
+        if min(self.tree_budgets) < 2:
+            raise UserError(f"--tree_budgets {' '.join(map(str, self.tree_budgets))}: each must be at least 2")
+        if not self.chain_verifications and any(METHODS[name].draft != "none" and METHODS[name].round and not METHODS[name].plan for name in self.methods):
+            raise UserError(f"--verifications {' '.join(self.verifications)}: chains take {' and '.join(VERIFICATIONS)}; add one, or leave chains out of --methods")
         self.check_batches()
         if self.random_init is not None and self.spec_prompt_length == 0:
             raise UserError("--spec_prompt_length 0: random prompts need a length; give one or more")
         if self.repeats < 1:
             raise UserError(f"--repeats {self.repeats}: must be at least 1")
-        if self.checkpoint is not None:
-            read_exit_info(self.checkpoint)
         self.policy()
         super().check()
+
+    @property
+    def chain_verifications(self) -> list[Verification]:
+        """Those of --verifications that chains take."""
+        return [name for name in self.verifications if name in VERIFICATIONS]
 
     def check_batches(self) -> None:
         """Raise UserError for sizes that cannot be compared."""
@@ -92,27 +119,40 @@ class Args(PolicyArgs, PromptArgs):
             raise UserError(f"--batch_sizes {' '.join(map(str, self.batch_sizes))}: must lie between 1 and --spec_num_prompts {self.spec_num_prompts}")
         if any(max(self.batch_sizes) % size for size in self.batch_sizes):
             raise UserError(f"--batch_sizes {' '.join(map(str, self.batch_sizes))}: each must divide the largest, so that all decode the same prompts")
-        if 1 not in self.batch_sizes and any(METHODS[name].whole is not None for name in self.methods):
-            raise UserError("transformers' decoders take one prompt at a time: add 1 to --batch_sizes, or leave them out of --methods")
+        if 1 not in self.batch_sizes and any(METHODS[name].whole is not None or METHODS[name].plan is not None for name in self.methods):
+            raise UserError("trees and transformers' decoders take one prompt at a time: add 1 to --batch_sizes, or leave them out of --methods")
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is decoded: target, exit, prompts, and the tokens that end a text. `facts` identify them.
 
-    transformers drafts with `untrimmed`, as it knows no part of a vocabulary.
+    transformers drafts with `untrimmed`, as it knows no part of a vocabulary. `fit_prompts` are what trees are fitted to; `path` says where the draft lies.
     """
 
-    model: nn.Module
-    draft: TruncatedLlama | None
-    untrimmed: TruncatedLlama | None
+    target: Target
+    draft: nn.Module | None
+    untrimmed: nn.Module | None
     prompts: list[list[int]]
+    fit_prompts: Callable[[], list[list[int]]]
     eos_ids: frozenset[int]
     facts: dict
+    path: str | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The target's."""
+        return self.target.model
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Those of target and exit."""
-        return chain(self.model.parameters(), [] if self.draft is None else self.draft.exit.parameters())
+        """Those of target and draft."""
+        own = self.draft.exit if isinstance(self.draft, TruncatedLlama) else self.draft
+        return chain(self.model.parameters(), [] if own is None else own.parameters())
+
+    @property
+    def cost_ratio(self) -> float:
+        """Bytes that a draft pass reads, over those of a target pass."""
+        return self.draft.exit.cost_ratio(self.model) if isinstance(self.draft, TruncatedLlama) else step_bytes(self.draft) / step_bytes(self.model)
 
 
 def load_subject(args: Args) -> Subject:
@@ -120,22 +160,27 @@ def load_subject(args: Args) -> Subject:
     if args.random_init is None:
         data = args.open_data()
         target = load_target(args.model_path, args)
-        draft = None if args.checkpoint is None else TruncatedLlama(target.model, load_exit(args.checkpoint, target)[0])
-        return Subject(target.model, trimmed(draft, target, args), draft, choose_prompts(target, args, data), eos_token_ids(target), args.facts(target, data))
+        path = args.checkpoint or args.draft_model_path
+        draft = None if path is None else load_draft(target, args).model
+        return Subject(
+            target, trimmed(draft, target, args), draft, choose_prompts(target, args, data), cache(lambda: fitting_prompts(target, args)), eos_token_ids(target),
+            {**args.facts(target, data), "draft": path}, None if args.draft_vocab_size else path)
     device, dtype, _ = args.resolve()
     pair = planted_pair(
-        args.config(), args.planted_layer, args.planted_alpha, args.policy(), args.verifications[0], dtype, device, args.seed,
+        args.config(), args.planted_layer, args.planted_alpha, args.policy(), (args.chain_verifications or VERIFICATIONS)[0], dtype, device, args.seed,
         draft_vocab_size=args.draft_vocab_size,
     )
     generator = torch.Generator().manual_seed(args.seed)
     shape = (args.spec_num_prompts, args.spec_prompt_length)
     prompts = torch.randint(0, pair.model.config.vocab_size, shape, generator=generator).tolist()
-    return Subject(pair.model, pair.draft, None if args.draft_vocab_size else pair.draft, prompts, frozenset(), {"planted": True, "planted_alpha_reached": pair.alpha})
+    target = Target(pair.model, None, args.random_init)
+    facts = {"planted": True, "planted_alpha_reached": pair.alpha}
+    return Subject(target, pair.draft, None if args.draft_vocab_size else pair.draft, prompts, lambda: prompts, frozenset(), facts)
 
 
-def trimmed(draft: TruncatedLlama | None, target: Target, args: Args) -> TruncatedLlama | None:
-    """The draft with its head cut to the training text's most frequent tokens, where that is asked for."""
-    if draft is None or args.draft_vocab_size is None:
+def trimmed(draft: nn.Module | None, target: Target, args: Args) -> nn.Module | None:
+    """The draft with its head cut to the training text's most frequent tokens, where that is asked for of an exit."""
+    if args.draft_vocab_size is None or not isinstance(draft, TruncatedLlama):
         return draft
     tokens = frequent_tokens(training_texts(target, args), args.draft_vocab_size, target.model.config.vocab_size)
     return TruncatedLlama(target.model, draft.exit.trimmed(tokens.to(target.model.device)))
@@ -154,7 +199,9 @@ class Entry:
 
     def columns(self) -> dict:
         """What the entry is."""
-        own = {"method": self.options.method, "lossless": METHODS[self.options.method].lossless, "batch": self.batch}
+        own = {"method": self.options.method, "lossless": self.options.lossless, "batch": self.batch}
+        if self.options.plan is not None:
+            return {**own, "verification": self.options.plan.verification, "tree_budget": self.options.plan.budget}
         return own if self.gamma is None else {**own, "gamma": self.gamma, "verification": self.options.verification}
 
 
@@ -169,9 +216,36 @@ def entries(subject: Subject, args: Args) -> list[Entry]:
                 print(f"{name} is left out: transformers cannot draft with a part of the vocabulary", flush=True)
                 continue
             found += [Entry(replace(base, method=name, gamma=int(gamma)), 1, gamma) for gamma in args.gammas if gamma != "auto"]
+        elif METHODS[name].plan is not None:
+            found += [Entry(replace(base, method=name, tree=plan), 1) for plan in tree_plans(name, base, subject, args)]
         elif METHODS[name].draft != "none":
-            found += [entry for verification in args.verifications for entry in drafting_entries(replace(base, method=name, verification=verification), subject, args)]
+            found += [entry for verification in args.chain_verifications for entry in drafting_entries(replace(base, method=name, verification=verification), subject, args)]
     return found
+
+
+def tree_plans(method: str, options: DecodeOptions, subject: Subject, args: Args) -> list[TreePlan]:
+    """Every verification and size of one tree method, fitted to the draft; they never stop early, so that sizes can be compared."""
+    found: list[TreePlan] = []
+    for verification in (name for name in args.verifications if name in TREE_RULES):
+        if method == "static_tree":
+            found += static_plans(verification, options, subject, args)
+            continue
+        kind, depth = (SpecExec, 2 * args.tree_depth) if method == "specexec" else (DynamicTree, args.tree_depth)
+        if (kind, verification) == (SpecExec, "swor"):
+            continue
+        wide = {"branches": args.tree_topk} if kind is SpecExec else {"top_k": args.tree_topk}
+        plan = fitted_plan(kind(depth=depth, verification=verification, **wide), subject.target, subject.draft, options, subject.fit_prompts, path=subject.path)
+        found += [replace(plan, budget=size) for size in args.tree_budgets]
+    return found
+
+
+def static_plans(verification: TreeVerification, options: DecodeOptions, subject: Subject, args: Args) -> list[StaticTree]:
+    """The best shape of every size."""
+    coupling = coupling_for(subject.target, subject.draft, options, subject.fit_prompts, subject.path) if verification == "coupled" else Coupling()
+    chooser = Chooser(TREE_RULES[verification], options.policy, subject.model.config.vocab_size, coupling)
+    texts = own_texts(subject.model, subject.fit_prompts(), replace(options, seed=options.seed + FIT_SEED, max_new_tokens=FIT_TOKENS))
+    trees = BestTrees(acceptance_by_rank(subject.model, subject.draft, texts, chooser, args.tree_topk), max(args.tree_budgets), args.tree_depth)
+    return [StaticTree(trees.growmap(size, args.tree_depth, {}), verification, coupling) for size in args.tree_budgets]
 
 
 def drafting_entries(options: DecodeOptions, subject: Subject, args: Args) -> list[Entry]:
@@ -189,7 +263,7 @@ def drafting_entries(options: DecodeOptions, subject: Subject, args: Args) -> li
 
 def measured_costs(subject: Subject, options: DecodeOptions, args: Args) -> list[float]:
     """tuning.round_costs behind the first prompt."""
-    return round_costs(subject.model, subject.draft, subject.prompts[0], options, args.longest)
+    return round_costs(subject.model, subject.draft, subject.prompts[0], options, args.longest_chain)
 
 
 @dataclass
@@ -248,6 +322,10 @@ def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float
             costs = [(one + other) / 2 for one, other in zip(entry.costs, after[drafting(entry)], strict=True)]
             row |= drafting_columns(costs, [run for batch in batches for run in batch], args)
             row["measured_over_predicted"] = row["speedup"] / row["predicted"]
+        elif entry.options.plan is not None:
+            row |= tree_columns([run for batch in batches for run in batch], args)
+        if METHODS[entry.options.method].whole is None and METHODS[entry.options.method].draft != "none":
+            row["weight_bound_speedup"] = weight_bound_speedup([run for batch in batches for run in batch], subject)
         rows.append({**row, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k, "planted": args.random_init is not None})
     return rows
 
@@ -271,8 +349,8 @@ def drafting(entry: Entry) -> tuple[str, str]:
 
 def drafting_columns(costs: list[float], runs: list[DecodeStats], args: Args) -> dict:
     """Acceptance, tokens per call, round costs in vanilla steps, and the speedup that these predict."""
-    figures = speculation_metrics(runs, args.longest, args.seed)
-    kept = ("spec_token_accept_rate", "spec_tokens_per_call", "spec_mean_proposed")
+    figures = speculation_metrics(runs, args.longest_chain, args.seed)
+    kept = ("spec_token_accept_rate", "spec_tokens_per_call", "spec_tokens_per_call_ci_low", "spec_tokens_per_call_ci_high", "spec_mean_proposed")
     rounds = [r for run in runs for r in run.rounds]
     predicted = sum(r.accepted + 1 for r in rounds) * costs[0] / sum(costs[r.proposed] for r in rounds)
     return {
@@ -281,19 +359,33 @@ def drafting_columns(costs: list[float], runs: list[DecodeStats], args: Args) ->
     }
 
 
+def tree_columns(runs: list[DecodeStats], args: Args) -> dict:
+    """Acceptance, tokens per call, what the trees promised, calls and sizes."""
+    figures = speculation_metrics(runs, 0, args.seed)
+    kept = ("spec_token_accept_rate", "spec_tokens_per_call", "tree_expected_tokens", "tree_nodes", "tree_passes", "draft_calls_per_token", "spec_target_calls_per_token")
+    intervals = [f"{name}_ci_{end}" for name in kept for end in ("low", "high")]
+    return {name: figures[name] for name in (*kept, *intervals) if name in figures}
+
+
+def weight_bound_speedup(runs: list[DecodeStats], subject: Subject) -> float:
+    """The speedup where a pass takes the time that reading its weights takes, whatever its width: a forecast for a GPU at batch 1."""
+    emitted, target_calls, draft_calls = (sum(getattr(run, name) for run in runs) for name in ("emitted", "target_calls", "draft_calls"))
+    return emitted / (target_calls + draft_calls * subject.cost_ratio)
+
+
 def bytes_read(entry: Entry, batches: list[list[DecodeStats]], subject: Subject) -> float:
     """Bytes of weights that all rounds read: the target's once a round, a draft's once a drafted token."""
     target_calls, draft_calls = (sum(getattr(batch[0], name) for batch in batches) for name in ("target_calls", "draft_calls"))
     whole = step_bytes(subject.model)
-    return whole * (target_calls + (draft_calls * subject.draft.exit.cost_ratio(subject.model) if draft_calls else 0))
+    return whole * (target_calls + (draft_calls * subject.cost_ratio if draft_calls else 0))
 
 
 def table(rows: list[dict]) -> str:
     """The rows as they are printed."""
     shown = {
-        "method": "method", "γ": "gamma", "verification": "verification", "batch": "batch", "tokens/s": "tokens_per_s", "speedup": "speedup",
+        "method": "method", "γ": "gamma", "nodes": "tree_budget", "verification": "verification", "batch": "batch", "tokens/s": "tokens_per_s", "speedup": "speedup",
         "low": "speedup_ci_low", "high": "speedup_ci_high", "predicted": "predicted", "of it": "measured_over_predicted", "over hf": "over_hf_generate",
-        "α": "spec_token_accept_rate", "τ": "spec_tokens_per_call", "ms/round": "ms_per_round", "draft": "draft_ms", "verify": "verify_ms",
+        "α": "spec_token_accept_rate", "τ": "spec_tokens_per_call", "promised": "tree_expected_tokens", "weight-bound": "weight_bound_speedup", "ms/round": "ms_per_round", "draft": "draft_ms", "verify": "verify_ms",
         "Python": "host_ms", "roofline": "roofline_share",
     }
     frame = pd.DataFrame([{title: row.get(column) for title, column in shown.items()} for row in rows])

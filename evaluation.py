@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import Literal
 
@@ -24,18 +25,22 @@ from decoding.draft_length import AdaptiveLength
 from decoding.sampling import SamplingPolicy
 from decoding.state import DecodeStats
 from decoding.static_llama import KEPT_WIDTHS, why_unsupported
-from decoding.verify import Verification
+from decoding.verify import VERIFICATIONS, Verification
 from losses import learned_rows, learned_tokens
 from metrics import add_sums, predicted_speedup, quality_means, quality_sums, speculation_metrics, speed_metrics
+from results import file_hash
 from row_files import ExampleStream, open_rows
 from speculative import DecodeOptions, generate
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, weights_hash
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, load_tokenizer, tokenizer_hash, weights_hash
 from text_datasets import find_dataset, fingerprint
-from truncated_llama import ExitInfo, TruncatedLlama, module_bytes, step_bytes
+from tree_args import TREE_METHODS, TreeArgs, fitted_plan
+from tree_tuning import tree_costs
+from truncated_llama import ExitInfo, TruncatedLlama, load_exit, module_bytes, read_exit_info, step_bytes
 from tuning import LONGEST, round_costs, step_seconds
 
 FREQUENCY_TEXTS = 500
-NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "model_path", "dataset_path"}
+FIT_PROMPTS = 32  # that trees are fitted to
+NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "model_path", "dataset_path", "growmap", "followers"}
 
 
 EvaluationData = dict[str, Sequence[dict]]
@@ -108,7 +113,7 @@ def drafted_at_most(gamma: str) -> int:
 
 @dataclass(kw_only=True)
 class SpeculationArgs(PromptArgs):
-    """Flags of commands that decode in one way."""
+    """Flags of commands that decode by chains of drafted tokens."""
 
     gamma: str = field(default="4", metadata={"help": "drafted tokens per round, or auto: as many as pay", "aliases": ["--speculate_len", "--k"]})
     method: Literal["auto", "self_speculative", "speculative"] = field(
@@ -144,20 +149,43 @@ class PolicyArgs:
 
 
 @dataclass(kw_only=True)
-class EvaluationArgs(PolicyArgs, SpeculationArgs):
+class EvaluationArgs(TreeArgs, PolicyArgs, SpeculationArgs):
     """Flags that both evaluators have."""
 
+    method: Literal["auto", "self_speculative", "speculative", "static_tree", "dynamic_tree", "specexec"] = field(
+        default="auto", metadata={"help": "self_speculative: an exit shares blocks and cache with the target (auto: where it can); speculative: any draft; "
+                                          "the others: trees, with either"})
+    verification: Literal["rejection", "coupled", "match", "swor"] | None = field(
+        default=None, metadata={"help": "chains: rejection (default) or coupled; trees: coupled (default), match (default of specexec) or swor. coupled and "
+                                        "match return vanilla's own tokens for the seed"})
     quality_datasets: list[str] = field(default_factory=lambda: ["ultrachat"], metadata={"help": "data sets for KL, perplexity, agreement"})
     quality_max_batches: int = field(default=50, metadata={"help": "batches per data set, taken from its test split"})
     quality_batch_size: int = field(default=8, metadata={"help": "examples per batch"})
     max_length: int = field(default=512, metadata={"help": "longest sequence of the quality batches, in tokens"})
     kl_temperature: float | None = field(default=None, metadata={"help": "for <dataset>_kl_at_train_temperature (default: the exit's own)"})
-    verification: Verification = field(default="rejection", metadata={"help": "coupled returns vanilla's own tokens for the seed"})
 
     def dataset_names(self) -> list[str]:
         return [self.spec_prompt_dataset or self.quality_datasets[0], *self.quality_datasets]
 
+    @property
+    def longest(self) -> int:
+        if self.method in TREE_METHODS:
+            return self.plan(self.method, self.verification).depth
+        return super().longest
+
+    @property
+    def chain_verification(self) -> Verification:
+        """--verification where chains are drafted."""
+        return self.verification or VERIFICATIONS[0]
+
+    def facts(self, target: Target, data: EvaluationData) -> dict:
+        files = {name: file_hash(path) for name, path in (("growmap_hash", self.growmap), ("followers_hash", self.followers)) if path is not None}
+        return {**super().facts(target, data), **files}
+
     def check(self) -> None:
+        self.check_tree(self.method, self.verification)
+        if self.method not in TREE_METHODS and self.chain_verification not in VERIFICATIONS:
+            raise UserError(f"--verification {self.verification}: chains are verified by {' or '.join(VERIFICATIONS)}; choose a tree method, or one of these")
         super().check()
         for name in ("quality_max_batches", "quality_batch_size"):
             self.check_positive(name)
@@ -181,6 +209,37 @@ class Draft:
     model: nn.Module
     columns: dict
     train_temperature: float = 1.0
+
+
+@dataclass(kw_only=True)
+class DraftArgs:
+    """Flags that name one draft."""
+
+    checkpoint: str | None = field(default=None, metadata={"help": "an exit made by train.py"})
+    draft_model_path: str | None = field(default=None, metadata={"help": "an independent model with the target's tokenizer"})
+
+    def check_draft(self, model_path: str, longest: int) -> None:
+        """Raise UserError unless one draft is named that exists and, if a model, fits the target at `model_path` and texts of `longest` tokens."""
+        if (self.checkpoint is None) == (self.draft_model_path is None):
+            raise UserError("give either --checkpoint EXIT or --draft_model_path MODEL")
+        if self.checkpoint is not None:
+            read_exit_info(self.checkpoint)
+            return
+        config = load_config(self.draft_model_path)
+        hashes = {tokenizer_hash(load_tokenizer(path)) for path in (model_path, self.draft_model_path)}
+        if len(hashes) > 1 or config.vocab_size != load_config(model_path).vocab_size:
+            raise UserError(f"{self.draft_model_path} and {model_path} have different tokenizers; a draft needs the target's own")
+        if longest > config.max_position_embeddings:
+            raise UserError(f"the context of {self.draft_model_path} is {config.max_position_embeddings} tokens: lower --spec_prompt_length, "
+                            f"--spec_max_new_tokens or --max_length")
+
+
+def load_draft(target: Target, args: DraftArgs) -> Draft:
+    """The draft that the flags name."""
+    if args.checkpoint is None:
+        return model_draft(target, load_target(args.draft_model_path, args).model, args.draft_model_path)
+    exit_, info = load_exit(args.checkpoint, target)
+    return exit_draft(target, TruncatedLlama(target.model, exit_), info, args.checkpoint, info.kind)
 
 
 def exit_draft(target: Target, draft: TruncatedLlama, info: ExitInfo | None, checkpoint: str, kind: str) -> Draft:
@@ -208,9 +267,8 @@ def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs, data: Eva
     for name in args.quality_datasets:
         quality = measure_quality(target, draft, args.stream(data, name), args)
         row |= {f"{name}_{metric}": value for metric, value in quality.items()}
-    row |= measure_speculation(target, draft.model, choose_prompts(target, args, data), args)
-    policy = {"temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k}
-    return {**row, "gamma": args.gamma, "verification": args.verification, **policy}
+    row |= measure_speculation(target, draft, choose_prompts(target, args, data), args)
+    return {**row, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k}
 
 
 # ---- quality ----
@@ -260,16 +318,38 @@ def training_texts(target: Target, args: PromptArgs) -> list[list[int]]:
     return [encode_example(target.tokenizer, example).input_ids for example in islice(examples, FREQUENCY_TEXTS)]
 
 
-def measure_speculation(target: Target, draft: nn.Module, prompts: list[list[int]], args: EvaluationArgs) -> dict[str, float]:
-    """metrics.SPECULATION_COLUMNS: vanilla and speculative decoding of the same `prompts`, in turn.
+def fitting_prompts(target: Target, args: PromptArgs) -> list[list[int]]:
+    """FIT_PROMPTS prompts as `choose_prompts` chooses them, but of the training split."""
+    name = args.dataset_names()[0]
+    data = {name: open_rows(find_dataset(name), "train", args.dataset_path)}
+    return choose_prompts(target, replace(args, spec_num_prompts=FIT_PROMPTS), data)
+
+
+def drafting_options(target: Target, draft: Draft, args: EvaluationArgs) -> DecodeOptions:
+    """How `args` decode with `draft`; a tree is fitted to it."""
+    options = DecodeOptions(policy=args.policy(), max_new_tokens=args.spec_max_new_tokens, eos_ids=eos_token_ids(target), seed=args.seed, engine=args.engine)
+    method = args.method_for(target, draft.model)
+    if method not in TREE_METHODS:
+        return replace(options, method=method, gamma=args.longest, verification=args.chain_verification, record_overlap=True)
+    plan = fitted_plan(
+        args.plan(method, args.verification), target, draft.model, options, cache(lambda: fitting_prompts(target, args)),
+        path=draft.columns["checkpoint"], level_cost=args.fixed_level_cost())
+    try:
+        return replace(options, method=method, tree=plan, common_sense=args.common_sense(target))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def measure_speculation(target: Target, draft: Draft, prompts: list[list[int]], args: EvaluationArgs) -> dict[str, float]:
+    """How it was decoded, and metrics.SPECULATION_COLUMNS: vanilla and speculative decoding of the same `prompts`, in turn.
 
     One pair is decoded and discarded first; the order within a pair alternates.
     """
-    shared = {"policy": args.policy(), "max_new_tokens": args.spec_max_new_tokens, "eos_ids": eos_token_ids(target), "seed": args.seed, "engine": args.engine}
-    drafting = DecodeOptions(method=args.method_for(target, draft), gamma=args.longest, verification=args.verification, record_overlap=True, **shared)
-    costs = round_costs(target.model, draft, prompts[0], drafting) if args.gamma == "auto" else None
+    drafting = drafting_options(target, draft, args)
+    adaptive = drafting.plan is None and args.gamma == "auto"
+    costs = round_costs(target.model, draft.model, prompts[0], drafting) if adaptive else None
     methods = {
-        "vanilla": DecodeOptions(method="vanilla", **shared),
+        "vanilla": replace(drafting, method="vanilla", tree=None, common_sense=None, record_overlap=False),
         "speculative": replace(drafting, gamma=AdaptiveLength(costs)) if costs else drafting,
     }
     runs: dict[str, list[DecodeStats]] = {name: [] for name in methods}
@@ -278,13 +358,34 @@ def measure_speculation(target: Target, draft: nn.Module, prompts: list[list[int
         torch.cuda.reset_peak_memory_stats()
     for index, prompt in enumerate([prompts[0], *prompts]):
         for name in sorted(methods, reverse=index % 2 == 0):
-            stats = generate(target.model, prompt, methods[name], draft, prompt_id=index).stats
+            stats = generate(target.model, prompt, methods[name], draft.model, prompt_id=index).stats
             runs[name] += [stats] if index > 0 else []
     row = {**speculation_metrics(runs["speculative"], args.longest, args.seed), **speed_metrics(runs["vanilla"], runs["speculative"], args.seed)}
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    predicted = predict_by_costs(runs["speculative"], costs) if costs else predict_by_steps(target, draft, prompts[0], drafting, row)
-    return {"method": drafting.method, **row, **predicted}
+    if costs:
+        row |= predict_by_costs(runs["speculative"], costs)
+    elif drafting.plan is None:
+        row |= predict_by_steps(target, draft.model, prompts[0], drafting, row)
+    elif "tree_expected_tokens" in row:
+        row |= predict_by_tree(target, draft.model, prompts[0], drafting, row)
+    return {**method_columns(drafting, args), **row}
+
+
+def method_columns(drafting: DecodeOptions, args: EvaluationArgs) -> dict:
+    """What was decoded with."""
+    row = {"method": drafting.method, "lossless": drafting.lossless}
+    if drafting.plan is None:
+        return {**row, "gamma": args.gamma, "verification": drafting.verification}
+    return {**row, "verification": drafting.plan.verification, "tree_budget": drafting.plan.budget, "commonsense": args.commonsense}
+
+
+def predict_by_tree(target: Target, draft: nn.Module, prompt: list[int], drafting: DecodeOptions, row: dict[str, float]) -> dict[str, float]:
+    """The speedup that the tokens which trees promise and separately measured round times predict."""
+    costs = tree_costs(target.model, draft, prompt, drafting, [drafting.plan])
+    (target_s,) = costs.target_s.values()
+    predicted = row["tree_expected_tokens"] * costs.vanilla_s / (row["tree_passes"] * costs.draft_s + target_s)
+    return {"spec_cost_ratio": costs.draft_s / costs.vanilla_s, "spec_verify_ratio": target_s / costs.vanilla_s, "spec_predicted_speedup": predicted}
 
 
 def predict_by_costs(runs: list[DecodeStats], costs: list[float]) -> dict[str, float]:
@@ -307,7 +408,8 @@ def summary_table(rows: list[dict], dataset: str) -> str:
     """The figures that answer the suite's question, a line per row: quality, α, τ, predicted and measured speedup."""
     shown = {
         "layer": "target_layer", "stage": "kind", "KL": f"{dataset}_kl", "ppl": f"{dataset}_ppl", "top-1": f"{dataset}_top1",
-        "α": "spec_token_accept_rate", "overlap": "spec_overlap", "τ": "spec_tokens_per_call", "c": "spec_cost_ratio",
+        "method": "method", "verified": "verification", "lossless": "lossless", "nodes": "tree_nodes",
+        "α": "spec_token_accept_rate", "overlap": "spec_overlap", "τ": "spec_tokens_per_call", "promised": "tree_expected_tokens", "c": "spec_cost_ratio",
         "predicted": "spec_predicted_speedup", "speedup": "spec_speedup", "low": "spec_speedup_ci_low", "high": "spec_speedup_ci_high",
     }
     table = pd.DataFrame([{title: row.get(column) for title, column in shown.items()} for row in rows])

@@ -23,7 +23,8 @@ DRAFT_COLUMNS = {
     "target_layer, blocks, step": "ℓ, 0-based and inclusive; E = ℓ + 1; training steps of the last stage",
     "exit_bytes": "bytes of the draft's own tensors",
     "cost_ratio_bytes": "bytes that a draft step reads / bytes that a target step reads",
-    "method, gamma, verification, temperature, top_p, top_k, settings_hash": "how speculation was measured; hash of all settings, target and data",
+    "method, lossless, gamma, verification, tree_budget, commonsense, temperature, top_p, top_k, settings_hash": "how speculation was measured; hash of all "
+        "settings, target and data",
     "peak_memory_bytes": "most bytes that torch held on the GPU while decoding (absent on the CPU)",
 }
 QUALITY_COLUMNS = {
@@ -58,6 +59,13 @@ SPECULATION_COLUMNS = {
     "spec_predicted_speedup": "E[τ](α, γ) / (γ·c + v), from α and separately measured step times; for γ = auto emitted·t(0) / Σ t(n) over "
         "its rounds, t(n) the separately measured seconds of a round that drafts n tokens",
     "spec_cost_ratio, spec_verify_ratio": "c = t_draft(1) / t_target(1); v = t_target(γ+1) / t_target(1)",
+    "tree_nodes, tree_depth_offered, tree_passes": "means over rounds: nodes of the verified tree, root included; its levels; draft passes",
+    "tree_expected_tokens": "mean tokens per round that the trees promised: Σ of node values (a growmap's: from its acceptance vector)",
+    "draft_calls_per_token": "draft passes / emitted tokens",
+    "acceptance_rate": "trees: accepted nodes / levels offered",
+    "branches_total, effective_parallelism, max_active_branches": "nodes fed to the draft: all, per round, most in one pass",
+    "branches_kept, branches_pruned, branch_prune_rate": "candidate nodes that the verified trees hold, those that they do not, and the share of these",
+    "cache_hits, cache_misses, cache_hit_rate": "tokens found in the tree; rounds; 1 − rounds / emitted = 1 − 1/τ",
     "vanilla_<phase>_s, spec_<phase>_s": "seconds of prefill, decode, draft, verify (sampling included) and host",
     "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over prompts (absent for one prompt)",
 }
@@ -139,22 +147,24 @@ def speculation_metrics(runs: list[DecodeStats], longest: int, seed: int = 0) ->
     emitted, calls = np.array([run.emitted for run in runs]), np.array([run.target_calls for run in runs])
     overlaps, expected = (np.array([sum(sum(getattr(r, name)) for r in run.rounds) for run in runs]) for name in ("overlaps", "expected"))
     num_rounds = np.array([len(run.rounds) for run in runs])
+    recorded = np.array([sum(len(r.overlaps) for r in run.rounds) for run in runs])
     row: dict[str, float] = {
         "spec_prompts": len(runs), "spec_rounds": len(rounds), "spec_proposed": int(proposed.sum()), "spec_tested": int(tested.sum()),
         "spec_accepted": int(accepted.sum()), "spec_emitted": int(emitted.sum()),
         "spec_target_calls_per_token": calls.sum() / emitted.sum(),
     }
-    row |= {"spec_expected_accept": expected.sum() / tested.sum()} if tested.any() else {}
+    row |= {"spec_expected_accept": expected.sum() / tested.sum()} if recorded.any() else {}
     z = acceptance_z(runs)
     row |= {} if z is None else {"spec_accept_z": z}
+    row |= tree_metrics(runs)
     for name, numerator, denominator in (
         ("spec_mean_accepted", accepted, num_rounds),
         ("spec_mean_proposed", proposed, num_rounds),
         ("spec_accept_rate", accepted, proposed),
         ("spec_token_accept_rate", accepted, tested),
         ("spec_tokens_per_call", emitted, calls),
-        ("spec_overlap", overlaps, tested),
-        ("spec_tv", tested - overlaps, tested),
+        ("spec_overlap", overlaps, recorded),
+        ("spec_tv", recorded - overlaps, recorded),
     ):
         if not denominator.any():  # an adaptive rule may draft nothing
             continue
@@ -176,11 +186,34 @@ def acceptance_z(runs: list[DecodeStats]) -> float | None:
     difference = variance = 0.0
     for run in runs:
         for r in run.rounds:
+            if r.tree is not None:
+                return None
             difference += r.accepted - sum(r.expected)
             variance += sum(chance * (1 - chance) for chance in r.expected)
     if variance > ROUNDING:
         return difference / math.sqrt(variance)
     return None if abs(difference) < ROUNDING else math.copysign(math.inf, difference)
+
+
+def tree_metrics(runs: list[DecodeStats]) -> dict[str, float]:
+    """Tree columns of SPECULATION_COLUMNS; none where no trees were drafted."""
+    trees = [r.tree for run in runs for r in run.rounds if r.tree is not None]
+    if not trees:
+        return {}
+    rounds, emitted = sum(len(run.rounds) for run in runs), sum(run.emitted for run in runs)
+    accepted = sum(r.accepted for run in runs for r in run.rounds)
+    fed, kept, considered = sum(tree.fed for tree in trees), sum(tree.nodes - 1 for tree in trees), sum(tree.considered for tree in trees)
+    expected = sum(tree.expected for tree in trees) / len(trees)
+    return {
+        "tree_nodes": sum(tree.nodes for tree in trees) / len(trees), "tree_depth_offered": sum(tree.depth for tree in trees) / len(trees),
+        "tree_passes": sum(tree.passes for tree in trees) / len(trees),
+        "draft_calls_per_token": sum(run.draft_calls for run in runs) / emitted,
+        **({} if math.isnan(expected) else {"tree_expected_tokens": expected}),
+        "acceptance_rate": accepted / max(sum(tree.depth for tree in trees), 1),
+        "branches_total": fed, "effective_parallelism": fed / rounds, "max_active_branches": max(tree.widest for tree in trees),
+        "branches_kept": kept, "branches_pruned": max(considered - kept, 0), "branch_prune_rate": max(considered - kept, 0) / considered,
+        "cache_hits": accepted, "cache_misses": rounds, "cache_hit_rate": 1 - rounds / emitted,
+    }
 
 
 def speed_metrics(vanilla: list[DecodeStats], speculative: list[DecodeStats], seed: int = 0) -> dict[str, float]:

@@ -7,6 +7,7 @@ Checked at T = 0, T = 0.7 with top-p 0.95, and T = 1:
     identity    a draft that equals the target has every proposal accepted, under both verifications
     greedy      greedy speculative text equals greedy text
     coupled     coupled text equals vanilla sampling's for the same seed, token for token
+    tree        so does text drafted in trees: static ones, dynamic ones, SpecExec's
     acceptance  rejection's acceptance agrees with Σ min(p, q) over all tested positions, |z| < 4
     calls       one target call per round
 
@@ -30,8 +31,12 @@ import torch
 from torch import nn
 
 from decoding.draft_length import AdaptiveLength
+from decoding.dynamic_tree import DynamicTree
+from decoding.growmap import Growmap
 from decoding.sampling import Noise, Purpose, SamplingPolicy, policy_probs
+from decoding.specexec import SpecExec
 from decoding.state import DecodeStats
+from decoding.static_tree import StaticTree
 from evaluation import SpeculationArgs, choose_prompts
 from metrics import acceptance_z
 from results import new_output_dir, record_run, write_json
@@ -43,6 +48,9 @@ from tuning import LONGEST
 POLICIES = {"T=0": SamplingPolicy(0.0), "T=0.7 top-p=0.95": SamplingPolicy(0.7, top_p=0.95), "T=1": SamplingPolicy(1.0)}
 MAX_Z, MIN_TESTED = 4.0, 20_000
 TIE_GAP = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-1}  # of logits, or of log p plus noise
+TREES = {  # each verified by the target's own draws
+    "static_tree": StaticTree(Growmap((-1, 0, 0, 0, 0, 1, 1, 1, 2, 5, 5, 9))), "dynamic_tree": DynamicTree(budget=16), "specexec": SpecExec(budget=16, depth=8),
+}
 RESULTS_NAME = "proof.json"
 
 
@@ -53,6 +61,10 @@ class Args(SpeculationArgs):
     checkpoint_glob: list[str] = field(default_factory=list, metadata={"help": "globs or paths of exits (default: untuned exits only)"})
     torch_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(default="fp32", metadata={"help": "auto: bf16 on cuda, fp32 on cpu"})
     tf32: bool = field(default=False, metadata={"help": "TF32 for fp32 matrix products on cuda"})
+
+    @property
+    def longest(self) -> int:
+        return max(super().longest, *(tree.depth for tree in TREES.values()))
 
 
 class Prover:
@@ -65,12 +77,11 @@ class Prover:
         self.gamma = AdaptiveLength([1 + 0.3 * n for n in range(LONGEST + 1)]) if args.gamma == "auto" else int(args.gamma)  # any costs do: exactness hangs on none
         self.vanilla = {label: [generation.tokens for generation in self.decode(policy)] for label, policy in POLICIES.items()}
 
-    def decode(self, policy: SamplingPolicy, draft: nn.Module | None = None, verification: str = "rejection") -> Iterator[Generation]:
-        """One generation per prompt; vanilla without a draft."""
+    def decode(self, policy: SamplingPolicy, draft: nn.Module | None = None, **way: object) -> Iterator[Generation]:
+        """One generation per prompt, drafted in `way`, DecodeOptions' fields; vanilla without a draft."""
         options = DecodeOptions(
-            method="vanilla" if draft is None else self.args.method_for(self.target, draft), policy=policy, gamma=self.gamma, verification=verification,
-            max_new_tokens=self.args.spec_max_new_tokens, eos_ids=eos_token_ids(self.target), seed=self.args.seed, record_overlap=True,
-            engine=self.args.engine,
+            policy=policy, gamma=self.gamma, max_new_tokens=self.args.spec_max_new_tokens, eos_ids=eos_token_ids(self.target), seed=self.args.seed,
+            record_overlap=True, engine=self.args.engine, **way,
         )
         return (generate(self.target.model, prompt, options, draft, prompt_id=i) for i, prompt in enumerate(self.prompts))
 
@@ -85,7 +96,7 @@ class Prover:
         """All checks of one draft."""
         for label, policy in POLICIES.items():
             for verification in ("rejection", "coupled"):
-                found = list(self.decode(policy, draft, verification))
+                found = list(self.decode(policy, draft, method=self.args.method_for(self.target, draft), verification=verification))
                 setting = f"{label}, {verification}"
                 self.record("calls", name, setting, [g.stats.target_calls == len(g.stats.rounds) for g in found])
                 if is_target:
@@ -94,6 +105,10 @@ class Prover:
                     self.compare_texts("coupled" if verification == "coupled" else "greedy", name, label, [g.tokens for g in found])
                 else:
                     self.tested += [generation.stats for generation in found]
+            for method, tree in TREES.items():
+                found = list(self.decode(policy, draft, method=method, tree=tree))
+                self.record("calls", name, f"{label}, {method}", [g.stats.target_calls == len(g.stats.rounds) for g in found])
+                self.compare_texts("tree", name, label, [g.tokens for g in found])
 
     def compare_texts(self, check: str, name: str, label: str, texts: list[list[int]]) -> None:
         """Record how many texts are vanilla's, and how many part from it at a near tie."""

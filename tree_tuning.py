@@ -6,6 +6,8 @@ drafts behind accepted nodes is drafted behind such text.
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,13 +16,16 @@ from torch import nn
 
 from decoding.children import Chooser, Coupling, Nodes
 from decoding.sampling import Noise, Purpose, policy_probs
+from decoding.static_tree import StaticTree
 from decoding.verify import residual
-from speculative import DecodeOptions, generate
+from speculative import METHODS, DecodeOptions, TreePlan, generate
 
 CHUNK_ROWS = 64  # positions of V numbers in fp64 at a time: 65 MB each at V = 128k
 NEWTON_STEPS, CONVERGED = 50, 1e-6
 LEAST_WEIGHT = 0.01  # of Coupling
 UNKNOWN = -1e4  # log q of tokens that the draft does not know
+REPEATS = 3  # generations that are timed
+METHOD_OF = {method.plan: name for name, method in METHODS.items() if method.plan is not None}
 
 
 @dataclass(frozen=True)
@@ -126,3 +131,49 @@ def _swor_chances(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor) -> tor
         left = left.scatter(-1, token, 0.0)
         left = left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
     return torch.cat(found, -1)
+
+
+def acceptance_in_rounds(target: nn.Module, draft: nn.Module, prompts: Sequence[list[int]], options: DecodeOptions, plan: StaticTree) -> list[float]:
+    """The same of rounds that draft nothing but children of the root, as many as `plan`'s growmap has: behind a correction, where drafts are worse than elsewhere."""
+    width = plan.growmap.size - 1
+    counts, rounds = Counter(), 0
+    for prompt_id, prompt in enumerate(prompts):
+        stats = generate(target, prompt, replace(options, method="static_tree", tree=plan), draft, prompt_id=prompt_id).stats
+        counts.update(r.tree.rank for r in stats.rounds if r.accepted)
+        rounds += len(stats.rounds)
+    return [counts[rank] / rounds for rank in range(width)]
+
+
+# ---- costs ----
+
+@dataclass(frozen=True)
+class TreeCosts:
+    """Seconds of a vanilla round; of a draft pass; of what else a round over n nodes takes, by n: target pass, walk, and Python between."""
+
+    vanilla_s: float
+    draft_s: float
+    target_s: dict[int, float]
+
+    @property
+    def level_cost(self) -> float:
+        """A draft pass in target passes over the largest tree."""
+        return self.draft_s / self.target_s[max(self.target_s)]
+
+
+def tree_costs(target: nn.Module, draft: nn.Module, prompt: list[int], options: DecodeOptions, plans: Sequence[TreePlan]) -> TreeCosts:
+    """Median costs of rounds over `plans`, behind `prompt`, in generations that take turns with vanilla ones; the first turn is not counted."""
+    plain = replace(options, eos_ids=frozenset(), stop=None, tree=None, common_sense=None)
+    found: dict[str, list[float]] = {"vanilla": [], "draft": []}
+    sizes: dict[int, list[float]] = {plan.budget: [] for plan in plans}
+    for turn in range(REPEATS + 1):
+        stats = generate(target, prompt, replace(plain, method="vanilla"), draft).stats
+        if turn > 0:
+            found["vanilla"].append(stats.decode_s / len(stats.rounds))
+        for plan in plans:
+            stats = generate(target, prompt, replace(plain, method=METHOD_OF[type(plan)], tree=plan), draft).stats
+            rounds = [r for r in stats.rounds if r.tree is not None]
+            if turn > 0 and rounds:
+                found["draft"].append(stats.seconds["draft"] / sum(r.tree.passes for r in rounds))
+                sizes[plan.budget].append((stats.decode_s - stats.seconds["draft"]) / len(rounds))
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    return TreeCosts(medians["vanilla"], medians["draft"], {size: statistics.median(values) for size, values in sizes.items() if values})

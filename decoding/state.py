@@ -23,14 +23,17 @@ PHASES = ("prefill", "draft", "verify", "record")
 @dataclass
 class TreeCounts:
     """Of a round over a tree: `passes` of the draft, which fed it `fed` nodes, `widest` at once, and made `considered` candidates (both root and all);
-    `nodes` of the tree that was verified, the root included, and the tokens that it was `expected` to bring."""
+    `nodes` of the tree that was verified, the root included, its `depth`, and the tokens that it was `expected` to bring; `rank`, from 0, of the root's child that
+    was accepted, if one was."""
 
     considered: int
     passes: int = 1
     fed: int = 1
     widest: int = 1
     nodes: int = 1
+    depth: int = 0
     expected: float = 1.0
+    rank: int | None = None
 
     def add_pass(self, fed: int, considered: int) -> None:
         """Count a draft pass over `fed` nodes, and the candidates that came of it."""

@@ -153,9 +153,18 @@ class TreeRound:
         repairs = state.common_sense is not None and state.common_sense.repair
         state.stale_from = start + overwritten[0] if overwritten and repairs else None
         accepted = len(path) - 1 - trunk
-        counts.nodes, counts.expected = nodes - trunk, decision[-1]
+        counts.nodes, counts.depth, counts.expected = nodes - trunk, depth_of(parents) - trunk, decision[-1]
+        counts.rank = parents[: path[trunk + 1]].count(trunk) if accepted else None
         return RoundResult([*(emitted[node] for node in path[trunk + 1 :]), int(decision[-2])], proposed=counts.nodes - 1, accepted=accepted,
                            tested=accepted + (path[-1] in parents), tree=counts)
+
+
+def depth_of(parents: list[int]) -> int:
+    """Levels below the first node."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return max(depths)
 
 
 def reserved(state: DecodeState) -> int:

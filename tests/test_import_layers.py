@@ -24,9 +24,9 @@ LEVELS = {
     21: "tuned_llama plain_llama planted",
     30: "speculative",
     31: "tuning tree_tuning",
-    32: "potential",
+    32: "potential tree_args",
     40: "evaluation",
-    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark benchmark_torch_compile tune build_followers",
+    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark benchmark_torch_compile tune build_followers build_growmap",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

@@ -25,7 +25,7 @@ class BigramModel(nn.Module):
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
         self.table, self.calls = table, 0
-        self.device = table.device
+        self.device, self.dtype = table.device, table.dtype
         self.config = SimpleNamespace(vocab_size=len(table), max_position_embeddings=10**9)
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:

@@ -1,0 +1,176 @@
+"""Flags of tree methods, and what they make: the tree plan, fitted to the draft and to this machine.
+
+The weights of coupled values are kept beside the exit (or in the draft's folder), one pair for each target, data set and policy: fitted once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from command_line import UserError
+
+from torch import nn
+
+from decoding.children import Coupling
+from decoding.common_sense import CommonSense
+from decoding.dynamic_tree import DynamicTree
+from decoding.growmap import Growmap, load_growmap
+from decoding.specexec import SpecExec
+from decoding.static_tree import StaticTree
+from decoding.verify import TREE_RULES
+from followers import load_followers
+from results import file_hash, write_json
+from speculative import METHODS, DecodeOptions, TreePlan
+from target_model import Target, weights_hash
+from tree_tuning import fit_coupling, own_texts, tree_costs
+
+TREE_METHODS = tuple(name for name, method in METHODS.items() if method.plan is not None)
+FIT_SEED = 1  # of the texts that are fitted to: not the noise of the texts that are measured
+FIT_TOKENS = 64  # new tokens of each of them
+
+
+@dataclass(kw_only=True)
+class TreeArgs:
+    """Flags of tree methods."""
+
+    growmap: str | None = field(default=None, metadata={"help": "static_tree: the shape, made by build_growmap.py, or a reference .pt file"})
+    tree_budget: int = field(default=32, metadata={"help": "dynamic_tree, specexec: nodes of a tree, the root included"})
+    tree_depth: int | None = field(default=None, metadata={"help": "levels of a tree (default: 8; specexec: 16)"})
+    tree_topk: int = field(default=8, metadata={"help": "dynamic_tree: children of a node, and nodes of a draft pass"})
+    tree_level_cost: str = field(default="auto", metadata={"help": "dynamic_tree: a round stops where a draft pass brings less than its cost: that in "
+                                                                   "target passes, or auto (measured here); 0: never. swor never stops"})
+    parallel_branches: int = field(default=8, metadata={"help": "specexec: children of a node, and nodes of a draft pass"})
+    branch_prune_threshold: float = field(default=0.0, metadata={"help": "specexec: a child needs this share of its best sibling's probability"})
+    commonsense: Literal["off", "exact", "overwrite"] = field(default="off", metadata={"help": "exact (lossless): frequent followers as further leaves; "
+                                                                                               "overwrite (LOSSY): the published form"})
+    followers: str | None = field(default=None, metadata={"help": "with --commonsense: the table, made by build_followers.py"})
+    commonsense_nodes: int = field(default=8, metadata={"help": "with --commonsense exact: nodes of the budget that are followers"})
+    commonsense_repair: bool = field(default=False, metadata={"help": "with --commonsense overwrite: feed overwritten tokens again"})
+
+    def check_tree(self, method: str, verification: str | None) -> None:
+        """Raise UserError for flags that cannot work together, before anything is loaded; a growmap is read."""
+        if method not in TREE_METHODS:
+            changed = [name for name, value in asdict(TreeArgs()).items() if getattr(self, name) != value]
+            if changed:
+                raise UserError(f"--{changed[0]} {getattr(self, changed[0])} belongs to trees: add --method {', '.join(TREE_METHODS)}, or leave it out")
+            return
+        if (self.growmap is not None) != (method == "static_tree"):
+            raise UserError(f"--method {method} {'needs' if method == 'static_tree' else 'takes no'} --growmap; build_growmap.py makes one for static_tree")
+        if self.branch_prune_threshold < 0 or self.branch_prune_threshold > 1:
+            raise UserError(f"--branch_prune_threshold {self.branch_prune_threshold}: must lie between 0 and 1")
+        for name in ("tree_budget", "tree_topk", "parallel_branches", "commonsense_nodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.tree_depth is not None and self.tree_depth < 1:
+            raise UserError(f"--tree_depth {self.tree_depth}: must be at least 1")
+        self.fixed_level_cost()
+        if (self.commonsense == "off") != (self.followers is None):
+            raise UserError("--commonsense exact or overwrite and --followers TABLE go together; build_followers.py makes a table")
+        try:
+            DecodeOptions(method=method, tree=self.plan(method, verification), common_sense=None)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def fixed_level_cost(self) -> float | None:
+        """--tree_level_cost as a number, None for auto. Raises UserError."""
+        if self.tree_level_cost == "auto":
+            return None
+        try:
+            cost = float(self.tree_level_cost)
+        except ValueError as error:
+            raise UserError(f"--tree_level_cost {self.tree_level_cost}: must be auto or a number") from error
+        if not cost >= 0:
+            raise UserError(f"--tree_level_cost {self.tree_level_cost}: must not be negative")
+        return cost
+
+    def plan(self, method: str, verification: str | None) -> TreePlan:
+        """The plan before it is fitted. Raises UserError or ValueError for one that cannot be."""
+        own = {} if self.tree_depth is None else {"depth": self.tree_depth}
+        if verification is not None:
+            if verification not in TREE_RULES:
+                raise UserError(f"--verification {verification}: trees are verified by {', '.join(TREE_RULES)}")
+            own["verification"] = verification
+        if method == "static_tree":
+            return static_plan(self._read_growmap(), verification)
+        if method == "specexec":
+            return SpecExec(budget=self.tree_budget, branches=self.parallel_branches, prune_threshold=self.branch_prune_threshold, **own)
+        return DynamicTree(budget=self.tree_budget, top_k=self.tree_topk, **own)
+
+    def _read_growmap(self) -> Growmap:
+        try:
+            return load_growmap(self.growmap)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def common_sense(self, target: Target) -> CommonSense | None:
+        """What --commonsense asks for. Raises UserError for a table that does not fit the target."""
+        if self.commonsense == "off":
+            return None
+        table = load_followers(self.followers, target.tokenizer).table
+        if len(table) < target.model.config.vocab_size:
+            raise UserError(f"{self.followers} knows {len(table)} tokens, the target {target.model.config.vocab_size}; build it again with --model_path {target.name}")
+        return CommonSense(table.to(target.model.device), self.commonsense, self.commonsense_nodes, self.commonsense_repair)
+
+
+def static_plan(growmap: Growmap, verification: str | None = None) -> StaticTree:
+    """A tree in the shape of `growmap`, with the verification and weights that its file says it was made for, where it says so."""
+    made_for = growmap.provenance
+    return StaticTree(growmap, verification or made_for.get("verification", "coupled"), Coupling(*made_for.get("coupling", (1.0, 1.0))))
+
+
+def fitted_plan(
+    plan: TreePlan, target: Target, draft: nn.Module, options: DecodeOptions, fit_prompts: Callable[[], list[list[int]]], *,
+    path: str | None = None, level_cost: float | None = 0.0,
+) -> TreePlan:
+    """`plan` with the weights of coupled values and, for dynamic trees, the cost of a draft pass (measured where `level_cost` is None).
+
+    `fit_prompts` gives prompts to fit to; `path` is where the draft lies, if it does.
+    """
+    if plan.verification == "coupled" and not (isinstance(plan, StaticTree) and "coupling" in plan.growmap.provenance):
+        plan = replace(plan, coupling=coupling_for(target, draft, options, fit_prompts, path))
+    if isinstance(plan, DynamicTree) and plan.verification != "swor" and plan.budget > 1:
+        if level_cost is None:
+            level_cost = tree_costs(target.model, draft, fit_prompts()[0], options, [plan]).level_cost
+        plan = replace(plan, level_cost=level_cost)
+    return plan
+
+
+def coupling_for(target: Target, draft: nn.Module, options: DecodeOptions, fit_prompts: Callable[[], list[list[int]]], path: str | None) -> Coupling:
+    """The weights kept beside the draft for this target and policy, or fitted now and kept there."""
+    kept = None if path is None or not Path(path).exists() else _beside(Path(path))
+    identity = {"target": weights_hash(target.model), **asdict(options.policy)}
+    if kept is not None:
+        identity["draft"] = file_hash(path) if Path(path).is_file() else weights_hash(draft)
+        for entry in _entries(kept):
+            if entry["made_for"] == identity:
+                return Coupling(**entry["coupling"])
+    fitting = replace(options, seed=options.seed + FIT_SEED, max_new_tokens=FIT_TOKENS, stop=None)
+    coupling = fit_coupling(draft, own_texts(target.model, fit_prompts(), fitting), options.policy.temperature)
+    print(f"weights of coupled values: draft {coupling.draft:.3f}, noise {coupling.noise:.3f}", flush=True)
+    if kept is not None:
+        _keep(kept, [*_entries(kept), {"made_for": identity, "coupling": asdict(coupling)}])
+    return coupling
+
+
+def _beside(path: Path) -> Path:
+    """Where the weights of the draft at `path` are kept."""
+    return path / "coupling.json" if path.is_dir() else path.with_name(f"{path.name}.coupling.json")
+
+
+def _entries(path: Path) -> list[dict]:
+    """What is kept at `path`; nothing where there is no readable file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return []
+
+
+def _keep(path: Path, entries: list[dict]) -> None:
+    try:
+        write_json(path, entries)
+    except OSError as error:
+        print(f"cannot keep the weights in {path} ({error.strerror}); they will be fitted again", flush=True)
