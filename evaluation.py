@@ -15,9 +15,11 @@ from typing import Literal
 
 from command_line import UserError
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig
 
 from data_utils import EncodeOptions, encode_example, encode_prompt, held_out_batches
@@ -26,11 +28,12 @@ from decoding.sampling import SamplingPolicy
 from decoding.state import DecodeStats
 from decoding.static_llama import KEPT_WIDTHS, why_unsupported
 from decoding.verify import VERIFICATIONS, Verification
+from followers import load_followers
 from losses import learned_rows, learned_tokens
-from metrics import add_sums, predicted_speedup, quality_means, quality_sums, speculation_metrics, speed_metrics
+from metrics import add_sums, predicted_speedup, quality_means, quality_sums, speculation_metrics, speed_metrics, with_interval
 from results import file_hash
 from row_files import ExampleStream, open_rows
-from speculative import DecodeOptions, generate
+from speculative import DecodeOptions, Generation, generate
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, load_tokenizer, tokenizer_hash, weights_hash
 from text_datasets import find_dataset, fingerprint
 from tree_args import TREE_METHODS, TreeArgs, fitted_plan
@@ -184,6 +187,8 @@ class EvaluationArgs(TreeArgs, PolicyArgs, SpeculationArgs):
 
     def check(self) -> None:
         self.check_tree(self.method, self.verification)
+        if self.followers is not None:
+            load_followers(self.followers, load_tokenizer(self.model_path))
         if self.method not in TREE_METHODS and self.chain_verification not in VERIFICATIONS:
             raise UserError(f"--verification {self.verification}: chains are verified by {' or '.join(VERIFICATIONS)}; choose a tree method, or one of these")
         super().check()
@@ -352,17 +357,20 @@ def measure_speculation(target: Target, draft: Draft, prompts: list[list[int]], 
         "vanilla": replace(drafting, method="vanilla", tree=None, common_sense=None, record_overlap=False),
         "speculative": replace(drafting, gamma=AdaptiveLength(costs)) if costs else drafting,
     }
-    runs: dict[str, list[DecodeStats]] = {name: [] for name in methods}
+    found: dict[str, list[Generation]] = {name: [] for name in methods}
     device = target.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for index, prompt in enumerate([prompts[0], *prompts]):
         for name in sorted(methods, reverse=index % 2 == 0):
-            stats = generate(target.model, prompt, methods[name], draft.model, prompt_id=index).stats
-            runs[name] += [stats] if index > 0 else []
+            generation = generate(target.model, prompt, methods[name], draft.model, prompt_id=index)
+            found[name] += [generation] if index > 0 else []
+    runs = {name: [generation.stats for generation in generations] for name, generations in found.items()}
     row = {**speculation_metrics(runs["speculative"], args.longest, args.seed), **speed_metrics(runs["vanilla"], runs["speculative"], args.seed)}
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    if not drafting.lossless:
+        row |= lossy_distance(target, prompts, found["vanilla"], found["speculative"], args)
     if costs:
         row |= predict_by_costs(runs["speculative"], costs)
     elif drafting.plan is None:
@@ -370,6 +378,25 @@ def measure_speculation(target: Target, draft: Draft, prompts: list[list[int]], 
     elif "tree_expected_tokens" in row:
         row |= predict_by_tree(target, draft.model, prompts[0], drafting, row)
     return {**method_columns(drafting, args), **row}
+
+
+@torch.inference_mode()
+def lossy_distance(target: Target, prompts: list[list[int]], vanilla: list[Generation], lossy: list[Generation], args: EvaluationArgs) -> dict[str, float]:
+    """How far a lossy method's texts are from the target's own: see metrics.LOSSY_COLUMNS."""
+    def surprise(generations: list[Generation]) -> tuple[np.ndarray, np.ndarray]:
+        sums, counts = [], []
+        for prompt, generation in zip(prompts, generations, strict=True):
+            ids = torch.tensor([[*prompt, *generation.tokens]], device=target.model.device)
+            logits = target.model(ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :].float()
+            sums.append(float(cross_entropy(logits / (args.spec_temperature or 1), ids[0, len(prompt) :], reduction="sum")))
+            counts.append(len(generation.tokens))
+        return np.array(sums), np.array(counts)
+
+    same = np.array([one.tokens == other.tokens for one, other in zip(vanilla, lossy, strict=True)], dtype=float)
+    row = with_interval("lossy_same_text", same, np.ones(len(same)), args.seed)
+    for name, generations in (("lossy_text_nll", lossy), ("vanilla_text_nll", vanilla)):
+        row |= with_interval(name, *surprise(generations), args.seed)
+    return row
 
 
 def method_columns(drafting: DecodeOptions, args: EvaluationArgs) -> dict:

@@ -1,7 +1,7 @@
 """What is measured and how it is computed: quality against the teacher, speculation counts, intervals, cost model.
 
-The columns of `results.csv` are DRAFT_COLUMNS, QUALITY_COLUMNS (each behind `<dataset>_`) and SPECULATION_COLUMNS; those of
-`potential.json` are DRAFT_COLUMNS and POTENTIAL_COLUMNS.
+The columns of `results.csv` are DRAFT_COLUMNS, QUALITY_COLUMNS (each behind `<dataset>_`), SPECULATION_COLUMNS and, of lossy methods, LOSSY_COLUMNS;
+those of the potential test are POTENTIAL_COLUMNS.
 """
 
 from __future__ import annotations
@@ -83,6 +83,10 @@ POTENTIAL_COLUMNS = {
     "potential_skipped": "samples left out, as they have fewer than 2 tokens",
     "potential_tokens": "positions that the figures are means over: every token of a sample but its first; no padding",
     "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over samples (absent for one sample)",
+}
+LOSSY_COLUMNS = {
+    "lossy_same_text": "share of prompts whose text is vanilla sampling's for the same seed (a lossless method that draws with the target's noise: 1)",
+    "lossy_text_nll, vanilla_text_nll": "mean −log p of the decoded tokens under the target at the policy's temperature (1 at T = 0), untruncated, nats per token",
 }
 TOP_K = 5
 CHUNK_ROWS = 2048  # rows of V logits in fp32 at a time: 1 GB at V = 128k

@@ -55,7 +55,10 @@ common_settings() {
   setting SPEC_TOP_P "" "nucleus"
   setting SPEC_TOP_K "" "most likely tokens kept"
   setting SPEC_GAMMA "" "drafted tokens per round"
-  setting SPEC_VERIFICATION "" "rejection or coupled"
+  setting SPEC_METHOD "" "self_speculative, speculative, static_tree, dynamic_tree or specexec"
+  setting SPEC_VERIFICATION "" "chains: rejection or coupled; trees: coupled, match or swor"
+  setting GROWMAP "" "shape of static trees, made by build_growmap.py"
+  setting TREE_BUDGET "" "nodes of dynamic trees"
   setting PYTHON python3 "interpreter"
   setting DRY_RUN "" "1: print the commands, run and write nothing"
 }
@@ -71,7 +74,7 @@ begin_sweep() {
   fi
   (($# == 0)) || user_error "unknown argument $1: a sweep is set by environment variables; --help lists them"
   check_setting_names
-  [[ $TORCH_COMPILE == [01] ]] || user_error "TORCH_COMPILE=$TORCH_COMPILE: give 0 or 1"
+  [[ ${TORCH_COMPILE:=0} == [01] ]] || user_error "TORCH_COMPILE=$TORCH_COMPILE: give 0 or 1"
   [[ $DRY_RUN != 0 ]] || DRY_RUN=
   [[ -z $DRY_RUN ]] || return 0
   command -v "$PYTHON" >/dev/null || user_error "PYTHON=$PYTHON: no such command; run make setup and give PYTHON=.venv/bin/python"
@@ -132,7 +135,7 @@ evaluate_checkpoints() {
   add_flags --model_path MODEL_PATH --dataset_path DATASET_PATH --quality_max_batches QUALITY_MAX_BATCHES \
     --spec_prompt_dataset SPEC_PROMPT_DATASET --spec_num_prompts SPEC_NUM_PROMPTS --spec_prompt_length SPEC_PROMPT_LEN \
     --spec_max_new_tokens SPEC_MAX_NEW --spec_temperature SPEC_T --spec_top_p SPEC_TOP_P --spec_top_k SPEC_TOP_K \
-    --gamma SPEC_GAMMA --verification SPEC_VERIFICATION --max_length MAX_LENGTH --kl_temperature KL_TEMP \
+    --gamma SPEC_GAMMA --method SPEC_METHOD --verification SPEC_VERIFICATION --growmap GROWMAP --tree_budget TREE_BUDGET --max_length MAX_LENGTH --kl_temperature KL_TEMP \
     --seed SEED --device DEVICE --torch_dtype TORCH_DTYPE --num_threads NUM_THREADS --out_dir EVAL_DIR
   run_step evaluation "$EVAL_DIR/results.csv" evaluate_checkpoints.py "${flags[@]}"
 }

@@ -162,11 +162,11 @@ class TreeCosts:
 
 def tree_costs(target: nn.Module, draft: nn.Module, prompt: list[int], options: DecodeOptions, plans: Sequence[TreePlan]) -> TreeCosts:
     """Median costs of rounds over `plans`, behind `prompt`, in generations that take turns with vanilla ones; the first turn is not counted."""
-    plain = replace(options, eos_ids=frozenset(), stop=None, tree=None, common_sense=None)
+    plain = replace(options, method="vanilla", tree=None, common_sense=None, eos_ids=frozenset(), stop=None)
     found: dict[str, list[float]] = {"vanilla": [], "draft": []}
     sizes: dict[int, list[float]] = {plan.budget: [] for plan in plans}
     for turn in range(REPEATS + 1):
-        stats = generate(target, prompt, replace(plain, method="vanilla"), draft).stats
+        stats = generate(target, prompt, plain, draft).stats
         if turn > 0:
             found["vanilla"].append(stats.decode_s / len(stats.rounds))
         for plan in plans:

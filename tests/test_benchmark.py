@@ -209,7 +209,7 @@ def test_a_benchmark_is_never_written_over(trained, subject, monkeypatch, capsys
         ({"verifications": ["hope"]}, "--verifications hope: choose from rejection, coupled"),
         ({"model_path": None}, "give either --model_path MODEL with --checkpoint EXIT, or --random_init SHAPE"),
         ({"random_init": "llama-3.2-1b"}, "give either --model_path"),
-        ({"checkpoint": None}, "drafting methods need --checkpoint EXIT"),
+        ({"checkpoint": None}, "give either --checkpoint EXIT or --draft_model_path"),
         ({"checkpoint": "/no/such.safetensors"}, "no checkpoint at /no/such.safetensors"),
         ({"batch_sizes": [0, 1]}, "--batch_sizes 0 1: must lie between 1 and --spec_num_prompts 4"),
         ({"batch_sizes": [5]}, "--batch_sizes 5: must lie between 1 and --spec_num_prompts 4"),

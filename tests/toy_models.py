@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
@@ -10,9 +11,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from decoding.dynamic_tree import DynamicTree
+from decoding.growmap import Growmap
 from decoding.sampling import SamplingPolicy, policy_probs
+from decoding.specexec import SpecExec
 from decoding.state import DecodeStats, RoundResult
 from decoding.static_llama import StaticLlama
+from decoding.static_tree import StaticTree
 from speculative import DecodeOptions, generate, generate_batch
 from truncated_llama import Exit, TruncatedLlama
 
@@ -239,3 +244,30 @@ def check_logits(target: LlamaForCausalLM, widths: list[int], length: int = 100)
     found, wanted = pass_logits(engine, text, widths), target(text, use_cache=True)
     assert near(found, wanted.logits)
     assert same_layers(engine.layers(), [(layer.keys, layer.values) for layer in wanted.past_key_values.layers])
+
+
+# ---- trees ----
+
+BUSHY = Growmap((-1, 0, 0, 0, 1, 1, 2, 4, 4, 7))  # 10 nodes on 4 levels
+COUPLED_TREES: dict[str, dict] = {  # options of those whose text is vanilla's, token for token
+    "static": {"method": "static_tree", "tree": StaticTree(BUSHY)},
+    "static, match": {"method": "static_tree", "tree": StaticTree(BUSHY, "match")},
+    "dynamic": {"method": "dynamic_tree", "tree": DynamicTree(16, 4, 3)},
+    "dynamic, match": {"method": "dynamic_tree", "tree": DynamicTree(16, 4, 3, verification="match")},
+    "specexec": {"method": "specexec", "tree": SpecExec(16, 5, 3)},
+    "specexec, coupled": {"method": "specexec", "tree": SpecExec(16, 5, 3, verification="coupled")},
+}
+TREES: dict[str, dict] = {
+    **COUPLED_TREES,
+    "static, swor": {"method": "static_tree", "tree": StaticTree(BUSHY, "swor")},
+    "dynamic, swor": {"method": "dynamic_tree", "tree": DynamicTree(16, 4, 3, verification="swor")},
+}
+
+
+def near_copy(target: LlamaForCausalLM, scale: float = 0.02) -> LlamaForCausalLM:
+    """A model of its own that says nearly what the target says."""
+    model = copy.deepcopy(target)
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
