@@ -403,6 +403,10 @@ def main() -> None:
     record_run(folder, args, {**subject.facts, "bandwidth_bytes_per_s": bandwidth, "threads": torch.get_num_threads()})
     rows = result_rows(decode_all(subject, entries(subject, args), args), subject, bandwidth, held_before, args)
     write_csv(folder / RESULTS_NAME, rows)
+    if any("tree_budget" in row for row in rows):
+        from tree_plots import plot_trees  # matplotlib is slow to load
+
+        plot_trees(folder)
     print(table(rows))
     print(f"memory: {bandwidth / 1e9:.1f} GB/s; {folder / RESULTS_NAME}")
 

@@ -122,7 +122,7 @@ def main() -> None:
     options = DecodeOptions(policy=args.policy(), max_new_tokens=args.spec_max_new_tokens, eos_ids=eos_token_ids(target), seed=args.seed)
     growmap, table = choose(measure(target, draft.model, options, draft.columns["checkpoint"], args), args)
     save_growmap(folder / RESULTS_NAME, growmap)
-    from plots import plot_growmap  # matplotlib is slow to load
+    from tree_plots import plot_growmap  # matplotlib is slow to load
 
     plot_growmap(folder / RESULTS_NAME)
     print(table.to_string(index=False, float_format="%.3f"))

@@ -7,10 +7,8 @@ those of the potential test are POTENTIAL_COLUMNS.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.nn.functional import log_softmax
 
@@ -267,12 +265,6 @@ def _interval(name: str, resampled: np.ndarray, prompts: int) -> dict[str, float
 def _resamples(count: int, seed: int) -> np.ndarray:
     """Indices (NUM_RESAMPLES, count) drawn with replacement."""
     return np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's ρ: the correlation of both ranks, equal values at the mean of their ranks. NaN where x or y has one value only."""
-    ranks = pd.DataFrame({"x": list(x), "y": list(y)}).rank()
-    return float(ranks["x"].corr(ranks["y"]))
 
 
 # ---- cost model ----

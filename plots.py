@@ -618,7 +618,7 @@ def draw_potential(axis: Axes, panel: Panel) -> None:
 
 
 def rank_correlation(x: pd.Series, y: pd.Series, seed: int = 0) -> tuple[float, float, float] | None:
-    """Spearman's ρ, as metrics.spearman, and its bootstrap interval over pairs; None where x or y does not vary.
+    """Spearman's ρ (equal values rank at their mean), and its bootstrap interval over pairs; None where x or y does not vary.
 
     Resamples in which one of them does not vary do not count.
     """

@@ -13,7 +13,7 @@
 # Settings (environment variables) and their defaults; --help says what they mean:
 #   TEMPERATURES="0 0.7 1.0 1.5" TREE_BUDGETS="8 16 32 64" GAMMAS="2 4 6 8" VERIFICATIONS="rejection coupled match swor"
 #   MODEL_PATH=meta-llama/Llama-3.2-1B-Instruct OUTPUT_DIR=runs/trees PYTHON=python3
-#   left to benchmark.py unless set: SPEC_PROMPT_DATASET DATASET_PATH SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW
+#   left to the Python scripts unless set: SPEC_PROMPT_DATASET DATASET_PATH SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW
 #   TREE_DEPTH SEED DEVICE TORCH_DTYPE NUM_THREADS; off unless set: DRY_RUN; no default: DRAFTS
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -362,7 +362,7 @@ def _prepare(engines: Engines, prompts: list[list[int]], options: DecodeOptions,
     kind = _draft_kind(engines.target, draft, options)
     drafter = None if kind == "none" else _draft_for(engines, draft, kind, _slots(prompts, options), options.engine)
     for model in filter(None, (engines.target, drafter)):
-        model.start([len(prompt) for prompt in prompts])
+        model.start([len(prompt) for prompt in prompts], options.slots_ahead)
     return DecodeState(
         target=engines.target, draft=drafter, policy=options.policy, noise=Noise.of(options.seed, prompt_ids, engines.target.device),
         committed=[list(prompt) for prompt in prompts], eos_ids=options.eos_ids, record_overlap=options.record_overlap,

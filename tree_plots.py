@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,14 +59,14 @@ METHOD_STYLES = {
     "dynamic_tree": {"marker": "s", "linestyle": (0, (4, 1.2))},
     "specexec": {"marker": "^", "linestyle": (0, (1, 1))},
 }
-CHAINS = {"self_speculative": "self", "speculative": "alone"}  # and how a label tells the two apart
+CHAINS = {"self_speculative": "", "speculative": "*"}  # and the mark that tells a label of one from the other's
 VERIFICATIONS = {  # the colours of stages, which do not appear here
     "coupled": STAGES["head"], "match": STAGES["last_block"], "swor": STAGES["head+last_block"], "rejection": STAGES["untuned"],
 }
 DODGE = 0.055  # octaves between two lines at one size, so that intervals stay apart
 PROMISED, BAND = "tree_expected_tokens", 0.05
 MOST_NARROW = 14  # a tree of more nodes side by side is as wide as a page
-COUSINS_APART = 1.3  # in distances of siblings
+COUSINS_APART = 1.2  # in distances of siblings
 LEVEL_INCHES, WIDEST_NODE, NARROWEST_WITH_TEXT = 0.42, 15, 11  # of a growmap's levels; the others in points
 INK = "#0B2545"
 TONES, TONE = LinearSegmentedColormap.from_list("tones", ["#EAF2F9", "#9CC7E8", "#0072B2", INK]), PowerNorm(0.5, 0, 1)
@@ -142,6 +143,12 @@ def short(name: str) -> str:
     return "/".join(Path(name.removesuffix(".safetensors")).parts[-2:])
 
 
+def head(figure: Figure, about: str, rows: pd.DataFrame, note: str = "") -> None:
+    """What a figure is about, the policy of `rows` and a note, as its head; lines break between facts, not within one."""
+    policy = settings_line(rows.drop(columns=["gamma", "verification"], errors="ignore"), note)
+    head_line(figure, re.sub("(?<![,;]) ", "\u00a0", "; ".join(filter(None, [about, policy]))))
+
+
 # ---- trees by size ----
 
 def trees_by_size(table: pd.DataFrame, about: str) -> Figure | None:
@@ -155,14 +162,13 @@ def trees_by_size(table: pd.DataFrame, about: str) -> Figure | None:
     panels = [panel for panel in panels if not panel.rows.empty]
     if not panels:
         return None
-    figure, [axes] = panel_grid([len(panels)], 2.75)
+    figure, [axes] = panel_grid([len(panels)], 2.9)
     labels = {}
     for axis, panel in zip(axes, panels, strict=True):
         draw_sizes(axis, panel)
         labels[axis] = draw_chains(axis, best_chains(table, panel.column), panel.column)
-    settings = settings_line(table.drop(columns=["gamma", "verification"]), interval_note(panels[0].rows, panels[0].column, "trees_by_size"))
-    head_line(figure, "; ".join(filter(None, [about, settings])))
-    lines_legend(figure, table, chains=any(labels.values()))
+    head(figure, about, panels[0].rows, interval_note(panels[0].rows, panels[0].column, "trees_by_size"))
+    lines_legend(figure, table, [text for text, _, _ in itertools.chain(*labels.values())])
     label_ends(figure, labels)
     return figure
 
@@ -189,20 +195,20 @@ def draw_intervals(axis: Axes, rows: pd.DataFrame, x: pd.Series, column: str) ->
 
 
 def draw_chains(axis: Axes, chains: pd.DataFrame, column: str) -> list[tuple[str, float, Look]]:
-    """A horizontal line per chain; returns the label of each: its γ, and its method where the chains are of both."""
+    """A horizontal line per chain; returns the label of each: its γ and the mark of its method."""
     labels = []
     for _, row in chains.iterrows():
         look = VERIFICATIONS[row["verification"]]
         axis.axhline(row[column], color=look.color, linewidth=0.9, linestyle=CHAIN_DASHES, zorder=1)
-        name = f"{CHAINS[row['method']]} " if chains["method"].nunique() > 1 else ""
-        labels.append((f"{name}γ = {row['gamma']}", row[column], replace(look, marker="_")))
+        labels.append((f"γ = {row['gamma']}{CHAINS[row['method']]}", row[column], replace(look, marker="_")))
     return labels
 
 
-def lines_legend(figure: Figure, table: pd.DataFrame, *, chains: bool) -> None:
-    """Below the figure: a row of verifications and a row of methods, and beside them the lines to compare with."""
+def lines_legend(figure: Figure, table: pd.DataFrame, chains: list[str]) -> None:
+    """Below the figure: a row of verifications and a row of methods, and beside them the lines to compare with: `chains` are labels."""
     colors, styles = legend_keys(table)
-    references = [Line2D([], [], color=GREY, linewidth=0.9, linestyle=CHAIN_DASHES, label="best chain and its γ")] if chains else []
+    label = "best chain and its γ" + ", * speculative" * any("*" in chain for chain in chains)
+    references = [Line2D([], [], color=GREY, linewidth=0.9, linestyle=CHAIN_DASHES, label=label)] if chains else []
     references.append(Line2D([], [], color="black", linewidth=0.7, linestyle=DASHED, label="vanilla"))
     longest = max(len(colors), len(styles))
     legend_rows(figure, [padded(colors, longest) + references[:1], padded(styles, longest) + references[1:]])
@@ -235,16 +241,15 @@ def promised_tokens(table: pd.DataFrame, about: str) -> Figure | None:
     if rows.empty:
         return None
     figure, [[axis]] = panel_grid([1], 4.1)
-    octaves = np.log2(rows["tree_budget"])
+    octaves = np.log2(rows["tree_budget"] / rows["tree_budget"].min())
     for method, verification, entries in by_line(rows):
         draw_intervals(axis, entries, entries[PROMISED], MEASURED_TAU)
-        areas = (3.5 + octaves[entries.index] - octaves.min()) ** 2
+        areas = (3.5 + 0.7 * octaves[entries.index]) ** 2
         style = {"color": VERIFICATIONS[verification].color, "marker": METHOD_STYLES[method]["marker"], "edgecolors": "white", "linewidths": 0.4}
         axis.scatter(entries[PROMISED], entries[MEASURED_TAU], s=areas, zorder=2, **style)
     draw_equality(axis, rows)
     sizes = "larger markers: larger trees, {:g} to {:g} nodes".format(rows["tree_budget"].min(), rows["tree_budget"].max())
-    note = "; ".join(filter(None, [interval_note(rows, MEASURED_TAU, "promised_tokens"), sizes]))
-    head_line(figure, "; ".join(filter(None, [about, settings_line(rows.drop(columns=["gamma", "verification"]), note)])))
+    head(figure, about, rows, "; ".join(filter(None, [interval_note(rows, MEASURED_TAU, "promised_tokens"), sizes])))
     colors, styles = legend_keys(rows)
     for key in styles:
         key.set_linestyle("none")
@@ -325,14 +330,14 @@ def growmap_figure(content: dict) -> Figure:
     """Nodes by depth, the root on top and children in draw order, in tones of their chance to lie on the accepted path."""
     parents = content["parents"]
     (depths, reach), x = chances(parents, content["acceptance"]), tidy(parents)
-    levels, wide = depths[-1], np.ptp(x) > MOST_NARROW
+    levels, wide = int(depths[-1]), np.ptp(x) > MOST_NARROW
     figure = Figure(figsize=(PAGE_INCHES if wide else WIDE_INCHES, 1.3 + LEVEL_INCHES * (levels + 0.8)), layout="constrained")
     axis = figure.subplots()
     draw_levels(axis, depths, reach)
     axis.set(xlim=(x.min() - 0.7, x.max() + 0.7), ylim=(levels + 0.45, -0.45))
-    title = f"{len(parents)} nodes on {levels} levels, {reach.sum():.2f} tokens per call expected"
+    title = f"{len(parents)} nodes on {levels} level{'s' * (levels != 1)}, {reach.sum():.2f} tokens per call expected"
     axis.set_title(title, fontsize=9, fontweight="bold", pad=14)
-    head_line(figure, growmap_line(content["provenance"]))
+    head(figure, fitted_to(content["provenance"]), pd.DataFrame([content["provenance"].get("policy", {})]))
     draw_tones(figure, axis)
     settle(figure)
     places = np.column_stack([x, depths])
@@ -341,11 +346,9 @@ def growmap_figure(content: dict) -> Figure:
     return figure
 
 
-def growmap_line(provenance: dict) -> str:
-    """What the growmap was built for, as far as it is recorded."""
-    facts = {"target": provenance.get("model"), "draft": provenance.get("draft"), "data": provenance.get("dataset")}
-    settings = {**provenance.get("policy", {}), "verification": provenance.get("verification", np.nan)}
-    return "; ".join(filter(None, [named(facts), settings_line(pd.DataFrame([settings]))]))
+def fitted_to(provenance: dict) -> str:
+    """Target, draft, data and verification that the growmap was made for, as far as they are recorded."""
+    return named({"target": provenance.get("model"), "draft": provenance.get("draft"), "data": provenance.get("dataset"), "verification": provenance.get("verification")})
 
 
 def draw_levels(axis: Axes, depths: np.ndarray, reach: np.ndarray) -> None:
@@ -355,7 +358,7 @@ def draw_levels(axis: Axes, depths: np.ndarray, reach: np.ndarray) -> None:
     axis.grid(visible=False, axis="x")
     axis.grid(axis="y", color="#F0F0F0")
     axis.tick_params(length=0)
-    axis.set(xticks=[], yticks=range(depths[-1] + 1), ylabel="level = accepted tokens")
+    axis.set(xticks=[], yticks=range(depths[-1] + 1), ylabel="accepted tokens")
     style = {"ha": "right", "fontsize": 7, "color": GREY}
     columns = {"nodes": [f"{count}" for count in np.bincount(depths)], "reached": [f"{100 * share:.{int(share < 0.1)}f} %" for share in np.bincount(depths, reach)]}
     for points, (name, texts) in zip((26, 62), columns.items(), strict=True):
@@ -386,7 +389,7 @@ def draw_edges(axis: Axes, places: np.ndarray, parents: Sequence[int], reach: np
 def draw_nodes(axis: Axes, places: np.ndarray, reach: np.ndarray) -> None:
     """A disc per node, as large as its neighbours allow; in a large one stands its chance. Needs a settled figure."""
     apart = np.abs(np.diff(axis.transData.transform([(0, 0), (1, 1)]), axis=0)).min() / pixels_per_point(axis.figure)
-    diameter = min(WIDEST_NODE, 0.8 * apart)
+    diameter = min(WIDEST_NODE, 0.85 * apart)
     axis.scatter(*places.T, s=diameter**2, c=TONES(TONE(reach)), edgecolors=INK, linewidths=0.04 * diameter, zorder=3)
     if diameter < NARROWEST_WITH_TEXT:
         return

@@ -7,6 +7,7 @@ only fall along a path. Expanding nodes among the N best known so far never miss
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -62,14 +63,14 @@ class Pool(NamedTuple):
         zero = torch.zeros_like(root)
         seen = torch.ones(1, 1, dtype=torch.bool, device=root.device)
         pool = cls(root, zero - 1, zero, zero.double(), zero.double(), zero, seen, children.q[:0])
-        return pool._with(zero, children, growth)
+        return pool.with_children(zero, children, growth)
 
-    def _with(self, expanded: torch.Tensor, children: Children, growth: Growth) -> Pool:
+    def with_children(self, expanded: torch.Tensor, children: Children, growth: Growth) -> Pool:
         """This pool with the children of its candidates `expanded` (M,), which are fed already."""
         values = self.values[expanded, None] + children.values
         ranks = torch.minimum(self.ranks[expanded, None], self.values[expanded, None] + children.ranks)
-        pruned = children.values < children.values[:, :1] + torch.tensor(growth.prune, dtype=values.dtype, device=values.device).log()
-        ranks = ranks.masked_fill(pruned, IMPOSSIBLE)
+        if growth.prune > 0:
+            ranks = ranks.masked_fill(children.values < children.values[:, :1] + math.log(growth.prune), IMPOSSIBLE)
         wide = children.tokens.shape[1]
         return self._replace(
             tokens=torch.cat([self.tokens, children.tokens.flatten()]), parents=torch.cat([self.parents, expanded.repeat_interleave(wide)]),
@@ -123,7 +124,7 @@ def best_first_round(state: DecodeState, growth: Growth, verification: TreeVerif
     if growth.budget <= 1:
         return vanilla_round(state, state.target.forward)
     chooser = Chooser(TREE_RULES[verification], state.policy, state.vocab_size, coupling, state.draft.token_ids)
-    this_round = TreeRound(state, chooser, growth.widest)
+    this_round = TreeRound(state, chooser)
     return this_round.verify(*grow(this_round, growth, state.eos_ids))
 
 
@@ -144,7 +145,7 @@ def grow(this_round: TreeRound, growth: Growth, eos_ids: frozenset[int]) -> tupl
         children = this_round.level_children(
             growth.top_k, pool.tokens[chosen], pool.depths[chosen], pool.seen[-len(chosen) :], starts, noise)
         children = children._replace(ranks=children.ranks.masked_fill(~worth[:, None], IMPOSSIBLE))
-        return pool._with(chosen, children, growth)
+        return pool.with_children(chosen, children, growth)
 
     pool = Pool.of(this_round.root, this_round.root_pass(growth.top_k), growth)
     counts = TreeCounts(considered=len(pool.tokens) - 1)

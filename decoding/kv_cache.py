@@ -27,14 +27,10 @@ class CachedModel:
         self.programs = Programs(torch.device("cpu"))  # a growing cache cannot be captured
         self.start()
 
-    def start(self, prompt_lengths: list[int] | None = None) -> None:
+    def start(self, prompt_lengths: list[int] | None = None, ahead: int = 0) -> None:
         """Forget all tokens and counts."""
         self.lengths, self.calls, self.tokens, self._filled = [0], 0, 0, 0
         self._cache = DynamicCache()
-
-    def reach_of(self, rows: int) -> int:
-        """See StaticLlama: here nothing is masked."""
-        return self.reach
 
     def starts(self) -> torch.Tensor:
         """Where the next pass begins, int64 (1,)."""

@@ -33,7 +33,7 @@ class SharedExit:
         self._weights = weights_at(exit_)
         self.start()
 
-    def start(self, prompt_lengths: list[int] | None = None) -> None:
+    def start(self, prompt_lengths: list[int] | None = None, ahead: int = 0) -> None:
         """Forget all tokens and counts."""
         self.lengths, self.calls, self.tokens, self.block_tokens = [0] * self.target.batch, 0, 0, 0
 
@@ -131,7 +131,3 @@ class SharedExit:
         self.calls += 1
         self.tokens += count
         self.block_tokens += count * (self.prefix + (self.own is not None))
-
-    def reach_of(self, rows: int) -> int:
-        """See StaticLlama."""
-        return self.target.reach_of(rows)

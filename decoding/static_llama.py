@@ -577,9 +577,10 @@ class StaticLlama:
         weights = weights_at(model.model.embed_tokens, *(parts or Parts.of(model)).modules())
         return self._weights == weights and self._settings == _settings(model)
 
-    def start(self, prompt_lengths: list[int] | None = None) -> None:
-        """Forget all tokens and counts. `prompt_lengths` matter to dynamic NTK scaling only (see Rotary)."""
-        self.lengths, self.calls, self.tokens = [0] * self.batch, 0, 0
+    def start(self, prompt_lengths: list[int] | None = None, ahead: int = 0) -> None:
+        """Forget all tokens and counts. `prompt_lengths` matter to dynamic NTK scaling only (see Rotary); passes will fill up to `ahead` slots behind the cached
+        tokens, or KEPT_WIDTHS."""
+        self.lengths, self.calls, self.tokens, self.ahead = [0] * self.batch, 0, 0, max(ahead, KEPT_WIDTHS)
         self.rotary.start(prompt_lengths or [0] * self.batch)
         if not self.on_host:
             self.cache.store.zero_()  # masked slots are multiplied by 0, which a number that is none survives
@@ -590,12 +591,8 @@ class StaticLlama:
 
     @property
     def reach(self) -> int:
-        """Slots that a pass of up to KEPT_WIDTHS rows may see, where places are device tensors."""
-        return self.reach_of(KEPT_WIDTHS)
-
-    def reach_of(self, rows: int) -> int:
-        """The same for a pass that ends up to `rows` behind the cached tokens."""
-        return min(self.capacity, -(-(max(self.lengths) + rows) // REACH_STEP) * REACH_STEP)
+        """Slots that a pass which ends up to `ahead` behind the cached tokens may see, where places are device tensors."""
+        return min(self.capacity, -(-(max(self.lengths) + self.ahead) // REACH_STEP) * REACH_STEP)
 
     def place(self, starts: torch.Tensor, count: int, offset: int = 0) -> Span | Scatter:
         """`count` rows behind the cached tokens of every text and `offset` further ones."""
@@ -622,10 +619,10 @@ class StaticLlama:
         if self.on_host:
             start = int(starts)
             return Span(self.rotary, start + window - count, count, positions=start + depths, visible=visible)
-        if max(self.lengths) + window > self.capacity:
-            raise ValueError(f"{window} nodes behind {max(self.lengths)} tokens exceed the cache's {self.capacity} slots")
+        if max(self.lengths) + window > self.capacity or window > self.ahead:
+            raise ValueError(f"{window} nodes behind {max(self.lengths)} tokens exceed the cache's {self.capacity} slots, or the {self.ahead} that were announced")
         slots = starts[:, None] + torch.arange(window - count, window, device=self.device)
-        return Scatter(self.rotary, slots, self.reach_of(window), TreeRows(starts, starts[:, None] + depths, visible))
+        return Scatter(self.rotary, slots, self.reach, TreeRows(starts, starts[:, None] + depths, visible))
 
     def forward_tree(self, tokens: torch.Tensor, starts: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Logits (T, V) that follow the nodes `tokens` (T,), placed as `place_tree` says; valid until the next pass of that shape."""

@@ -94,7 +94,7 @@ def static_tree_round(state: DecodeState, plan: StaticTree) -> list[RoundResult]
         return vanilla_round(state, state.target.forward)
     shape = shape_of(plan.growmap.parents, state.target.device)
     chooser = Chooser(TREE_RULES[plan.verification], state.policy, state.vocab_size, plan.coupling, state.draft.token_ids)
-    this_round = TreeRound(state, chooser, plan.budget)
+    this_round = TreeRound(state, chooser)
     tokens = this_round.root.repeat(plan.budget)
     drawn_from = []
     for number, level in enumerate(shape.levels):

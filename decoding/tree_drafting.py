@@ -65,13 +65,13 @@ class ExitDraft:
 
 
 class TreeRound:
-    """Of one text: `root_pass`, any number of `level_pass`, then `verify`. No pass feeds more than `widest` nodes' slots."""
+    """Of one text: `root_pass`, any number of `level_pass`, then `verify`."""
 
-    def __init__(self, state: DecodeState, chooser: Chooser, widest: int) -> None:
+    def __init__(self, state: DecodeState, chooser: Chooser) -> None:
         self.state, self.chooser = state, chooser
         self.draft = ExitDraft(state) if isinstance(state.draft, SharedExit) else ModelDraft(state)
         self.starts, self.root = state.target.starts(), state.last()[0]
-        self._key = (chooser.rule, chooser.coupling, state.target.reach_of(widest), state.draft.reach_of(widest))
+        self._key = (chooser.rule, chooser.coupling, state.eos_ids, state.common_sense)
 
     def program(self, key: object, function: Callable[..., tuple[torch.Tensor, ...]], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """function(*inputs, noise) as a program; see DecodeState."""

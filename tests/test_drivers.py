@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TWO_STAGE, CHAT_LAYERS, LR_SWEEP = "run_sweep_ultrachat_two_stage.sh", "run_sweep_chat_layers.sh", "run_lr_sweep_ultrachat_layer11.sh"
+TREE_STUDY = "run_tree_study.sh"
 # Appends its arguments to $CALLS; refuses a run whose flags have changed, as train.py does; $FAIL and $HANG name a
 # part of the arguments at which to fail, or to wait for a signal.
 STUB = r"""#!/usr/bin/env bash
@@ -29,7 +30,7 @@ fi
 [[ $args =~ --(output|out)_dir\ ([^ ]+) ]]
 folder=${BASH_REMATCH[2]}
 mkdir -p "$folder"
-if [[ $1 == evaluate_checkpoints.py ]]; then touch "$folder/results.csv"; exit; fi
+if [[ $1 == evaluate_checkpoints.py || $1 == benchmark.py ]]; then touch "$folder/results.csv"; exit; fi
 if [[ -f $folder/flags && $(<"$folder/flags") != "$args" ]]; then echo "error: other settings" >&2; exit 2; fi
 echo "$args" >"$folder/flags"
 touch "$folder/model_000005.safetensors"
@@ -164,7 +165,7 @@ def test_environment_overrides_arrive_as_flags(shell: Shell):
     evaluation = {"MODEL_PATH": "--model_path", "DATASET_PATH": "--dataset_path", "QUALITY_MAX_BATCHES": "--quality_max_batches",
                   "SPEC_PROMPT_DATASET": "--spec_prompt_dataset", "SPEC_NUM_PROMPTS": "--spec_num_prompts", "SPEC_PROMPT_LEN": "--spec_prompt_length",
                   "SPEC_MAX_NEW": "--spec_max_new_tokens", "SPEC_T": "--spec_temperature", "SPEC_TOP_P": "--spec_top_p", "SPEC_TOP_K": "--spec_top_k",
-                  "SPEC_GAMMA": "--gamma", "SPEC_VERIFICATION": "--verification", "MAX_LENGTH": "--max_length", "KL_TEMP": "--kl_temperature",
+                  "SPEC_GAMMA": "--gamma", "SPEC_METHOD": "--method", "SPEC_VERIFICATION": "--verification", "GROWMAP": "--growmap", "TREE_BUDGET": "--tree_budget", "MAX_LENGTH": "--max_length", "KL_TEMP": "--kl_temperature",
                   "SEED": "--seed", "TORCH_DTYPE": "--torch_dtype", "DEVICE": "--device", "NUM_THREADS": "--num_threads", "EVAL_DIR": "--out_dir"}
     values = {name: f"value_of_{name}" for name in {*training, *evaluation}} | {"EVAL_DIR": str(shell.folder / "elsewhere")}
     status, output = shell.run(CHAT_LAYERS, LAYERS="3", TORCH_COMPILE="1", QUALITY_DATASETS="one two", **values)
@@ -174,6 +175,20 @@ def test_environment_overrides_arrive_as_flags(shell: Shell):
     assert {name: flag(evaluate, option) for name, option in evaluation.items()} == {name: values[name] for name in evaluation}
     assert "--torch_compile" in train and "--resume" in train
     assert evaluate[evaluate.index("--quality_datasets") + 1:][:2] == ["one", "two"]
+
+
+def test_tree_study_measures_every_draft_at_every_temperature(shell: Shell):
+    drafts = f"{shell.folder}/a/exit.safetensors {shell.folder}/b/model"
+    settings = {"DRAFTS": drafts, "TEMPERATURES": "0 0.7", "GAMMAS": "2 5", "TREE_BUDGETS": "8 16"}
+    assert shell.run(TREE_STUDY, **settings)[0] == 0
+    calls = shell.calls()
+    assert [(flag(call, "--spec_temperature"), flag(call, "--spec_top_p"), Path(flag(call, "--out_dir")).name) for call in calls] == [
+        ("0", "1.0", "a-exit-t0"), ("0.7", "0.95", "a-exit-t0.7"), ("0", "1.0", "b-model-t0"), ("0.7", "0.95", "b-model-t0.7")]
+    assert "--checkpoint" in calls[0] and "self_speculative" in calls[0] and "--draft_model_path" in calls[2] and "speculative" in calls[2]
+    assert calls[0][calls[0].index("--gammas") + 1:][:2] == ["2", "5"] and calls[0][calls[0].index("--tree_budgets") + 1:][:2] == ["8", "16"]
+    assert shell.run(TREE_STUDY, **settings)[0] == 0 and shell.calls() == []
+    status, output = shell.run(TREE_STUDY)
+    assert status == 2 and "DRAFTS is empty" in output
 
 
 def test_unset_settings_are_left_to_python(shell: Shell):
@@ -189,14 +204,14 @@ def test_mistakes_are_refused_before_anything_runs(shell: Shell, settings: dict,
     assert status == 2 and complaint in output and shell.calls() == []
 
 
-@pytest.mark.parametrize("script", [TWO_STAGE, CHAT_LAYERS, LR_SWEEP])
+@pytest.mark.parametrize("script", [TWO_STAGE, CHAT_LAYERS, LR_SWEEP, TREE_STUDY])
 def test_header_lists_every_setting_with_its_default(shell: Shell, script: str):
     del shell.base["OUTPUT_DIR"], shell.base["PYTHON"]
     table = re.findall(r"^  ([A-Z_]+) {2,}(.+?) {2,}\S", shell.run(script, "--help")[1].split("\nSettings")[1], flags=re.MULTILINE)
     header = (ROOT / script).read_text().split("# Settings")[1].split("\nset -euo")[0]
     with_default = {name: value.strip('"') for name, value in re.findall(r'\b([A-Z_]+)=("[^"]*"|\S+)', header)}
     without = dict.fromkeys(re.findall(r"\b[A-Z_]{4,}\b(?!=)", header.split("left to the Python scripts")[1]), "(not passed)")
-    assert len(table) > 25 and dict(table) == with_default | without
+    assert len(table) > 15 and dict(table) == with_default | without
 
 
 def test_sweep_starts_from_any_folder(shell: Shell):

@@ -18,7 +18,7 @@ LEVELS = {
     6: "decoding.best_first",
     10: "target_model training_loop losses plots arithmetic_dataset c4_dataset cnn_dataset fineweb_dataset gsm8k_dataset mt_bench_dataset"
         " openwebtext_dataset pydoc_dataset share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
-    11: "metrics",
+    11: "metrics tree_plots",
     20: "text_datasets truncated_llama followers decoding.chain decoding.self_speculation decoding.static_tree decoding.dynamic_tree"
         " decoding.specexec decoding.hf_peers",
     21: "tuned_llama plain_llama planted",

@@ -78,18 +78,3 @@ def test_cost_model_has_the_known_optimum(alpha, cost, best, speedup):
     found = {gamma: metrics.predicted_speedup(alpha, gamma, cost) for gamma in range(1, 20)}
     assert max(found, key=found.get) == best
     assert found[best] == pytest.approx(speedup, abs=0.005)
-
-
-@pytest.mark.parametrize(("x", "y", "rho"), [
-    ([1, 2, 3, 4], [10, 100, 1000, 10_000], 1),
-    ([1, 2, 3, 4], [9, 3, 2, -1], -1),
-    ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 1 - 6 * 4 / (5 * 24)),  # 1 − 6 Σd² / (n (n² − 1)), which holds without ties
-    ([1, 2, 2, 4], [1, 3, 2, 4], 4.5 / (4.5 * 5) ** 0.5),  # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: Σ of products 4.5, of squares 4.5 and 5
-    ([7, 7, 1, 1], [5, 5, 5, 8], -2 / (4 * 3) ** 0.5),  # ranks 3.5, 3.5, 1.5, 1.5 and 2, 2, 2, 4
-])
-def test_spearman_against_values_by_hand(x, y, rho):
-    assert metrics.spearman(x, y) == pytest.approx(rho) == metrics.spearman(y, x)
-
-
-def test_spearman_of_a_constant_is_not_a_number():
-    assert np.isnan(metrics.spearman([1, 1, 1], [1, 2, 3]))
