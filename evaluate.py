@@ -4,6 +4,8 @@
         --quality_datasets pydoc --out_dir runs/try/evaluation
     python evaluate.py --model_path meta-llama/Llama-3.1-8B-Instruct --draft_model_path meta-llama/Llama-3.2-1B-Instruct \\
         --quality_datasets ultrachat --spec_temperature 0.7 --spec_top_p 0.95 --out_dir runs/llama-pair
+    python evaluate.py --model_path assets/pydoc-llama-7m --checkpoint runs/try/model_000100.safetensors --method dynamic_tree \\
+        --tree_budget 32 --quality_datasets pydoc --out_dir runs/try/tree
     python evaluate.py --model_path assets/pydoc-llama-7m --checkpoint runs/try/model_000100.safetensors \\
         --quality_datasets pydoc --potential --start 0 --end 100 --out_dir runs/try/potential
 

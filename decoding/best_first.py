@@ -20,6 +20,8 @@ from decoding.tree_drafting import TreeRound, reserved
 from decoding.vanilla import vanilla_round
 from decoding.verify import TREE_RULES, TreeVerification
 
+DISPLACED = 4  # where passes are not counted, growth ends when this many times the budget has been fed
+
 
 @dataclass(frozen=True)
 class Growth:
@@ -40,8 +42,10 @@ class Growth:
 
     @property
     def widest(self) -> int:
-        """Most slots that a round needs behind the committed tokens."""
-        return max(self.budget, 1 + (self.budget if self.passes is None else (self.passes - 1) * self.beam))
+        """Most slots that a round fills behind the committed tokens: nodes of the tree, or nodes fed to the draft, some of which better ones displace."""
+        if self.passes is None:
+            return min(1 + (self.budget - 1) * self.beam, DISPLACED * self.budget + self.beam)
+        return max(self.budget, 1 + (self.passes - 1) * self.beam)
 
 
 class Pool(NamedTuple):
@@ -108,13 +112,14 @@ class Pool(NamedTuple):
         return torch.where(self.ranks[kept] > IMPOSSIBLE, self.values[kept].exp(), 0.0).sum()
 
     def tree(self, count: int, deepest: int, trim: bool) -> tuple[Tree, torch.Tensor]:
-        """The best `count` candidates as a tree, without impossible ones if `trim`, and the q (N, V) of each node's children."""
+        """The best `count` candidates as a tree, without impossible ones if `trim` (else no walk reaches these), and the q (N, V) of each node's children."""
         kept = self.best(count)
         if trim:
             kept = kept[self.ranks[kept] > IMPOSSIBLE]
-        parents = torch.searchsorted(kept, self.parents[kept]).where(self.parents[kept] >= 0, -1)
+        possible = self.ranks[kept] > IMPOSSIBLE
+        parents = torch.searchsorted(kept, self.parents[kept]).where(possible & (self.parents[kept] >= 0), -1)
         q = self.q[self.slots[kept].clamp(min=0)] if self.q.shape[1] else self.q[:0]
-        values = torch.where(self.ranks[kept] > IMPOSSIBLE, self.values[kept], IMPOSSIBLE)
+        values = torch.where(possible, self.values[kept], IMPOSSIBLE)
         return Tree.of(self.tokens[kept], parents, values, deepest), q
 
 
@@ -138,7 +143,8 @@ def grow(this_round: TreeRound, growth: Growth, eos_ids: frozenset[int]) -> tupl
         pool = Pool(*tensors)
         chosen, worth = pool.frontier(growth, eos_ids)
         if not fixed:
-            chosen, worth = chosen[worth], worth[worth]
+            room = growth.widest - len(pool.seen)
+            chosen, worth = chosen[worth][:room], worth[worth][:room]
             if len(chosen) == 0:
                 return pool
         pool = pool.feed(chosen, worth)

@@ -110,7 +110,7 @@ class Chooser:
         q = policy_probs(logits, self.policy)
         z = q.double().log() - nodes.noise.of_round(nodes.starts).exponential(nodes.ids[None], q.shape[-1], Purpose.DRAFT)[0].log()
         columns = z.topk(count, -1).indices
-        chances = q.double().gather(-1, columns)
+        chances = (q.double() / q.double().sum(-1, keepdim=True)).gather(-1, columns)
         tried = (1 - (chances.cumsum(-1) - chances)).clamp(min=LEAST_MASS)
         ranks = torch.where(chances > 0, torch.maximum(tried, chances).log(), IMPOSSIBLE).cummin(-1).values
         return Children(self._named(columns), chances.log(), ranks, over_vocabulary(q, self.token_ids, self.vocab_size))

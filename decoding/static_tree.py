@@ -99,6 +99,8 @@ def static_tree_round(state: DecodeState, plan: StaticTree) -> list[RoundResult]
     drawn_from = []
     for number, level in enumerate(shape.levels):
         children = this_round.root_pass(level.widest) if number == 0 else _level_pass(this_round, level, tokens[level.nodes], number)
+        if children.tokens.shape[1] < level.widest:
+            raise ValueError(f"a node of the growmap has {level.widest} children, but the draft knows {children.tokens.shape[1]} tokens: build it with a smaller width")
         tokens[level.children] = children.tokens[level.rows, level.ranks]
         drawn_from.append(children.q)
     counts = TreeCounts(

@@ -12,7 +12,9 @@ import torch
 
 import decoding.verify as verify
 from decoding import native
+from decoding.children import Chooser, Coupling, Nodes
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, draw_with_margin, policy_probs
+from decoding.tree import Tree
 from toy_models import bigram_pair, decode, native_llama, noisy_exit
 
 POLICIES = [
@@ -326,3 +328,67 @@ def test_token_of_target_probability_zero_never_follows():
     drafted = draw(q, noise, positions[:, :1], Purpose.DRAFT)
     accepted, following = verify.verify_rejection(p, q, drafted, noise, positions)
     assert not accepted[drafted[:, 0] == 0].any() and (following != 0).all()
+
+
+# ---- verify_match ----
+
+def likely_tree(logits: torch.Tensor, policy: SamplingPolicy, noise: Noise, start: int) -> Tree:
+    """Random parents; of each node one child is what the target draws there, the others are not. Some nodes are out of reach: their parent is −1."""
+    generator = torch.Generator().manual_seed(start)
+    nodes, size = logits.shape
+    parents = [-1, *[int(torch.randint(max(0, node - 5), node, (1,), generator=generator)) for node in range(1, nodes)]]
+    tree = Tree.of(torch.zeros(nodes, dtype=torch.int64), torch.tensor(parents), torch.zeros(nodes), nodes)
+    drawn = draw(policy_probs(logits, policy)[None], noise, (start + 1 + tree.depths)[None])[0].tolist()
+    ranks = [parents[:node].count(parent) for node, parent in enumerate(parents)]
+    tokens = [(drawn[parent] + (rank + parent) % size) % size for parent, rank in zip(parents, ranks, strict=True)]
+    reachable = torch.arange(nodes) % 7 != 6
+    return Tree.of(torch.tensor(tokens), tree.parents.where(reachable, -1), tree.values, nodes)
+
+
+@pytest.mark.parametrize("kind", ["plain", "-inf", "masked"])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_matching_in_cpp_walks_as_torch_does(policy, kind):
+    """Which nodes are reached and the last draw, at several positions, of trees of 1 to 40 nodes over vocabularies of any size; rows may have gaps."""
+    reached = 0
+    for size in (8, 17, 63, 257):
+        for start, nodes in enumerate((1, 2, 5, 13, 40)):
+            logits, noise = some_logits(size, kind, nodes).mul(0.3 if kind == "plain" else 1), Noise.of(start, [size])
+            if at_the_edge(logits, policy).any():
+                continue
+            tree, starts = likely_tree(logits, policy, noise, 3**start), torch.tensor([3**start])
+            wanted = by_torch(verify.verify_match, logits, policy, tree, noise, starts)
+            for rows in (logits, logits.t().contiguous().t(), logits.repeat(1, 2)[:, :size]):
+                found = verify.verify_match(rows, policy, tree, noise, starts)
+                assert all(map(torch.equal, found, wanted))
+            reached += int(wanted[0].sum()) - 1
+            assert not wanted[0][1:][tree.parents[1:] < 0].any()
+    assert reached > 10
+
+
+# ---- gumbel_children ----
+
+@pytest.mark.parametrize("kind", ["plain", "-inf", "masked"])
+@pytest.mark.parametrize("policy", [SamplingPolicy(1.0), SamplingPolicy(0.7, 5, 0.9), SamplingPolicy(3.0), SamplingPolicy(0.0)], ids=str)
+def test_coupled_children_in_cpp_are_the_definitions(policy, kind):
+    """Against torch in fp64: neighbouring nodes at the same position and at others, counts up to all tokens, whole and trimmed vocabularies, rows with gaps.
+
+    What is impossible may come in any order. The C++ rounds uniforms to fp32: an error of 2^-24 in u, which is that much times e^g in g.
+    """
+    depths = torch.tensor([0, 1, 1, 2, 1, 0, 5, 5, 5, 2])
+    for size in (2, 15, 16, 63, 257):
+        logits = some_logits(size, kind, len(depths))
+        for ids in (None, torch.arange(size) * 3 + 1):
+            for coupling in (Coupling(), Coupling(0.6, 0.9), Coupling(1.7, 0.3)):
+                chooser = Chooser(verify.TREE_RULES["coupled"], policy, 3 * size + 1, coupling, ids)
+                nodes = Nodes(Noise.of(7, [size]), torch.tensor([2**33]), depths, torch.arange(len(depths)))
+                least = nodes.noise.exponential((2**33 + 1 + depths)[None], size if ids is None else ids, Purpose.TOKEN)[0].amin(-1, keepdim=True)
+                for count in (1, 4, size, size + 5):
+                    wanted = chooser(logits.double(), count, nodes)
+                    for rows in (logits, logits.repeat(1, 2)[:, :size], logits.t().contiguous().t()):
+                        found = chooser(rows, count, nodes)
+                        possible = wanted.values > -1e30
+                        assert found.tokens.shape == wanted.tokens.shape == (len(depths), min(count, size))
+                        assert torch.equal(found.tokens[possible], wanted.tokens[possible])
+                        assert ((found.values - wanted.values).abs() <= 1e-4 + 1e-5 * wanted.values.abs() + 2.0**-23 / least)[possible].all()
+                        assert (found.values[~possible] < -1e30).all()
+                        assert all(len(set(row)) == len(row) for row in found.tokens.tolist())

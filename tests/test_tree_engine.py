@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 import speculative
 from decoding import kv_cache, native, static_llama, tree_drafting
 from decoding.children import Coupling
+from decoding.common_sense import CommonSense
 from decoding.dynamic_tree import DynamicTree
 from decoding.growmap import Growmap, chain
 from decoding.kv_cache import CachedModel
@@ -49,10 +50,10 @@ from truncated_llama import Exit, TruncatedLlama
 
 GREEDY, NUCLEUS, TEMPERED, SAMPLED = SamplingPolicy(0.0), SamplingPolicy(0.7, top_p=0.95), SamplingPolicy(0.7), SamplingPolicy(1.0)
 LLAMAS = {"cpp": native_llama, "torch": tiny_llama}  # in fp32 through C++, in fp64 through torch
-BLOCKS = 3
+BLOCKS = 2
 DRAFTS: dict[str, Callable] = {
-    "head": lambda target: noisy_exit(target, 1, scale=0.02),
-    "own block": lambda target: noisy_exit(target, 2, own_block=True, scale=0.02),
+    "head": lambda target: noisy_exit(target, 0, scale=0.02),
+    "own block": lambda target: noisy_exit(target, 1, own_block=True, scale=0.02),
     "model": near_copy,
 }
 PERFECT_DRAFTS: dict[str, Callable] = {
@@ -72,11 +73,6 @@ def llama(kind: str = "torch", **overrides: object) -> LlamaForCausalLM:
     return LLAMAS[kind](num_hidden_layers=BLOCKS, **overrides)
 
 
-@pytest.fixture(params=LLAMAS)
-def target(request) -> LlamaForCausalLM:
-    return llama(request.param)
-
-
 def as_on_device(patch: pytest.MonkeyPatch) -> None:
     """Every engine made from now on has its places in tensors and its trees of fixed shape, as on CUDA."""
     exact = StaticLlama.__init__
@@ -88,16 +84,17 @@ def as_on_device(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StaticLlama, "__init__", init)
 
 
-@pytest.fixture(params=["host", "device"])
-def places(request, monkeypatch) -> str:
+@pytest.fixture(params=[*LLAMAS, "device"])
+def target(request, monkeypatch) -> LlamaForCausalLM:
+    """A target through C++, through torch, and with its places on a device."""
     if request.param == "device":
         as_on_device(monkeypatch)
-    return request.param
+    return llama("torch" if request.param == "device" else request.param)
 
 
 def tree_and_vanilla(target, draft, prompt: list[int], prompt_id: int = 0, **options: object) -> tuple[list[int], list[int], DecodeStats]:
     """A tree method's text, vanilla's, and the tree method's stats."""
-    plain = {name: value for name, value in options.items() if name not in ("method", "tree")}
+    plain = {name: value for name, value in options.items() if name not in ("method", "tree", "common_sense")}
     text, stats = decode(target, draft, prompt, prompt_id, **options)
     return text, decode(target, None, prompt, prompt_id, **plain)[0], stats
 
@@ -143,27 +140,48 @@ def test_text_is_vanillas_over_200_prompts(kind, policy):
 def test_text_is_vanillas_where_places_are_on_the_device(kind, tree, draft, monkeypatch):
     as_on_device(monkeypatch)
     target = llama(kind)
-    stats = check_text(target, DRAFTS[draft](target), count=2, policy=NUCLEUS, **COUPLED_TREES[tree])
-    stats += check_text(target, DRAFTS[draft](target), count=1, policy=GREEDY, **COUPLED_TREES[tree])
-    assert accepted_share(stats) > 0.05
+    stats = [each for policy in (NUCLEUS, GREEDY)
+             for each in check_text(target, DRAFTS[draft](target), count=1, policy=policy, max_new_tokens=24, **COUPLED_TREES[tree])]
+    assert accepted_share(stats) > 0
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("tree", COUPLED_TREES)
 def test_text_is_vanillas_through_transformers(tree, draft):
     target = llama()
-    stats = check_text(target, DRAFTS[draft](target), count=2, policy=NUCLEUS, engine="transformers", max_new_tokens=20, **COUPLED_TREES[tree])
-    assert accepted_share(stats) > 0.05
+    stats = check_text(target, DRAFTS[draft](target), count=1, policy=NUCLEUS, engine="transformers", **COUPLED_TREES[tree])
+    assert accepted_share(stats) > 0
 
 
 @pytest.mark.parametrize("tree", ["static", "dynamic", "specexec"])
 @pytest.mark.parametrize("own_block", [False, True])
-def test_trimmed_vocabulary(target, places, tree, own_block):
+def test_trimmed_vocabulary(target, tree, own_block):
     """The draft's tokens are the even ones: no others are in a tree, and the text is what it was."""
-    draft = TruncatedLlama(target, noisy_exit(target, 2, own_block, scale=0.02).exit.trimmed(torch.arange(0, 64, 2)))
-    stats = check_text(target, draft, count=2, **TREES[tree])
+    draft = TruncatedLlama(target, noisy_exit(target, 1, own_block, scale=0.02).exit.trimmed(torch.arange(0, 64, 2)))
+    stats = check_text(target, draft, count=2, policy=NUCLEUS, **TREES[tree])
     kept = [token for each in stats for r in each.rounds for token in r.tokens[: r.accepted]]
-    assert len(kept) > 10 and all(token % 2 == 0 for token in kept)
+    assert len(kept) > 5 and all(token % 2 == 0 for token in kept)
+
+
+@pytest.mark.parametrize("options", [
+    {"method": "dynamic_tree", "tree": DynamicTree(16, 6, 3, level_cost=0.4)}, {"method": "specexec", "tree": SpecExec(16, 6, 4, prune_threshold=0.3)}],
+    ids=lambda options: options["method"])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_rounds_that_stop_early_and_trees_that_are_pruned(target, draft, options):
+    sizes = {(r.tree.nodes, r.tree.passes) for stats in check_text(target, DRAFTS[draft](target), count=1, **options) for r in stats.rounds}
+    assert len(sizes) > 1 and all(nodes <= 16 for nodes, _ in sizes)
+
+
+FOLLOWERS = torch.randint(0, 64, (64, 3), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("tree", ["static", "dynamic", "specexec"])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_leaves_of_common_sense(target, tree, draft):
+    """Text and caches are what they are without."""
+    options = {"common_sense": CommonSense(FOLLOWERS, nodes=4), **TREES[tree]}
+    check_text(target, DRAFTS[draft](target), count=1, **options)
+    check_caches_after_every_round(target, DRAFTS[draft](target), **options)
 
 
 @pytest.mark.parametrize("tree", COUPLED_TREES)
@@ -223,13 +241,6 @@ def test_caches_equal_a_fresh_prefill_after_every_round(target, tree, draft):
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("tree", ["static", "dynamic", "dynamic, swor", "specexec"])
-def test_caches_where_places_are_on_the_device(target, tree, draft, monkeypatch):
-    as_on_device(monkeypatch)
-    check_caches_after_every_round(target, DRAFTS[draft](target), **TREES[tree])
-
-
-@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("tree", TREES)
 def test_caches_of_transformers(tree, draft):
     target = llama()
@@ -254,35 +265,40 @@ def test_calls_are_those_that_the_models_got(tree, dtype):
     assert stats.draft_tokens == sum(r.tree.fed for r in stats.rounds) + sum(r.accepted for r in stats.rounds[:-1])  # these it sees again, as text
 
 
-@pytest.mark.parametrize("draft", ["head", "own block"])
-@pytest.mark.parametrize("tree", ["static", "dynamic", "specexec", "dynamic, swor"])
-def test_every_round_does_the_work_that_it_counts(target, tree, draft, monkeypatch):
-    """Rows of all blocks: N·L of the target, E of each node that was fed; of the own block these and what it catches up with."""
-    draft, rows, plain = DRAFTS[draft](target), [], Stack.run
+def check_work(target, draft, **options: object) -> None:
+    """Rows of all blocks: N·L of the target, E of each node that is fed; of the own block these and what it catches up with."""
+    rows, counted, plain = [], [], Stack.run
 
     def run(self, x, place, first=0, last=None, kept=None):
         rows.append(len(x) * ((len(self.blocks) if last is None else last) - first))
         return plain(self, x, place, first, last, kept)
 
-    monkeypatch.setattr(Stack, "run", run)
-    counted = []
-    after_every_round(monkeypatch, lambda state: counted.append((sum(rows), state.draft.block_tokens)))
-    _, stats = decode(target, draft, [1, 2], policy=SAMPLED, max_new_tokens=30, **TREES[tree])
-    own = draft.exit.block is not None
-    wanted, behind, prompt = BLOCKS + own, 0, BLOCKS + own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stack, "run", run)
+        after_every_round(patch, lambda state: counted.append((sum(rows), state.draft.block_tokens)))
+        _, stats = decode(target, draft, [1, 2], policy=SAMPLED, max_new_tokens=30, **options)
+    own, behind = draft.exit.block is not None, 0
+    wanted = prompt = BLOCKS + own
     for r, (done, block_tokens) in zip(stats.rounds, counted, strict=True):
         wanted += r.tree.nodes * BLOCKS + r.tree.fed * (draft.exit.prefix + own) + own * behind
-        assert done == wanted and block_tokens == wanted - prompt
+        assert done == wanted, "rows"
+        assert block_tokens == wanted - prompt, "count"
         behind = r.accepted
     assert stats.draft_tokens == sum(r.tree.fed for r in stats.rounds)
+
+
+@pytest.mark.parametrize("draft", ["head", "own block"])
+@pytest.mark.parametrize("tree", ["static", "dynamic", "specexec", "dynamic, swor"])
+def test_every_round_does_the_work_that_it_counts(target, tree, draft):
+    check_work(target, DRAFTS[draft](target), **TREES[tree])
 
 
 @pytest.mark.parametrize("policy", [GREEDY, TEMPERED, SAMPLED], ids=str)
 @pytest.mark.parametrize("draft", PERFECT_DRAFTS)
 @pytest.mark.parametrize("tree", DEEP)
-def test_draft_like_the_target_has_a_path_of_full_depth_accepted(target, places, tree, draft, policy):
+def test_draft_like_the_target_has_a_path_of_full_depth_accepted(target, tree, draft, policy):
     plan = DEEP[tree]["tree"]
-    for stats in check_text(target, PERFECT_DRAFTS[draft](target), count=2, policy=policy, **DEEP[tree]):
+    for stats in check_text(target, PERFECT_DRAFTS[draft](target), count=1, policy=policy, max_new_tokens=24, **DEEP[tree]):
         assert {r.accepted for r in stats.rounds} == {plan.depth} and all(r.tested == r.accepted for r in stats.rounds)
 
 
@@ -293,27 +309,26 @@ def test_matched_children_of_a_draft_like_the_target_at_temperature_0(target, dr
             assert {r.accepted for r in stats.rounds} == {4}
 
 
-@pytest.mark.parametrize("depth", [KEPT_WIDTHS - 1, KEPT_WIDTHS, 2 * KEPT_WIDTHS + 2])
+@pytest.mark.parametrize("depth", [KEPT_WIDTHS - 1, KEPT_WIDTHS, KEPT_WIDTHS + 30])
 @pytest.mark.parametrize("draft", PERFECT_DRAFTS)
-def test_paths_longer_than_a_pass_whose_buffers_are_kept(target, places, draft, depth):
+def test_paths_longer_than_a_pass_whose_buffers_are_kept(target, draft, depth):
     """Then the draft has more to catch up with than a pass on a device can see: it must still accept every node, and end with the right cache."""
     draft = PERFECT_DRAFTS[draft](target)
+    prompt = tuple(random_text(static_llama.REACH_STEP - depth - 30)[0].tolist())
     options = {"method": "static_tree", "tree": StaticTree(chain(depth)), "policy": SAMPLED, "max_new_tokens": 2 * depth + 20}
-    for length in (3, 256 - depth - 30):
-        prompt = tuple(random_text(max(length, 1), seed=depth)[0].tolist())
-        stats = check_caches_after_every_round(target, draft, prompt, **options)
-        assert {r.accepted for r in stats.rounds} == {depth}
+    stats = check_caches_after_every_round(target, draft, prompt, **options)
+    assert {r.accepted for r in stats.rounds} == {depth}
 
 
 # ---- where a text ends ----
 
 @pytest.mark.parametrize("tree", DEEP)
 @pytest.mark.parametrize("draft", ["own block", "model"])
-def test_end_of_text_in_the_middle_of_an_accepted_path(target, places, tree, draft):
+def test_end_of_text_in_the_middle_of_an_accepted_path(target, tree, draft):
     """Of several ids, the first that comes ends the text; nothing behind it counts as accepted."""
     draft = PERFECT_DRAFTS[draft](target)
-    settings = {"policy": SAMPLED, "max_new_tokens": 30, **DEEP[tree]}
-    for prompt_id in range(4):
+    settings = {"policy": SAMPLED, "max_new_tokens": 20, **DEEP[tree]}
+    for prompt_id in range(2):
         full, vanilla, _ = tree_and_vanilla(target, draft, [5, 6], prompt_id, **settings)
         assert full == vanilla
         for middle in (6, 7, 8):  # the second round's tokens
@@ -347,12 +362,12 @@ def check_ends_have_no_children(trees: list[Tree], ends: frozenset[int]) -> None
 
 @pytest.mark.parametrize("tree", ["dynamic", "dynamic, match", "dynamic, swor", "specexec"])
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_end_of_text_as_a_node_has_no_children(target, places, tree, draft, monkeypatch):
+def test_end_of_text_as_a_node_has_no_children(target, tree, draft, monkeypatch):
     """One generation after another with other ids: each has its own."""
     trees, draft = seen_trees(monkeypatch), DRAFTS[draft](target)
     for ends in (frozenset(range(0, 64, 3)), frozenset(range(1, 64, 3))):
         trees.clear()
-        for prompt_id in range(4):
+        for prompt_id in range(3):
             options = {"policy": SAMPLED, "max_new_tokens": 30, "eos_ids": ends, **TREES[tree]}
             if "swor" in tree:
                 decode(target, draft, [5, 6], prompt_id, **options)
@@ -363,49 +378,51 @@ def test_end_of_text_as_a_node_has_no_children(target, places, tree, draft, monk
 
 
 @pytest.mark.parametrize("tree", ["dynamic", "specexec"])
-def test_nothing_is_drafted_behind_a_root_full_of_ends(places, tree):
+def test_nothing_is_drafted_behind_a_root_full_of_ends(target, tree):
     """With every token an end-of-text token a tree has one level."""
-    target = llama()
     options = {"policy": SAMPLED, "eos_ids": frozenset(range(64)), "max_new_tokens": 9, **TREES[tree]}
-    for draft in (noisy_exit(target, 1), near_copy(target)):
+    for draft in (noisy_exit(target, 0), near_copy(target)):
         text, vanilla, stats = tree_and_vanilla(target, draft, [3, 4], **options)
         assert text == vanilla and stats.emitted == 1
         assert stats.rounds[0].accepted <= 1
 
 
-@pytest.mark.parametrize("plan", [DynamicTree(16, 3, 2), DynamicTree(16, 3, 2, verification="match"), DynamicTree(64, 3, 3), DynamicTree(40, 1, 3)], ids=str)
+@pytest.mark.parametrize("plan", [(16, 3, 2), (64, 3, 3), (40, 1, 3)], ids=str)
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_trees_with_fewer_candidates_than_their_budget(target, places, draft, plan):
+def test_trees_with_fewer_candidates_than_their_budget(target, draft, plan, monkeypatch):
     """On a device a pass has a fixed width all the same: what fills it, here nodes that were fed already, must not be walked to."""
+    as_on_device(monkeypatch)
     draft = DRAFTS[draft](target)
-    for prompt_id, prompt in enumerate(some_prompts(6)):
+    for prompt_id, prompt in enumerate(some_prompts(3)):
         settings = {"policy": (GREEDY, NUCLEUS, SAMPLED)[prompt_id % 3], "max_new_tokens": 24}
         full, _ = decode(target, None, prompt, prompt_id, **settings)
         ends = frozenset(token for token in range(64) if token not in full[:20])
-        text, vanilla, _ = tree_and_vanilla(target, draft, prompt, prompt_id, eos_ids=ends, method="dynamic_tree", tree=plan, **settings)
-        assert text == vanilla
+        for verification in ("coupled", "match"):
+            options = {"method": "dynamic_tree", "tree": DynamicTree(*plan, verification=verification), "eos_ids": ends, **settings}
+            text, vanilla, _ = tree_and_vanilla(target, draft, prompt, prompt_id, **options)
+            assert text == vanilla
 
 
 @pytest.mark.parametrize("tree", ["static", "dynamic", "specexec"])
-@pytest.mark.parametrize("count", [1, 2, 7, 30])
+@pytest.mark.parametrize("count", [1, 7])
 def test_stop_and_length_cut_committed_tokens(target, tree, count):
     """Behind a prompt of one token."""
-    for draft in (noisy_exit(target, 2, own_block=True, scale=0.01), near_copy(target, 0.01)):
+    for draft in (noisy_exit(target, 1, own_block=True, scale=0.01), near_copy(target, 0.01)):
         settings = {"policy": SAMPLED, **TREES[tree]}
-        full, vanilla, _ = tree_and_vanilla(target, draft, [5], max_new_tokens=30, **settings)
+        full, vanilla, _ = tree_and_vanilla(target, draft, [5], max_new_tokens=20, **settings)
         assert full == vanilla
         cut, stats = decode(target, draft, [5], max_new_tokens=count, **settings)
         assert cut == full[:count] and stats.emitted == count
-        stopped, stats = decode(target, draft, [5], max_new_tokens=30, stop=lambda tokens: len(tokens) == count, **settings)
+        stopped, stats = decode(target, draft, [5], max_new_tokens=20, stop=lambda tokens: len(tokens) == count, **settings)
         assert stopped == full[: count - 1] and stats.emitted == count - 1
         streamed: list[int] = []
-        generate(target, [5], DecodeOptions(max_new_tokens=30, **settings), draft, on_tokens=streamed.extend)
+        generate(target, [5], DecodeOptions(max_new_tokens=20, **settings), draft, on_tokens=streamed.extend)
         assert streamed == full
 
 
 @pytest.mark.parametrize("tree", ["static", "dynamic", "specexec"])
 @pytest.mark.parametrize("draft", ["own block", "model"])
-def test_what_exactly_fits_the_context(target, places, tree, draft):
+def test_what_exactly_fits_the_context(target, tree, draft):
     """512 positions: prompt, new tokens and the tree's levels; a perfect draft goes as far as it may."""
     draft, depth = PERFECT_DRAFTS[draft](target), DEEP[tree]["tree"].depth
     prompt = random_text(512 - 30 - depth)[0].tolist()
@@ -420,60 +437,60 @@ def test_what_exactly_fits_the_context(target, places, tree, draft):
     {"method": "static_tree", "tree": StaticTree(Growmap((-1,)))}, {"method": "dynamic_tree", "tree": DynamicTree(1)},
     {"method": "specexec", "tree": SpecExec(1)}], ids=lambda options: options["method"])
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_budget_of_one_is_vanilla(target, places, draft, options):
-    for stats in check_text(target, DRAFTS[draft](target), count=2, **options):
+def test_budget_of_one_is_vanilla(target, draft, options):
+    for stats in check_text(target, DRAFTS[draft](target), count=1, **options):
         assert stats.target_calls == stats.target_tokens == stats.emitted and stats.draft_calls == 0
         assert all((r.proposed, r.accepted, len(r.tokens)) == (0, 0, 1) for r in stats.rounds)
 
 
-NARROW = {  # trees that come to the last of their slots: SpecExec grows far where one child is nearly certain and its siblings are among the best for a while
-    **{name: options for name, options in TREES.items() if "swor" not in name},
+NARROW = {
+    **{name: TREES[name] for name in ("static", "dynamic", "specexec")},
+    # grow far where one child is nearly certain and its siblings are among the best for a while
     "specexec of few nodes": {"method": "specexec", "tree": SpecExec(9, 16, 8)},
     "specexec of few nodes, coupled": {"method": "specexec", "tree": SpecExec(16, 16, 8, verification="coupled")},
 }
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("draft", ["own block", "model"])
 @pytest.mark.parametrize("tree", NARROW)
-def test_a_cache_without_a_slot_to_spare(target, places, tree, draft, monkeypatch):
+def test_a_cache_without_a_slot_to_spare(target, tree, draft, monkeypatch):
     """Capacity is rounded up, which could hide a pass that writes behind its end."""
     monkeypatch.setattr(static_llama, "REACH_STEP", 1)
-    options = NARROW[tree]
-    for prompt_id, length in enumerate((1, 8, 40)):
-        model = copy.deepcopy(target)
-        prompt = random_text(length, seed=length)[0].tolist()
-        text, vanilla, _ = tree_and_vanilla(model, DRAFTS[draft](model), prompt, prompt_id, policy=SAMPLED, max_new_tokens=24, **options)
+    draft = DRAFTS[draft](target)
+    for length in (50, 1):  # the second with the first one's engines, a new one's draft
+        prompt, settings = random_text(length, seed=length)[0].tolist(), {"policy": SAMPLED, "max_new_tokens": 24, **NARROW[tree]}
+        text, vanilla, _ = tree_and_vanilla(target, draft, prompt, **settings)
         assert text == vanilla
-        assert speculative._engines[model].target.capacity == length + 24 + options["tree"].slots + 1
+        assert speculative._engines[target].target.capacity == 50 + 24 + NARROW[tree]["tree"].slots + 1
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_trees_wider_than_the_capacity_step(target, places, draft):
+def test_trees_wider_than_the_capacity_step(target, draft):
     """300 nodes of which a device's pass of 256 slots would see the first only."""
     growmap = Growmap((-1, *[node // 7 for node in range(299)]))
     assert growmap.size > static_llama.REACH_STEP and max(growmap.children) == 7
     for options in ({"method": "static_tree", "tree": StaticTree(growmap)}, {"method": "dynamic_tree", "tree": DynamicTree(300, 3, 30)}):
-        for length in (1, 200):
-            text, vanilla, stats = tree_and_vanilla(
-                target, DRAFTS[draft](target), random_text(length)[0].tolist(), policy=SAMPLED, max_new_tokens=12, **options)
-            assert text == vanilla and max(r.accepted for r in stats.rounds) >= 2
+        text, vanilla, stats = tree_and_vanilla(target, DRAFTS[draft](target), random_text(100)[0].tolist(), policy=SAMPLED, max_new_tokens=12, **options)
+        assert text == vanilla and max(r.accepted for r in stats.rounds) >= 2
 
 
 # ---- one engine for many generations ----
 
 def check_generations_in_turn(target, draft) -> None:
-    """Trees of several plans, chains and vanilla, in turn on the same engines, each cut off once, over the edge of the capacity step."""
-    methods = [*COUPLED_TREES.values(), {"method": "static_tree", "tree": StaticTree(chain(3))}, {"method": "dynamic_tree", "tree": DynamicTree(32, 7, 8)}]
+    """Trees of several plans, chains and vanilla, in turn on the same engines, some broken off, from short texts to long ones."""
     chains = [{"method": "speculative"}]
-    if isinstance(draft, TruncatedLlama) and draft.target is target:
+    if isinstance(draft, TruncatedLlama):
         chains.append({"method": "self_speculative"})
-    for prompt_id, prompt in enumerate(random_text(length, seed=length)[0].tolist() for length in (2, 190, 215, 240)):
-        settings = {"policy": (SAMPLED, NUCLEUS)[prompt_id % 2], "verification": "coupled", "max_new_tokens": 40}
+    others = [{"method": "static_tree", "tree": StaticTree(chain(3))}, {"method": "dynamic_tree", "tree": DynamicTree(32, 7, 8)}]
+    for prompt_id, length in enumerate((120, 2, 60, 90)):
+        prompt, settings = random_text(length, seed=length)[0].tolist(), {"policy": SAMPLED, "verification": "coupled", "max_new_tokens": 24}
         vanilla, _ = decode(target, None, prompt, prompt_id, **settings)
-        for options in (methods[prompt_id :: 2] + chains) * 2:
+        for options in [*list(COUPLED_TREES.values())[prompt_id % 2 :: 2], *chains, *others]:
+            assert decode(target, draft, prompt, prompt_id, **settings, **options)[0] == vanilla, options
+        for options in (*others, chains[-1], TREES["static"]):
             with pytest.raises(KeyboardInterrupt):
                 generate(target, prompt[::-1], DecodeOptions(**settings, **options), draft, on_tokens=_interrupt)
-            assert decode(target, draft, prompt, prompt_id, **settings, **options)[0] == vanilla, options
+            assert decode(target, draft, prompt, prompt_id, **settings, **TREES["specexec, coupled"])[0] == vanilla
 
 
 def _interrupt(tokens: list[int]) -> None:
@@ -481,12 +498,14 @@ def _interrupt(tokens: list[int]) -> None:
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_generations_with_other_plans_and_methods_do_not_disturb_each_other(target, draft):
-    target(random_text(4))
-    check_generations_in_turn(target, DRAFTS[draft](target))
-    engine = speculative._engines[target].target
-    assert decode(target, DRAFTS[draft](target), [1, 2], max_new_tokens=4, **TREES["static"])
-    assert speculative._engines[target].target is engine
+def test_generations_with_other_plans_and_methods_do_not_disturb_each_other(draft):
+    target = llama("cpp")
+    draft = DRAFTS[draft](target)
+    check_generations_in_turn(target, draft)
+    engines = speculative._engines[target]
+    used = engines.target, engines.drafts[draft]
+    decode(target, draft, [1, 2], max_new_tokens=4, **TREES["static"])
+    assert used == (speculative._engines[target].target, speculative._engines[target].drafts[draft])
 
 
 # ---- what a device would do: programs that are captured once, and replayed ----
@@ -525,6 +544,7 @@ def replayed(monkeypatch) -> None:
     """Engines as on a device, with programs that are captured and replayed. In fp64: the C++ does not look at what a pass may see."""
     as_on_device(monkeypatch)
     monkeypatch.setattr(static_llama, "Programs", Replaying)
+    monkeypatch.setattr(static_llama, "REACH_STEP", 32)  # so that short texts cross many of these edges
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -537,14 +557,14 @@ def test_replayed_programs_give_vanillas_text(replayed, draft):
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("tree", ["static", "dynamic", "dynamic, match", "dynamic, swor", "specexec", "specexec, coupled"])
+@pytest.mark.parametrize("tree", ["static", "dynamic", "dynamic, swor", "specexec, coupled"])
 def test_replayed_programs_leave_the_draft_as_good_as_it_is(replayed, tree, draft):
     """A draft's mistakes change no text: rounds, compared with those of programs that are run anew, show them. Texts cross the capacity step, other ids end them."""
     target = llama()
     draft = DRAFTS[draft](target)
-    for length, ends in ((2, ()), (180, (3, 5, 9)), (225, (1, 2)), (215, ()), (235, ())):
+    for length, ends in ((100, ()), (30, (1, 2)), (60, ())):
         prompt = random_text(length, seed=length)[0].tolist()
-        settings = {"policy": SAMPLED, "max_new_tokens": 36, "eos_ids": frozenset(ends), **TREES[tree]}
+        settings = {"policy": SAMPLED, "max_new_tokens": 30, "eos_ids": frozenset(ends), **TREES[tree]}
         rounds = [(r.tokens, r.accepted, r.proposed) for r in decode(target, draft, prompt, **settings)[1].rounds]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Replaying, "__call__", lambda self, key, function, *inputs: function(*inputs))
@@ -570,12 +590,12 @@ def test_another_text_needs_no_further_program(replayed, tree, draft):
     draft = DRAFTS[draft](target)
 
     def programs(prompt_id: int) -> set:
-        decode(target, draft, [5, 6], prompt_id, policy=SAMPLED, max_new_tokens=40, eos_ids=frozenset({3, 9, 12}), **TREES[tree])
+        decode(target, draft, [5, 6], prompt_id, policy=SAMPLED, max_new_tokens=25, eos_ids=frozenset({3, 9, 12}), **TREES[tree])
         return {key for key in speculative._engines[target].drafts[draft].programs.first if "root" not in str(key)[:40]}
 
     found = programs(0)
     assert 0 < len(found) <= TREES[tree]["tree"].depth  # a level pass fewer than there are levels, and verification
-    assert all(programs(prompt_id) == found for prompt_id in range(1, 6))
+    assert all(programs(prompt_id) == found for prompt_id in range(1, 4))
 
 
 WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal", "aten.masked_select", "aten._unique2")
@@ -634,7 +654,7 @@ class Watched(Programs):
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("tree", [*COUPLED_TREES, "chain"])
+@pytest.mark.parametrize("tree", ["static", "dynamic", "dynamic, match", "specexec, coupled", "chain"])
 def test_programs_are_what_a_graph_can_capture(monkeypatch, tree, draft):
     """Rejection's walk asks the host where there is one, so it is not among these."""
     as_on_device(monkeypatch)
@@ -642,19 +662,19 @@ def test_programs_are_what_a_graph_can_capture(monkeypatch, tree, draft):
     target = llama()
     draft = DRAFTS[draft](target)
     options = {"method": "speculative", "verification": "coupled"} if tree == "chain" else TREES[tree]
-    text, _, _ = tree_and_vanilla(target, draft, [1, 2, 3], policy=NUCLEUS, max_new_tokens=20, **options)
+    decode(target, draft, [1, 2, 3], policy=NUCLEUS, max_new_tokens=8, **options)
     programs = speculative._engines[target].drafts[draft].programs
-    assert len(text) == 20 and programs.read
+    assert programs.read
     programs.check()
 
 
 def test_watched_programs_see_what_a_graph_cannot_do():
     programs, x, held = Watched(torch.device("cpu")), torch.ones(3), torch.ones(3)
-    freed = torch.full((3,), 2.0)
+    freed = [torch.full((3,), 2.0)]
     assert programs("held", lambda x: (x + held,), x)[0].tolist() == [2, 2, 2]
     programs.check()
-    programs("freed", lambda x: (x + freed,), x)
-    del freed
+    programs("freed", lambda x: (x + freed[0],), x)
+    freed.clear()
     with pytest.raises(AssertionError, match="freed"):
         programs.check()
     for work in (lambda x: (x * float(x.sum()),), lambda x: (x[x > 0],), lambda x: (x + torch.tensor(1.0),), lambda x: (x.nonzero(),)):
@@ -736,13 +756,13 @@ def test_passes_behind_earlier_levels_are_their_paths(engine, kind, monkeypatch)
         for prefix in (1, 21):
             check_level_passes(ENGINES[engine], target, prefix=prefix)
         if engine == "transformers":
-            check_level_passes(ENGINES[engine], noisy_exit(target, 2, own_block=True))
+            check_level_passes(ENGINES[engine], noisy_exit(target, 1, own_block=True))
 
 
 @pytest.mark.parametrize("engine", ["span", "scatter"])
 @pytest.mark.parametrize("own_block", [False, True])
 def test_passes_of_an_exit_behind_earlier_levels_are_their_paths(target, engine, own_block):
-    draft = noisy_exit(target, 2, own_block)
+    draft = noisy_exit(target, 1, own_block)
     with torch.inference_mode():
         def make(model, capacity):
             return SharedExit(ENGINES[engine](model, capacity), draft.exit)
@@ -753,18 +773,14 @@ def test_passes_of_an_exit_behind_earlier_levels_are_their_paths(target, engine,
 
 # ---- planted bugs ----
 
-def both_engines(patch: pytest.MonkeyPatch, name: str, change: Callable) -> None:
-    """Let StaticLlama and CachedModel do change(exact, self, *arguments) for their method `name`."""
-    for model in (StaticLlama, CachedModel):
-        patch.setattr(model, name, lambda self, *args, exact=getattr(model, name): change(exact, self, *args))
-
-
-@pytest.mark.parametrize("tree", ["static", "dynamic", "specexec"])
+@pytest.mark.parametrize("tree", ["static", "dynamic"])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_forgotten_compaction(monkeypatch, target, tree, draft):
     """The first slots of the tree stay where the accepted path belongs."""
     draft = DRAFTS[draft](target)
-    both_engines(monkeypatch, "keep", lambda exact, self, start, nodes: exact(self, start, torch.arange(len(nodes))))
+    for model in (StaticLlama, CachedModel):
+        exact = model.keep
+        monkeypatch.setattr(model, "keep", lambda self, start, nodes, exact=exact: exact(self, start, torch.arange(len(nodes))))
     for engine in ("static", "transformers"):
         with pytest.raises(AssertionError):
             check_text(target, draft, engine=engine, **TREES[tree])
@@ -861,8 +877,9 @@ def test_hidden_states_that_are_not_compacted(monkeypatch, target):
             check_caches_after_every_round(target, draft, **TREES[tree])
 
 
-@pytest.mark.parametrize("wrong", [-1, 1])
-def test_what_the_own_block_has_not_seen_is_miscounted(monkeypatch, target, wrong):
+@pytest.mark.parametrize(("wrong", "check"), [(-1, check_caches_after_every_round), (1, check_work)])
+def test_what_the_own_block_has_not_seen_is_miscounted(monkeypatch, target, wrong, check):
+    """Too few leave rejected nodes in its cache; too many are but wasted work."""
     exact = ExitDraft.__init__
 
     def init(self, state):
@@ -870,17 +887,16 @@ def test_what_the_own_block_has_not_seen_is_miscounted(monkeypatch, target, wron
         self.key = self._behind = max(0, self._behind + wrong)
 
     monkeypatch.setattr(ExitDraft, "__init__", init)
-    draft = TruncatedLlama(target, Exit(target, BLOCKS - 1, own_block=True))
     with pytest.raises(AssertionError):
-        stats = check_caches_after_every_round(target, draft, **DEEP["static"])
-        assert {r.accepted for r in stats.rounds} == {4}
+        for tree in ("static", "dynamic", "specexec, coupled"):
+            check(target, DRAFTS["own block"](target), **TREES[tree])
 
 
 def test_verification_noise_off_by_one_position(monkeypatch, target):
     exact = tree_drafting.verify_match
     monkeypatch.setattr(tree_drafting, "verify_match", lambda logits, policy, tree, noise, starts: exact(logits, policy, tree, noise, starts + 1))
     with pytest.raises(AssertionError):
-        check_text(target, noisy_exit(target, 1), **TREES["static"])
+        check_text(target, noisy_exit(target, 0), **TREES["static"])
 
 
 def test_noise_of_children_off_by_one_position(monkeypatch, target):
