@@ -10,7 +10,7 @@
 
 All entries decode a prompt before the next prompt begins, in an order drawn anew for each prompt, and all prompts `repeats` times; the
 first prompt is decoded once more before, uncounted. Predictions rest on what rounds cost just before and just after. Speedups are ratios of tokens per second over the same prompts, with a paired
-bootstrap interval. Static trees get, for every size, the shape that is best for the acceptance measured on texts of the training split. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
+bootstrap interval. Static trees get, for every size, the shape that is best for the acceptance measured on texts of the validation split. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
 are those of the true shape, texts mean nothing, and every row says `planted`.
 """
 
@@ -231,8 +231,8 @@ def tree_plans(method: str, options: DecodeOptions, subject: Subject, args: Args
             found += static_plans(verification, options, subject, args)
             continue
         kind, depth = (SpecExec, 2 * args.tree_depth) if method == "specexec" else (DynamicTree, args.tree_depth)
-        if (kind, verification) == (SpecExec, "swor"):
-            continue
+        if kind is SpecExec and verification != "match":
+            continue  # coupled, it is a dynamic tree
         wide = {"branches": args.tree_topk} if kind is SpecExec else {"top_k": args.tree_topk}
         plan = fitted_plan(kind(depth=depth, verification=verification, **wide), subject.target, subject.draft, options, subject.fit_prompts, path=subject.path)
         found += [replace(plan, budget=size) for size in args.tree_budgets]

@@ -324,9 +324,10 @@ def training_texts(target: Target, args: PromptArgs) -> list[list[int]]:
 
 
 def fitting_prompts(target: Target, args: PromptArgs) -> list[list[int]]:
-    """FIT_PROMPTS prompts as `choose_prompts` chooses them, but of the training split."""
+    """FIT_PROMPTS prompts as `choose_prompts` chooses them, but of the validation split: what is measured must not be fitted to, and a draft is better than itself
+    on what it was trained on."""
     name = args.dataset_names()[0]
-    data = {name: open_rows(find_dataset(name), "train", args.dataset_path)}
+    data = {name: open_rows(find_dataset(name), "validation", args.dataset_path)}
     return choose_prompts(target, replace(args, spec_num_prompts=FIT_PROMPTS), data)
 
 

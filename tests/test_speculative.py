@@ -6,10 +6,15 @@ import pytest
 import torch
 
 import metrics
+from decoding.common_sense import CommonSense
+from decoding.dynamic_tree import DynamicTree
 from decoding.sampling import SamplingPolicy
+from decoding.specexec import SpecExec
 from decoding.state import DecodeState
-from speculative import DecodeOptions, _new_engine, generate
+from speculative import DecodeOptions, _new_engine, generate, generate_batch
 from toy_models import (
+    COUPLED_TREES,
+    TREES,
     bigram_pair,
     check_all_accepted,
     check_first_two_tokens,
@@ -45,9 +50,21 @@ def test_coupled_text_is_vanillas_for_every_draft(target, policy):
         check_same_text(target, draft, policy, "coupled", count=2)
 
 
+@pytest.mark.parametrize("tree", COUPLED_TREES)
+def test_text_of_trees_is_vanillas_for_every_draft(target, tree):
+    for draft in drafts(target):
+        check_same_text(target, draft, SAMPLED[2], "coupled", count=1, **COUPLED_TREES[tree])
+
+
 def test_greedy_text_is_vanillas_for_every_draft(target):
     for draft in drafts(target):
         check_same_text(target, draft, GREEDY, "rejection", count=2)
+
+
+@pytest.mark.parametrize("tree", ["static, swor", "dynamic, swor"])
+def test_greedy_text_of_trees_by_rejection_is_vanillas_for_every_draft(target, tree):
+    for draft in drafts(target):
+        check_same_text(target, draft, GREEDY, "rejection", count=1, **TREES[tree])
 
 
 def test_greedy_vanilla_is_transformers_greedy(target):
@@ -154,6 +171,11 @@ def test_callback_gets_every_token_in_order(target):
         ([1], {"method": "tree"}, "unknown method 'tree'"),
         ([1], {"verification": "hope"}, "unknown verification 'hope'"),
         ([1], {"gamma": 0}, "gamma 0"),
+        ([1], {"method": "static_tree"}, "needs tree=StaticTree"),
+        ([1], {"method": "dynamic_tree", "tree": SpecExec()}, "takes a DynamicTree as tree=, not a SpecExec"),
+        ([1], {"method": "specexec"}, "pass draft="),
+        ([1], {"method": "speculative", "tree": DynamicTree()}, "drafts no trees: leave out tree="),
+        ([1], {"common_sense": CommonSense(torch.zeros(64, 2, dtype=torch.int64))}, "common_sense goes with tree methods"),
     ],
 )
 def test_bad_calls_name_the_mistake(target, prompt, options, message):
@@ -161,17 +183,25 @@ def test_bad_calls_name_the_mistake(target, prompt, options, message):
         generate(target, prompt, DecodeOptions(**options))
 
 
+def test_trees_of_a_batch_and_pruned_trees_by_rejection_are_refused(target):
+    with pytest.raises(ValueError, match="one text at a time, not 2"):
+        generate_batch(target, [[1], [2]], DecodeOptions("dynamic_tree"), noisy_exit(target, 1))
+    with pytest.raises(ValueError, match="choose 'match' or 'coupled'"):
+        SpecExec(verification="swor")
+
+
 def test_draft_with_another_vocabulary_is_refused(target):
     with pytest.raises(ValueError, match="different vocabularies"):
         decode(target, tiny_llama(vocab_size=65), [1])
 
 
-def test_generations_within_and_beside_each_other():
+@pytest.mark.parametrize("method", [{"method": "self_speculative"}, TREES["static"], TREES["dynamic"]], ids=lambda options: options["method"])
+def test_generations_within_and_beside_each_other(method):
     """They share a target, but not its cache."""
     target, settings = native_llama(), {"policy": SamplingPolicy(1.0), "max_new_tokens": 40}
     draft = noisy_exit(target, 2, own_block=True)
     alone = [decode(target, None, [1, i], i, **settings)[0] for i in range(4)]
-    drafting = DecodeOptions(method="self_speculative", verification="coupled", **settings)
+    drafting = DecodeOptions(verification="coupled", **method, **settings)
     inner: list[list[int]] = []
     outer = generate(target, [1, 0], drafting, draft, prompt_id=0, on_tokens=lambda tokens: inner.append(
         generate(target, [1, 1], drafting, draft, prompt_id=1).tokens))

@@ -129,7 +129,7 @@ def test_benchmark_of_all_trees(tiny_target_path, drafts, tmp_path, monkeypatch,
     assert run_main(benchmark, command, monkeypatch) == 0
     table = pd.read_csv(tmp_path / "out" / "results.csv")
     trees = table[table["tree_budget"].notna()]
-    assert len(trees) == 2 * (3 + 3 + 2) and len(table) == len(trees) + 3 and trees["lossless"].all()
+    assert len(trees) == 2 * (3 + 3 + 1) and len(table) == len(trees) + 3 and trees["lossless"].all()
     assert (trees["tree_nodes"] <= trees["tree_budget"]).all() and (trees["weight_bound_speedup"] > 0).all()
     assert {"spec_tokens_per_call_ci_low", "draft_calls_per_token", "spec_target_calls_per_token", "tree_expected_tokens"} <= set(table)
 

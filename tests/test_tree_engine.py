@@ -118,14 +118,14 @@ def accepted_share(stats: list[DecodeStats]) -> float:
 # ---- texts ----
 
 @pytest.mark.parametrize("policy", [GREEDY, NUCLEUS, SAMPLED], ids=str)
-@pytest.mark.parametrize("kind", LLAMAS)
-def test_text_is_vanillas_over_200_prompts(kind, policy):
-    """34 prompts for each of two paths and three policies; each tree meets each draft."""
+@pytest.mark.parametrize(("kind", "prompts"), [("cpp", 50), ("torch", 18)])
+def test_text_is_vanillas_over_200_prompts(kind, prompts, policy):
+    """In each of six runs every tree meets every draft."""
     target = llama(kind)
     drafts = [make(target) for make in DRAFTS.values()]
     pairs = [(options, draft) for options in COUPLED_TREES.values() for draft in drafts]
     found = []
-    for prompt_id, prompt in enumerate(some_prompts(34)):
+    for prompt_id, prompt in enumerate(some_prompts(prompts)):
         options, draft = pairs[prompt_id % len(pairs)]
         text, vanilla, stats = tree_and_vanilla(target, draft, prompt, prompt_id, policy=policy, max_new_tokens=64, seed=3, **options)
         assert text == vanilla, (prompt_id, options)
@@ -149,7 +149,7 @@ def test_text_is_vanillas_where_places_are_on_the_device(kind, tree, draft, monk
 @pytest.mark.parametrize("tree", COUPLED_TREES)
 def test_text_is_vanillas_through_transformers(tree, draft):
     target = llama()
-    stats = check_text(target, DRAFTS[draft](target), count=1, policy=NUCLEUS, engine="transformers", **COUPLED_TREES[tree])
+    stats = check_text(target, DRAFTS[draft](target), count=1, policy=NUCLEUS, engine="transformers", max_new_tokens=24, **COUPLED_TREES[tree])
     assert accepted_share(stats) > 0
 
 
@@ -158,9 +158,9 @@ def test_text_is_vanillas_through_transformers(tree, draft):
 def test_trimmed_vocabulary(target, tree, own_block):
     """The draft's tokens are the even ones: no others are in a tree, and the text is what it was."""
     draft = TruncatedLlama(target, noisy_exit(target, 1, own_block, scale=0.02).exit.trimmed(torch.arange(0, 64, 2)))
-    stats = check_text(target, draft, count=2, policy=NUCLEUS, **TREES[tree])
+    stats = check_text(target, draft, count=1, policy=NUCLEUS, **TREES[tree])
     kept = [token for each in stats for r in each.rounds for token in r.tokens[: r.accepted]]
-    assert len(kept) > 5 and all(token % 2 == 0 for token in kept)
+    assert len(kept) > 2 and all(token % 2 == 0 for token in kept)
 
 
 @pytest.mark.parametrize("options", [
@@ -209,7 +209,7 @@ def check_caches_after_every_round(target, draft, prompt: tuple[int, ...] = (1, 
 
     with pytest.MonkeyPatch.context() as patch:
         rounds = after_every_round(patch, check)
-        _, stats = decode(target, draft, list(prompt), **{"policy": NUCLEUS, "max_new_tokens": 20, **options})
+        _, stats = decode(target, draft, list(prompt), **{"policy": NUCLEUS, "max_new_tokens": 16, **options})
     assert len(rounds) == len(stats.rounds)
     return stats
 
@@ -276,7 +276,7 @@ def check_work(target, draft, **options: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stack, "run", run)
         after_every_round(patch, lambda state: counted.append((sum(rows), state.draft.block_tokens)))
-        _, stats = decode(target, draft, [1, 2], policy=SAMPLED, max_new_tokens=30, **options)
+        _, stats = decode(target, draft, [1, 2], **{"policy": SAMPLED, "max_new_tokens": 30, **options})
     own, behind = draft.exit.block is not None, 0
     wanted = prompt = BLOCKS + own
     for r, (done, block_tokens) in zip(stats.rounds, counted, strict=True):
@@ -367,7 +367,7 @@ def test_end_of_text_as_a_node_has_no_children(target, tree, draft, monkeypatch)
     trees, draft = seen_trees(monkeypatch), DRAFTS[draft](target)
     for ends in (frozenset(range(0, 64, 3)), frozenset(range(1, 64, 3))):
         trees.clear()
-        for prompt_id in range(3):
+        for prompt_id in range(2):
             options = {"policy": SAMPLED, "max_new_tokens": 30, "eos_ids": ends, **TREES[tree]}
             if "swor" in tree:
                 decode(target, draft, [5, 6], prompt_id, **options)
@@ -389,9 +389,10 @@ def test_nothing_is_drafted_behind_a_root_full_of_ends(target, tree):
 
 @pytest.mark.parametrize("plan", [(16, 3, 2), (64, 3, 3), (40, 1, 3)], ids=str)
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_trees_with_fewer_candidates_than_their_budget(target, draft, plan, monkeypatch):
+def test_trees_with_fewer_candidates_than_their_budget(draft, plan, monkeypatch):
     """On a device a pass has a fixed width all the same: what fills it, here nodes that were fed already, must not be walked to."""
     as_on_device(monkeypatch)
+    target = llama()
     draft = DRAFTS[draft](target)
     for prompt_id, prompt in enumerate(some_prompts(3)):
         settings = {"policy": (GREEDY, NUCLEUS, SAMPLED)[prompt_id % 3], "max_new_tokens": 24}
@@ -482,7 +483,7 @@ def check_generations_in_turn(target, draft) -> None:
     if isinstance(draft, TruncatedLlama):
         chains.append({"method": "self_speculative"})
     others = [{"method": "static_tree", "tree": StaticTree(chain(3))}, {"method": "dynamic_tree", "tree": DynamicTree(32, 7, 8)}]
-    for prompt_id, length in enumerate((120, 2, 60, 90)):
+    for prompt_id, length in enumerate((120, 2, 60)):
         prompt, settings = random_text(length, seed=length)[0].tolist(), {"policy": SAMPLED, "verification": "coupled", "max_new_tokens": 24}
         vanilla, _ = decode(target, None, prompt, prompt_id, **settings)
         for options in [*list(COUPLED_TREES.values())[prompt_id % 2 :: 2], *chains, *others]:
@@ -654,7 +655,7 @@ class Watched(Programs):
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("tree", ["static", "dynamic", "dynamic, match", "specexec, coupled", "chain"])
+@pytest.mark.parametrize("tree", ["static", "dynamic", "specexec, coupled", "chain"])
 def test_programs_are_what_a_graph_can_capture(monkeypatch, tree, draft):
     """Rejection's walk asks the host where there is one, so it is not among these."""
     as_on_device(monkeypatch)
@@ -662,7 +663,7 @@ def test_programs_are_what_a_graph_can_capture(monkeypatch, tree, draft):
     target = llama()
     draft = DRAFTS[draft](target)
     options = {"method": "speculative", "verification": "coupled"} if tree == "chain" else TREES[tree]
-    decode(target, draft, [1, 2, 3], policy=NUCLEUS, max_new_tokens=8, **options)
+    decode(target, draft, [1, 2, 3], policy=NUCLEUS, max_new_tokens=6, **options)
     programs = speculative._engines[target].drafts[draft].programs
     assert programs.read
     programs.check()
@@ -781,9 +782,9 @@ def test_forgotten_compaction(monkeypatch, target, tree, draft):
     for model in (StaticLlama, CachedModel):
         exact = model.keep
         monkeypatch.setattr(model, "keep", lambda self, start, nodes, exact=exact: exact(self, start, torch.arange(len(nodes))))
+    with pytest.raises(AssertionError):
+        check_text(target, draft, **TREES[tree])
     for engine in ("static", "transformers"):
-        with pytest.raises(AssertionError):
-            check_text(target, draft, engine=engine, **TREES[tree])
         with pytest.raises(AssertionError):
             check_caches_after_every_round(target, draft, engine=engine, **TREES[tree])
 
@@ -889,7 +890,7 @@ def test_what_the_own_block_has_not_seen_is_miscounted(monkeypatch, target, wron
     monkeypatch.setattr(ExitDraft, "__init__", init)
     with pytest.raises(AssertionError):
         for tree in ("static", "dynamic", "specexec, coupled"):
-            check(target, DRAFTS["own block"](target), **TREES[tree])
+            check(target, DRAFTS["own block"](target), **{**TREES[tree], "max_new_tokens": 40})
 
 
 def test_verification_noise_off_by_one_position(monkeypatch, target):
