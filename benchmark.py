@@ -10,16 +10,15 @@
 
 All entries decode a prompt before the next prompt begins, in an order drawn anew for each prompt, and all prompts `repeats` times; the
 first prompt is decoded once more before, uncounted. Predictions rest on what rounds cost just before and just after. Speedups are ratios of tokens per second over the same prompts, with a paired
-bootstrap interval. Static trees get, for every size, the shape that is best for the acceptance measured on texts of the validation split. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
+bootstrap interval. Static trees get, for every size, the shape that is best for the acceptance measured behind prompts that are not measured. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
 are those of the true shape, texts mean nothing, and every row says `planted`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import chain
 
 from command_line import UserError, parse_args, run
@@ -38,14 +37,14 @@ from decoding.specexec import SpecExec
 from decoding.state import DecodeStats
 from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES, VERIFICATIONS, TreeVerification, Verification
-from evaluation import DraftArgs, PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, fitting_prompts, load_draft, training_texts
+from evaluation import DraftArgs, PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, fitted_to, load_draft, training_texts
 from machine_speed import counts_memory, held_memory, memory_bandwidth, peak_memory, restart_peak
 from metrics import pace, speculation_metrics, speedup_interval, with_interval
 from planted import planted_pair
 from results import new_output_dir, record_run, write_csv
 from speculative import METHODS, DecodeOptions, TreePlan, generate_batch
 from target_model import Target, eos_token_ids, load_target, named_config
-from tree_args import FIT_SEED, FIT_TOKENS, TREE_METHODS, coupling_for, fitted_plan
+from tree_args import FIT_SEED, FIT_TOKENS, TREE_METHODS, Fitted, coupling_for, fitted_plan
 from tree_tuning import acceptance_by_rank, own_texts
 from truncated_llama import TruncatedLlama, step_bytes
 from tuning import frequent_tokens, round_costs
@@ -127,17 +126,16 @@ class Args(DraftArgs, PolicyArgs, PromptArgs):
 class Subject:
     """What is decoded: target, exit, prompts, and the tokens that end a text. `facts` identify them.
 
-    transformers drafts with `untrimmed`, as it knows no part of a vocabulary. `fit_prompts` are what trees are fitted to; `path` says where the draft lies.
+    transformers drafts with `untrimmed`, as it knows no part of a vocabulary. `fitted` is what trees are fitted to.
     """
 
     target: Target
     draft: nn.Module | None
     untrimmed: nn.Module | None
     prompts: list[list[int]]
-    fit_prompts: Callable[[], list[list[int]]]
+    fitted: Fitted
     eos_ids: frozenset[int]
     facts: dict
-    path: str | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -163,8 +161,9 @@ def load_subject(args: Args) -> Subject:
         path = args.checkpoint or args.draft_model_path
         draft = None if path is None else load_draft(target, args).model
         return Subject(
-            target, trimmed(draft, target, args), draft, choose_prompts(target, args, data), cache(lambda: fitting_prompts(target, args)), eos_token_ids(target),
-            {**args.facts(target, data), "draft": path}, None if args.draft_vocab_size else path)
+            target, trimmed(draft, target, args), draft, choose_prompts(target, args, data),
+            fitted_to(target, args, data, None if args.draft_vocab_size else path),
+            eos_token_ids(target), {**args.facts(target, data), "draft": path})
     device, dtype, _ = args.resolve()
     pair = planted_pair(
         args.config(), args.planted_layer, args.planted_alpha, args.policy(), (args.chain_verifications or VERIFICATIONS)[0], dtype, device, args.seed,
@@ -175,7 +174,7 @@ def load_subject(args: Args) -> Subject:
     prompts = torch.randint(0, pair.model.config.vocab_size, shape, generator=generator).tolist()
     target = Target(pair.model, None, args.random_init)
     facts = {"planted": True, "planted_alpha_reached": pair.alpha}
-    return Subject(target, pair.draft, None if args.draft_vocab_size else pair.draft, prompts, lambda: prompts, frozenset(), facts)
+    return Subject(target, pair.draft, None if args.draft_vocab_size else pair.draft, prompts, Fitted(lambda: prompts, "random"), frozenset(), facts)
 
 
 def trimmed(draft: nn.Module | None, target: Target, args: Args) -> nn.Module | None:
@@ -234,16 +233,16 @@ def tree_plans(method: str, options: DecodeOptions, subject: Subject, args: Args
         if kind is SpecExec and verification != "match":
             continue  # coupled, it is a dynamic tree
         wide = {"branches": args.tree_topk} if kind is SpecExec else {"top_k": args.tree_topk}
-        plan = fitted_plan(kind(depth=depth, verification=verification, **wide), subject.target, subject.draft, options, subject.fit_prompts, path=subject.path)
+        plan = fitted_plan(kind(depth=depth, verification=verification, **wide), subject.target, subject.draft, options, subject.fitted)
         found += [replace(plan, budget=size) for size in args.tree_budgets]
     return found
 
 
 def static_plans(verification: TreeVerification, options: DecodeOptions, subject: Subject, args: Args) -> list[StaticTree]:
     """The best shape of every size."""
-    coupling = coupling_for(subject.target, subject.draft, options, subject.fit_prompts, subject.path) if verification == "coupled" else Coupling()
+    coupling = coupling_for(subject.target, subject.draft, options, subject.fitted) if verification == "coupled" else Coupling()
     chooser = Chooser(TREE_RULES[verification], options.policy, subject.model.config.vocab_size, coupling)
-    texts = own_texts(subject.model, subject.fit_prompts(), replace(options, seed=options.seed + FIT_SEED, max_new_tokens=FIT_TOKENS))
+    texts = own_texts(subject.model, subject.fitted.prompts(), replace(options, seed=options.seed + FIT_SEED, max_new_tokens=FIT_TOKENS))
     trees = BestTrees(acceptance_by_rank(subject.model, subject.draft, texts, chooser, args.tree_topk), max(args.tree_budgets), args.tree_depth)
     return [StaticTree(trees.growmap(size, args.tree_depth, {}), verification, coupling) for size in args.tree_budgets]
 

@@ -24,11 +24,11 @@ from decoding.children import Chooser, Coupling
 from decoding.growmap import LARGEST, BestTrees, Growmap, best_size, save_growmap
 from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES
-from evaluation import DraftArgs, PolicyArgs, PromptArgs, fitting_prompts, load_draft
+from evaluation import DraftArgs, PolicyArgs, PromptArgs, fitted_to, load_draft
 from results import new_output_dir, record_run
 from speculative import DecodeOptions
 from target_model import Target, eos_token_ids, load_target
-from tree_args import FIT_SEED, FIT_TOKENS, coupling_for
+from tree_args import FIT_SEED, FIT_TOKENS, Fitted, coupling_for
 from tree_tuning import TreeCosts, acceptance_by_rank, acceptance_in_rounds, own_texts, tree_costs
 
 RESULTS_NAME = "growmap.json"
@@ -69,10 +69,10 @@ class Measurement:
     costs: TreeCosts
 
 
-def measure(target: Target, draft: nn.Module, options: DecodeOptions, path: str, args: Args) -> Measurement:
+def measure(target: Target, draft: nn.Module, options: DecodeOptions, fitted: Fitted, args: Args) -> Measurement:
     """What a growmap rests on."""
-    prompts = fitting_prompts(target, args)
-    coupling = coupling_for(target, draft, options, lambda: prompts, path) if args.verification == "coupled" else Coupling()
+    prompts = fitted.prompts()
+    coupling = coupling_for(target, draft, options, fitted) if args.verification == "coupled" else Coupling()
     chooser = Chooser(TREE_RULES[args.verification], options.policy, target.model.config.vocab_size, coupling)
     fitting = replace(options, seed=options.seed + FIT_SEED, max_new_tokens=FIT_TOKENS)
     acceptance = acceptance_by_rank(target.model, draft, own_texts(target.model, prompts, fitting), chooser, args.tree_width)
@@ -116,11 +116,13 @@ def main() -> None:
     args = parse_args(Args)
     args.check()
     folder = new_output_dir(args.out_dir, RESULTS_NAME, "a growmap")
+    data = args.open_data()
     target = load_target(args.model_path, args)
     draft = load_draft(target, args)
-    record_run(folder, args)
+    record_run(folder, args, args.facts(target, data))
+    fitted = fitted_to(target, args, data, draft.columns["checkpoint"])
     options = DecodeOptions(policy=args.policy(), max_new_tokens=args.spec_max_new_tokens, eos_ids=eos_token_ids(target), seed=args.seed)
-    growmap, table = choose(measure(target, draft.model, options, draft.columns["checkpoint"], args), args)
+    growmap, table = choose(measure(target, draft.model, options, fitted, args), args)
     save_growmap(folder / RESULTS_NAME, growmap)
     from tree_plots import plot_growmap  # matplotlib is slow to load
 

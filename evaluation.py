@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import islice
@@ -36,13 +36,13 @@ from row_files import ExampleStream, open_rows
 from speculative import DecodeOptions, Generation, generate
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, load_tokenizer, tokenizer_hash, weights_hash
 from text_datasets import find_dataset, fingerprint
-from tree_args import TREE_METHODS, TreeArgs, fitted_plan
+from tree_args import TREE_METHODS, Fitted, TreeArgs, fitted_plan
 from tree_tuning import tree_costs
 from truncated_llama import ExitInfo, TruncatedLlama, load_exit, module_bytes, read_exit_info, step_bytes
 from tuning import LONGEST, round_costs, step_seconds
 
 FREQUENCY_TEXTS = 500
-FIT_PROMPTS = 32  # that trees are fitted to
+FIT_PROMPTS = 64  # that trees are fitted to
 NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "model_path", "dataset_path", "growmap", "followers"}
 
 
@@ -272,7 +272,7 @@ def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs, data: Eva
     for name in args.quality_datasets:
         quality = measure_quality(target, draft, args.stream(data, name), args)
         row |= {f"{name}_{metric}": value for metric, value in quality.items()}
-    row |= measure_speculation(target, draft, choose_prompts(target, args, data), args)
+    row |= measure_speculation(target, draft, args, data)
     return {**row, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k}
 
 
@@ -295,25 +295,34 @@ def measure_quality(target: Target, draft: Draft, stream: ExampleStream, args: E
 
 # ---- speculation ----
 
-def choose_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> list[list[int]]:
-    """`spec_num_prompts` prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer.
-
-    With length 0 whole prompts, up to where the assistant speaks. Raises UserError where there are too few.
-    """
-    name = args.dataset_names()[0]
+def prompts_of(target: Target, args: PromptArgs, data: EvaluationData) -> Iterator[list[int]]:
+    """Prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0 whole prompts, up to where the assistant speaks."""
     longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.longest
-    found: list[list[int]] = []
-    for example in args.stream(data, name).rest_of_epoch():
+    for example in args.stream(data, args.dataset_names()[0]).rest_of_epoch():
         if args.spec_prompt_length == 0:
             ids = encode_prompt(target.tokenizer, example)
-            fits = len(ids) <= longest
+            if len(ids) <= longest:
+                yield ids
         else:
             ids = encode_example(target.tokenizer, example).input_ids
-            fits, ids = len(ids) > args.spec_prompt_length, ids[: args.spec_prompt_length]
-        found += [ids] if fits else []
-        if len(found) == args.spec_num_prompts:
-            return found
-    raise UserError(f"only {len(found)} prompts of {args.spec_prompt_length} tokens in {name}: lower --spec_num_prompts or --spec_prompt_length")
+            if len(ids) > args.spec_prompt_length:
+                yield ids[: args.spec_prompt_length]
+
+
+def choose_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> list[list[int]]:
+    """The first `spec_num_prompts` of `prompts_of`. Raises UserError where there are too few."""
+    found = list(islice(prompts_of(target, args, data), args.spec_num_prompts))
+    if len(found) < args.spec_num_prompts:
+        raise UserError(f"only {len(found)} prompts of {args.spec_prompt_length} tokens in {args.dataset_names()[0]}: lower --spec_num_prompts or --spec_prompt_length")
+    return found
+
+
+def fitting_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> list[list[int]]:
+    """Up to FIT_PROMPTS prompts behind those that are measured: of the same kind, and held out like them. Raises UserError where there are none."""
+    found = list(islice(prompts_of(target, args, data), args.spec_num_prompts, args.spec_num_prompts + FIT_PROMPTS))
+    if not found:
+        raise UserError(f"no prompts in {args.dataset_names()[0]} behind the first {args.spec_num_prompts} to fit trees to: lower --spec_num_prompts")
+    return found
 
 
 def training_texts(target: Target, args: PromptArgs) -> list[list[int]]:
@@ -323,35 +332,34 @@ def training_texts(target: Target, args: PromptArgs) -> list[list[int]]:
     return [encode_example(target.tokenizer, example).input_ids for example in islice(examples, FREQUENCY_TEXTS)]
 
 
-def fitting_prompts(target: Target, args: PromptArgs) -> list[list[int]]:
-    """FIT_PROMPTS prompts as `choose_prompts` chooses them, but of the validation split: what is measured must not be fitted to, and a draft is better than itself
-    on what it was trained on."""
-    name = args.dataset_names()[0]
-    data = {name: open_rows(find_dataset(name), "validation", args.dataset_path)}
-    return choose_prompts(target, replace(args, spec_num_prompts=FIT_PROMPTS), data)
+def fitted_to(target: Target, args: PromptArgs, data: EvaluationData, path: str | None) -> Fitted:
+    """What trees of the draft at `path` are fitted to; its name says which prompts."""
+    named = f"{args.dataset_names()[0]}, seed {args.seed}, behind {args.spec_num_prompts} prompts of {args.spec_prompt_length} tokens"
+    return Fitted(cache(lambda: fitting_prompts(target, args, data)), named, path)
 
 
-def drafting_options(target: Target, draft: Draft, args: EvaluationArgs) -> DecodeOptions:
+def drafting_options(target: Target, draft: Draft, args: EvaluationArgs, data: EvaluationData) -> DecodeOptions:
     """How `args` decode with `draft`; a tree is fitted to it."""
     options = DecodeOptions(policy=args.policy(), max_new_tokens=args.spec_max_new_tokens, eos_ids=eos_token_ids(target), seed=args.seed, engine=args.engine)
     method = args.method_for(target, draft.model)
     if method not in TREE_METHODS:
         return replace(options, method=method, gamma=args.longest, verification=args.chain_verification, record_overlap=True)
     plan = fitted_plan(
-        args.plan(method, args.verification), target, draft.model, options, cache(lambda: fitting_prompts(target, args)),
-        path=draft.columns["checkpoint"], level_cost=args.fixed_level_cost())
+        args.plan(method, args.verification), target, draft.model, options,
+        fitted_to(target, args, data, draft.columns["checkpoint"]), args.fixed_level_cost())
     try:
         return replace(options, method=method, tree=plan, common_sense=args.common_sense(target))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def measure_speculation(target: Target, draft: Draft, prompts: list[list[int]], args: EvaluationArgs) -> dict[str, float]:
-    """How it was decoded, and metrics.SPECULATION_COLUMNS: vanilla and speculative decoding of the same `prompts`, in turn.
+def measure_speculation(target: Target, draft: Draft, args: EvaluationArgs, data: EvaluationData) -> dict[str, float]:
+    """How it was decoded, and metrics.SPECULATION_COLUMNS: vanilla and speculative decoding of the same prompts, in turn.
 
     One pair is decoded and discarded first; the order within a pair alternates.
     """
-    drafting = drafting_options(target, draft, args)
+    prompts = choose_prompts(target, args, data)
+    drafting = drafting_options(target, draft, args, data)
     adaptive = drafting.plan is None and args.gamma == "auto"
     costs = round_costs(target.model, draft.model, prompts[0], drafting) if adaptive else None
     methods = {

@@ -122,34 +122,40 @@ def static_plan(growmap: Growmap, verification: str | None = None) -> StaticTree
     return StaticTree(growmap, verification or made_for.get("verification", "coupled"), Coupling(*made_for.get("coupling", (1.0, 1.0))))
 
 
-def fitted_plan(
-    plan: TreePlan, target: Target, draft: nn.Module, options: DecodeOptions, fit_prompts: Callable[[], list[list[int]]], *,
-    path: str | None = None, level_cost: float | None = 0.0,
-) -> TreePlan:
-    """`plan` with the weights of coupled values and, for dynamic trees, the cost of a draft pass (measured where `level_cost` is None).
+@dataclass(frozen=True)
+class Fitted:
+    """What trees are fitted to: `prompts()` of the data set `data`; `path` is where the draft lies, if it does."""
 
-    `fit_prompts` gives prompts to fit to; `path` is where the draft lies, if it does.
-    """
+    prompts: Callable[[], list[list[int]]]
+    data: str
+    path: str | None = None
+
+
+def fitted_plan(
+    plan: TreePlan, target: Target, draft: nn.Module, options: DecodeOptions, fitted: Fitted, level_cost: float | None = 0.0,
+) -> TreePlan:
+    """`plan` with the weights of coupled values and, for dynamic trees, the cost of a draft pass (measured where `level_cost` is None)."""
     if plan.verification == "coupled" and not (isinstance(plan, StaticTree) and "coupling" in plan.growmap.provenance):
-        plan = replace(plan, coupling=coupling_for(target, draft, options, fit_prompts, path))
+        plan = replace(plan, coupling=coupling_for(target, draft, options, fitted))
     if isinstance(plan, DynamicTree) and plan.verification != "swor" and plan.budget > 1:
         if level_cost is None:
-            level_cost = tree_costs(target.model, draft, fit_prompts()[0], options, [plan]).level_cost
+            level_cost = tree_costs(target.model, draft, fitted.prompts()[0], options, [plan]).level_cost
         plan = replace(plan, level_cost=level_cost)
     return plan
 
 
-def coupling_for(target: Target, draft: nn.Module, options: DecodeOptions, fit_prompts: Callable[[], list[list[int]]], path: str | None) -> Coupling:
-    """The weights kept beside the draft for this target and policy, or fitted now and kept there."""
-    kept = None if path is None or not Path(path).exists() else _beside(Path(path))
-    identity = {"target": weights_hash(target.model), **asdict(options.policy)}
-    if kept is not None:
-        identity["draft"] = file_hash(path) if Path(path).is_file() else weights_hash(draft)
+def coupling_for(target: Target, draft: nn.Module, options: DecodeOptions, fitted: Fitted) -> Coupling:
+    """The weights kept beside the draft for this target, data set and policy, or fitted now and kept there."""
+    path = None if fitted.path is None or not Path(fitted.path).exists() else Path(fitted.path)
+    kept = None if path is None else _beside(path)
+    identity = {"target": weights_hash(target.model), "data": fitted.data, **asdict(options.policy)}
+    if path is not None:
+        identity["draft"] = file_hash(path) if path.is_file() else weights_hash(draft)
         for entry in _entries(kept):
             if entry["made_for"] == identity:
                 return Coupling(**entry["coupling"])
     fitting = replace(options, seed=options.seed + FIT_SEED, max_new_tokens=FIT_TOKENS, stop=None)
-    coupling = fit_coupling(draft, own_texts(target.model, fit_prompts(), fitting), options.policy.temperature)
+    coupling = fit_coupling(draft, own_texts(target.model, fitted.prompts(), fitting), options.policy.temperature)
     print(f"weights of coupled values: draft {coupling.draft:.3f}, noise {coupling.noise:.3f}", flush=True)
     if kept is not None:
         _keep(kept, [*_entries(kept), {"made_for": identity, "coupling": asdict(coupling)}])

@@ -204,6 +204,8 @@ struct Candidate {
     int64_t column;
 };
 
+constexpr float LEAST_EXPONENTIAL = 3e-8f;  // what −log(u) is where u rounds to 1
+
 // For each row of logits (rows, n) the `count` tokens with the largest score = sharpness * logit + weight * g, g the Gumbel noise of the row's position,
 // best first, and the log of their shares of softmax(scores).
 extern "C" void gumbel_children(
@@ -216,7 +218,7 @@ extern "C" void gumbel_children(
         if (weight > 0 && (row == 0 || positions[row] != positions[row - 1])) {
             const uint64_t key = places->key(noise->of(0), positions[row]);
             for (int64_t i = 0; i < n; i++) gumbel[i] = float(unit(mix(key ^ (uint64_t(ids ? ids[i] : i) + 1) * GOLDEN)));
-            for (float& value : gumbel) value = -std::log(std::max(-std::log(value), 1e-30f));
+            for (float& value : gumbel) value = -std::log(std::max(-std::log(value), LEAST_EXPONENTIAL));
         }
         float most = LEAST, total = 0;
         for (int64_t i = 0; i < n; i++) scores[i] = sharpness * logits[row * n + i] + weight * gumbel[i];

@@ -144,6 +144,8 @@ class TreeRound:
         nodes = (len(decision) - 2) // 4
         tokens, emitted, parents, reached = ([int(value) for value in decision[i * nodes : (i + 1) * nodes]] for i in range(4))
         path = [node for node in range(nodes) if reached[node]]
+        ends = next((place for place in range(trunk + 1, len(path)) if emitted[path[place]] in self.state.eos_ids), None)
+        path = path[: None if ends is None else ends + 1]  # what lies behind an end of text does not count
         state, start = self.state, self.state.target.lengths[0] - trunk
         kept = torch.tensor(path, device=self.starts.device)
         state.target.note(nodes)
@@ -156,7 +158,7 @@ class TreeRound:
         counts.nodes, counts.depth, counts.expected = nodes - trunk, depth_of(parents) - trunk, decision[-1]
         counts.rank = parents[: path[trunk + 1]].count(trunk) if accepted else None
         return RoundResult([*(emitted[node] for node in path[trunk + 1 :]), int(decision[-2])], proposed=counts.nodes - 1, accepted=accepted,
-                           tested=accepted + (path[-1] in parents), tree=counts)
+                           tested=accepted + (ends is None and path[-1] in parents), tree=counts)
 
 
 def depth_of(parents: list[int]) -> int:
