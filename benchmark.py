@@ -32,7 +32,7 @@ from transformers import PretrainedConfig
 from decoding.children import Chooser, Coupling
 from decoding.draft_length import AdaptiveLength
 from decoding.dynamic_tree import DynamicTree
-from decoding.growmap import BestTrees
+from decoding.growmap import LARGEST, BestTrees, most_nodes
 from decoding.specexec import SpecExec
 from decoding.state import DecodeStats
 from decoding.static_tree import StaticTree
@@ -44,7 +44,7 @@ from planted import planted_pair
 from results import new_output_dir, record_run, write_csv
 from speculative import METHODS, DecodeOptions, TreePlan, generate_batch
 from target_model import Target, eos_token_ids, load_target, named_config
-from tree_args import FIT_SEED, FIT_TOKENS, TREE_METHODS, Fitted, coupling_for, fitted_plan
+from tree_args import TREE_METHODS, Fitted, coupling_for, fitted_plan, fitting_options
 from tree_tuning import acceptance_by_rank, own_texts
 from truncated_llama import TruncatedLlama, step_bytes
 from tuning import frequent_tokens, round_costs
@@ -95,8 +95,7 @@ class Args(DraftArgs, PolicyArgs, PromptArgs):
             self.check_draft(self.model_path, self.spec_prompt_length + self.spec_max_new_tokens + self.longest)
         for name in ("tree_depth", "tree_topk"):
             self.check_positive(name)
-        if min(self.tree_budgets) < 2:
-            raise UserError(f"--tree_budgets {' '.join(map(str, self.tree_budgets))}: each must be at least 2")
+        self.check_trees()
         if not self.chain_verifications and any(METHODS[name].draft != "none" and METHODS[name].round and not METHODS[name].plan for name in self.methods):
             raise UserError(f"--verifications {' '.join(self.verifications)}: chains take {' and '.join(VERIFICATIONS)}; add one, or leave chains out of --methods")
         self.check_batches()
@@ -111,6 +110,17 @@ class Args(DraftArgs, PolicyArgs, PromptArgs):
     def chain_verifications(self) -> list[Verification]:
         """Those of --verifications that chains take."""
         return [name for name in self.verifications if name in VERIFICATIONS]
+
+    def check_trees(self) -> None:
+        """Raise UserError for trees that cannot be."""
+        if not 2 <= min(self.tree_budgets) <= max(self.tree_budgets) <= LARGEST:
+            raise UserError(f"--tree_budgets {' '.join(map(str, self.tree_budgets))}: must lie between 2 and {LARGEST} nodes")
+        if "static_tree" in self.methods and max(self.tree_budgets) > most_nodes(self.tree_topk, self.tree_depth):
+            raise UserError(f"no tree of --tree_topk {self.tree_topk} and --tree_depth {self.tree_depth} has {max(self.tree_budgets)} nodes: raise these, or ask for fewer")
+        for name in (name for name in self.methods if METHODS[name].plan is not None):
+            known = ("match",) if name == "specexec" else tuple(TREE_RULES)
+            if not set(known) & set(self.verifications):
+                raise UserError(f"--verifications {' '.join(self.verifications)}: {name} takes {', '.join(known)}; add one, or leave it out of --methods")
 
     def check_batches(self) -> None:
         """Raise UserError for sizes that cannot be compared."""
@@ -242,7 +252,7 @@ def static_plans(verification: TreeVerification, options: DecodeOptions, subject
     """The best shape of every size."""
     coupling = coupling_for(subject.target, subject.draft, options, subject.fitted) if verification == "coupled" else Coupling()
     chooser = Chooser(TREE_RULES[verification], options.policy, subject.model.config.vocab_size, coupling)
-    texts = own_texts(subject.model, subject.fitted.prompts(), replace(options, seed=options.seed + FIT_SEED, max_new_tokens=FIT_TOKENS))
+    texts = own_texts(subject.model, subject.fitted.prompts(), fitting_options(options))
     trees = BestTrees(acceptance_by_rank(subject.model, subject.draft, texts, chooser, args.tree_topk), max(args.tree_budgets), args.tree_depth)
     return [StaticTree(trees.growmap(size, args.tree_depth, {}), verification, coupling) for size in args.tree_budgets]
 
@@ -373,7 +383,7 @@ def weight_bound_speedup(runs: list[DecodeStats], subject: Subject) -> float:
 
 
 def bytes_read(entry: Entry, batches: list[list[DecodeStats]], subject: Subject) -> float:
-    """Bytes of weights that all rounds read: the target's once a round, a draft's once a drafted token."""
+    """Bytes of weights that all rounds read: the target's once a round, a draft's once a draft pass."""
     target_calls, draft_calls = (sum(getattr(batch[0], name) for batch in batches) for name in ("target_calls", "draft_calls"))
     whole = step_bytes(subject.model)
     return whole * (target_calls + (draft_calls * subject.cost_ratio if draft_calls else 0))

@@ -12,7 +12,7 @@ that many nodes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from command_line import UserError, parse_args, run
@@ -21,14 +21,14 @@ import pandas as pd
 from torch import nn
 
 from decoding.children import Chooser, Coupling
-from decoding.growmap import LARGEST, BestTrees, Growmap, best_size, save_growmap
+from decoding.growmap import LARGEST, BestTrees, Growmap, best_size, most_nodes, save_growmap
 from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES
 from evaluation import DraftArgs, PolicyArgs, PromptArgs, fitted_to, load_draft
 from results import new_output_dir, record_run
 from speculative import DecodeOptions
 from target_model import Target, eos_token_ids, load_target
-from tree_args import FIT_SEED, FIT_TOKENS, Fitted, coupling_for
+from tree_args import Fitted, coupling_for, fitting_options
 from tree_tuning import TreeCosts, acceptance_by_rank, acceptance_in_rounds, own_texts, tree_costs
 
 RESULTS_NAME = "growmap.json"
@@ -54,9 +54,11 @@ class Args(DraftArgs, PolicyArgs, PromptArgs):
         sizes = [*self.tree_budgets, *([] if self.tree_size is None else [self.tree_size])]
         if not 2 <= min(sizes) <= max(sizes) <= LARGEST:
             raise UserError(f"--tree_budgets and --tree_size {' '.join(map(str, sizes))}: must lie between 2 and {LARGEST} nodes")
+        if max(sizes) > most_nodes(self.tree_width, self.tree_depth):
+            raise UserError(f"no tree of --tree_width {self.tree_width} and --tree_depth {self.tree_depth} has {max(sizes)} nodes: raise these, or ask for fewer")
         self.policy()
         super().check()
-        self.check_draft(self.model_path, self.spec_prompt_length + max(self.spec_max_new_tokens, FIT_TOKENS) + self.longest)
+        self.check_draft(self.model_path, self.spec_prompt_length + self.spec_max_new_tokens + self.longest)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def measure(target: Target, draft: nn.Module, options: DecodeOptions, fitted: Fi
     prompts = fitted.prompts()
     coupling = coupling_for(target, draft, options, fitted) if args.verification == "coupled" else Coupling()
     chooser = Chooser(TREE_RULES[args.verification], options.policy, target.model.config.vocab_size, coupling)
-    fitting = replace(options, seed=options.seed + FIT_SEED, max_new_tokens=FIT_TOKENS)
+    fitting = fitting_options(options)
     acceptance = acceptance_by_rank(target.model, draft, own_texts(target.model, prompts, fitting), chooser, args.tree_width)
     star = StaticTree(Growmap((-1, *[0] * args.tree_width)), args.verification, coupling)
     in_rounds = acceptance_in_rounds(target.model, draft, prompts, fitting, star)

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 
 from data_utils import EncodeOptions, encode_example, encode_prompt, held_out_batches
 from decoding.draft_length import AdaptiveLength
+from decoding.dynamic_tree import DynamicTree
 from decoding.sampling import SamplingPolicy
 from decoding.state import DecodeStats
 from decoding.static_llama import KEPT_WIDTHS, why_unsupported
@@ -375,7 +376,7 @@ def measure_speculation(target: Target, draft: Draft, args: EvaluationArgs, data
             generation = generate(target.model, prompt, methods[name], draft.model, prompt_id=index)
             found[name] += [generation] if index > 0 else []
     runs = {name: [generation.stats for generation in generations] for name, generations in found.items()}
-    row = {**speculation_metrics(runs["speculative"], args.longest, args.seed), **speed_metrics(runs["vanilla"], runs["speculative"], args.seed)}
+    row = {**speculation_metrics(runs["speculative"], drafting.ahead, args.seed), **speed_metrics(runs["vanilla"], runs["speculative"], args.seed)}
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     if not drafting.lossless:
@@ -413,7 +414,8 @@ def method_columns(drafting: DecodeOptions, args: EvaluationArgs) -> dict:
     row = {"method": drafting.method, "lossless": drafting.lossless}
     if drafting.plan is None:
         return {**row, "gamma": args.gamma, "verification": drafting.verification}
-    return {**row, "verification": drafting.plan.verification, "tree_budget": drafting.plan.budget, "commonsense": args.commonsense}
+    level_cost = {"tree_level_cost": drafting.plan.level_cost} if isinstance(drafting.plan, DynamicTree) else {}
+    return {**row, "verification": drafting.plan.verification, "tree_budget": drafting.plan.budget, **level_cost, "commonsense": args.commonsense}
 
 
 def predict_by_tree(target: Target, draft: nn.Module, prompt: list[int], drafting: DecodeOptions, row: dict[str, float]) -> dict[str, float]:

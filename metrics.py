@@ -55,10 +55,13 @@ SPECULATION_COLUMNS = {
     "vanilla_tokens_per_s, spec_tokens_per_s": "emitted tokens / decode seconds (prefill apart), over the same prompts",
     "spec_speedup": "spec_tokens_per_s / vanilla_tokens_per_s",
     "spec_predicted_speedup": "E[τ](α, γ) / (γ·c + v), from α and separately measured step times; for γ = auto emitted·t(0) / Σ t(n) over "
-        "its rounds, t(n) the separately measured seconds of a round that drafts n tokens",
+        "its rounds, t(n) the separately measured seconds of a round that drafts n tokens; for trees tree_expected_tokens, over separately measured seconds of such a round "
+        "in vanilla ones",
     "spec_cost_ratio, spec_verify_ratio": "c = t_draft(1) / t_target(1); v = t_target(γ+1) / t_target(1)",
     "tree_nodes, tree_depth_offered, tree_passes": "means over rounds: nodes of the verified tree, root included; its levels; draft passes",
-    "tree_expected_tokens": "mean tokens per round that the trees promised: Σ of node values (a growmap's: from its acceptance vector)",
+    "tree_expected_tokens": "mean tokens per round that the trees promised: Σ of node values (a growmap's: from its acceptance vector); fitted for coupled trees and "
+        "growmaps, else as q says",
+    "tree_level_cost": "a draft pass in target passes, by which dynamic trees stop early; 0: they do not",
     "draft_calls_per_token": "draft passes / emitted tokens",
     "acceptance_rate": "trees: accepted nodes / levels offered",
     "branches_total, effective_parallelism, max_active_branches": "nodes fed to the draft: all, per round, most in one pass",

@@ -8,7 +8,7 @@
 # One benchmark.py for every draft (an exit's checkpoint, or the folder of an independent model) at every temperature; 0.7 goes with top-p
 # 0.95. The same command continues an interrupted study and skips what is finished.
 #
-#   $OUTPUT_DIR/<draft>-t0.7/results.csv  $OUTPUT_DIR/<draft>-t0.7/plots/  $OUTPUT_DIR/logs/
+#   $OUTPUT_DIR/<last three parts of the draft's path>-t0.7/results.csv  $OUTPUT_DIR/<draft>-t0.7/plots/  $OUTPUT_DIR/logs/
 #
 # Settings (environment variables) and their defaults; --help says what they mean:
 #   TEMPERATURES="0 0.7 1.0 1.5" TREE_BUDGETS="8 16 32 64" GAMMAS="2 4 6 8" VERIFICATIONS="rejection coupled match swor"
@@ -46,7 +46,7 @@ begin_sweep "$@"
 study_draft() {
   local name flags=() budgets gammas verifications top_p=1.0 kind=--checkpoint chain=self_speculative
   name=${1%.safetensors}
-  name=$(basename "$(dirname "$name")")-$(basename "$name")-t$2
+  name=$(basename "$(dirname "$(dirname "$name")")")-$(basename "$(dirname "$name")")-$(basename "$name")-t$2
   [[ $1 == *.safetensors ]] || { kind=--draft_model_path && chain=speculative; }
   [[ $2 != 0.7 ]] || top_p=0.95
   read -ra budgets <<<"$TREE_BUDGETS"

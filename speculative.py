@@ -105,7 +105,9 @@ class DecodeOptions:
         """Positions behind the committed tokens that a round may draft."""
         if METHODS[self.method].draft == "none":
             return 0
-        return self.length().longest if self.plan is None else self.plan.depth
+        if self.plan is None:
+            return self.length().longest
+        return self.plan.depth + (self.common_sense is not None and self.common_sense.mode == "exact")
 
     @property
     def slots_ahead(self) -> int:

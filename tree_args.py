@@ -13,6 +13,7 @@ from typing import Literal
 
 from command_line import UserError
 
+import torch
 from torch import nn
 
 from decoding.children import Coupling
@@ -30,7 +31,12 @@ from tree_tuning import fit_coupling, own_texts, tree_costs
 
 TREE_METHODS = tuple(name for name, method in METHODS.items() if method.plan is not None)
 FIT_SEED = 1  # of the texts that are fitted to: not the noise of the texts that are measured
-FIT_TOKENS = 64  # new tokens of each of them
+FIT_TOKENS = 64  # new tokens of each of them, at most
+GROWING = ("dynamic_tree", "specexec")
+METHODS_OF = {  # flags that not every tree method has
+    "growmap": ("static_tree",), "tree_budget": GROWING, "tree_depth": GROWING, "tree_topk": ("dynamic_tree",), "tree_level_cost": ("dynamic_tree",),
+    "parallel_branches": ("specexec",), "branch_prune_threshold": ("specexec",),
+}
 
 
 @dataclass(kw_only=True)
@@ -53,13 +59,25 @@ class TreeArgs:
 
     def check_tree(self, method: str, verification: str | None) -> None:
         """Raise UserError for flags that cannot work together, before anything is loaded; a growmap is read."""
+        for name, default in asdict(TreeArgs()).items():
+            takers = METHODS_OF.get(name, TREE_METHODS)
+            if getattr(self, name) != default and method not in takers:
+                raise UserError(f"--{name} {getattr(self, name)} belongs to --method {' or '.join(takers)}: choose that, or leave it out")
         if method not in TREE_METHODS:
-            changed = [name for name, value in asdict(TreeArgs()).items() if getattr(self, name) != value]
-            if changed:
-                raise UserError(f"--{changed[0]} {getattr(self, changed[0])} belongs to trees: add --method {', '.join(TREE_METHODS)}, or leave it out")
             return
-        if (self.growmap is not None) != (method == "static_tree"):
-            raise UserError(f"--method {method} {'needs' if method == 'static_tree' else 'takes no'} --growmap; build_growmap.py makes one for static_tree")
+        if method == "static_tree" and self.growmap is None:
+            raise UserError("--method static_tree needs --growmap; build_growmap.py makes one")
+        self._check_numbers()
+        if (self.commonsense == "off") != (self.followers is None):
+            raise UserError("--commonsense exact or overwrite and --followers TABLE go together; build_followers.py makes a table")
+        if self.commonsense_repair and self.commonsense != "overwrite":
+            raise UserError("--commonsense_repair goes with --commonsense overwrite")
+        try:
+            DecodeOptions(method=method, tree=self.plan(method, verification), common_sense=self._sense(torch.empty(0, 0, dtype=torch.int64)))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def _check_numbers(self) -> None:
         if self.branch_prune_threshold < 0 or self.branch_prune_threshold > 1:
             raise UserError(f"--branch_prune_threshold {self.branch_prune_threshold}: must lie between 0 and 1")
         for name in ("tree_budget", "tree_topk", "parallel_branches", "commonsense_nodes"):
@@ -68,12 +86,6 @@ class TreeArgs:
         if self.tree_depth is not None and self.tree_depth < 1:
             raise UserError(f"--tree_depth {self.tree_depth}: must be at least 1")
         self.fixed_level_cost()
-        if (self.commonsense == "off") != (self.followers is None):
-            raise UserError("--commonsense exact or overwrite and --followers TABLE go together; build_followers.py makes a table")
-        try:
-            DecodeOptions(method=method, tree=self.plan(method, verification), common_sense=None)
-        except ValueError as error:
-            raise UserError(str(error)) from error
 
     def fixed_level_cost(self) -> float | None:
         """--tree_level_cost as a number, None for auto. Raises UserError."""
@@ -113,13 +125,22 @@ class TreeArgs:
         table = load_followers(self.followers, target.tokenizer).table
         if len(table) < target.model.config.vocab_size:
             raise UserError(f"{self.followers} knows {len(table)} tokens, the target {target.model.config.vocab_size}; build it again with --model_path {target.name}")
-        return CommonSense(table.to(target.model.device), self.commonsense, self.commonsense_nodes, self.commonsense_repair)
+        return self._sense(table.to(target.model.device))
+
+    def _sense(self, table: torch.Tensor) -> CommonSense | None:
+        return None if self.commonsense == "off" else CommonSense(table, self.commonsense, self.commonsense_nodes, self.commonsense_repair)
 
 
 def static_plan(growmap: Growmap, verification: str | None = None) -> StaticTree:
-    """A tree in the shape of `growmap`, with the verification and weights that its file says it was made for, where it says so."""
-    made_for = growmap.provenance
-    return StaticTree(growmap, verification or made_for.get("verification", "coupled"), Coupling(*made_for.get("coupling", (1.0, 1.0))))
+    """A tree in the shape of `growmap`, verified as its file says that it was made for, unless told otherwise."""
+    return StaticTree(growmap, verification or growmap.provenance.get("verification", "coupled"))
+
+
+def made_for_another(plan: StaticTree, options: DecodeOptions, fitted: Fitted) -> list[str]:
+    """In what the file of the plan's growmap says that it was made for something else: its acceptance, and what it promises, are that's."""
+    made_for = plan.growmap.provenance
+    wanted = {"policy": asdict(options.policy), "verification": plan.verification, "draft": fitted.path}
+    return [f"{name} {made_for[name]}" for name, value in wanted.items() if name in made_for and value is not None and made_for[name] != value]
 
 
 @dataclass(frozen=True)
@@ -135,13 +156,20 @@ def fitted_plan(
     plan: TreePlan, target: Target, draft: nn.Module, options: DecodeOptions, fitted: Fitted, level_cost: float | None = 0.0,
 ) -> TreePlan:
     """`plan` with the weights of coupled values and, for dynamic trees, the cost of a draft pass (measured where `level_cost` is None)."""
-    if plan.verification == "coupled" and not (isinstance(plan, StaticTree) and "coupling" in plan.growmap.provenance):
+    if isinstance(plan, StaticTree) and made_for_another(plan, options, fitted):
+        print(f"the growmap was made for {' and '.join(made_for_another(plan, options, fitted))}: what it promises may not come true", flush=True)
+    if plan.verification == "coupled":
         plan = replace(plan, coupling=coupling_for(target, draft, options, fitted))
     if isinstance(plan, DynamicTree) and plan.verification != "swor" and plan.budget > 1:
         if level_cost is None:
             level_cost = tree_costs(target.model, draft, fitted.prompts()[0], options, [plan]).level_cost
         plan = replace(plan, level_cost=level_cost)
     return plan
+
+
+def fitting_options(options: DecodeOptions) -> DecodeOptions:
+    """How the texts are decoded that are fitted to."""
+    return replace(options, seed=options.seed + FIT_SEED, max_new_tokens=min(FIT_TOKENS, options.max_new_tokens), stop=None)
 
 
 def coupling_for(target: Target, draft: nn.Module, options: DecodeOptions, fitted: Fitted) -> Coupling:
@@ -154,8 +182,7 @@ def coupling_for(target: Target, draft: nn.Module, options: DecodeOptions, fitte
         for entry in _entries(kept):
             if entry["made_for"] == identity:
                 return Coupling(**entry["coupling"])
-    fitting = replace(options, seed=options.seed + FIT_SEED, max_new_tokens=FIT_TOKENS, stop=None)
-    coupling = fit_coupling(draft, own_texts(target.model, fitted.prompts(), fitting), options.policy.temperature)
+    coupling = fit_coupling(draft, own_texts(target.model, fitted.prompts(), fitting_options(options)), options.policy.temperature)
     print(f"weights of coupled values: draft {coupling.draft:.3f}, noise {coupling.noise:.3f}", flush=True)
     if kept is not None:
         _keep(kept, [*_entries(kept), {"made_for": identity, "coupling": asdict(coupling)}])

@@ -24,6 +24,7 @@ CHUNK_ROWS = 64  # positions of V numbers in fp64 at a time: 65 MB each at V = 1
 NEWTON_STEPS, CONVERGED = 50, 1e-6
 LEAST_WEIGHT = 0.01  # of Coupling
 UNKNOWN = -1e4  # log q of tokens that the draft does not know
+KEPT_TOKENS = 4096  # of a position: the others have no weight to speak of, and 128k of them would fill the memory
 REPEATS = 3  # generations that are timed
 METHOD_OF = {method.plan: name for name, method in METHODS.items() if method.plan is not None}
 
@@ -86,13 +87,15 @@ def fit_coupling(draft: nn.Module, texts: Sequence[OwnText], temperature: float)
 
 
 def _features(positions: Positions, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """log q and, unless T = 0, g: (F, R, V); and the columns (R,) of the tokens that the target drew."""
+    """log q and, unless T = 0, g, of the KEPT_TOKENS with the largest log q + g: (F, R, K); and the columns (R,) of the tokens that the target drew, where they are among them."""
     log_q = (positions.logits[0].double() / (temperature or 1)).log_softmax(-1)
-    known = log_q.gather(-1, positions.tokens[:, None])[:, 0].isfinite()
     features = [log_q.clamp(min=UNKNOWN)]
     if temperature > 0:
         features.append(-positions.noise.exponential(positions.at, log_q.shape[-1], Purpose.TOKEN).log())
-    return torch.stack(features)[:, known], positions.tokens[known]
+    kept = sum(features).topk(min(KEPT_TOKENS, log_q.shape[-1]), -1).indices
+    found = kept == positions.tokens[:, None]
+    known = found.any(-1) & log_q.gather(-1, positions.tokens[:, None])[:, 0].isfinite()
+    return torch.stack([feature.gather(-1, kept)[known] for feature in features]), found.int().argmax(-1)[known]
 
 
 def _gradient(weights: torch.Tensor, features: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

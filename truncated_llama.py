@@ -141,6 +141,10 @@ class TruncatedLlama(nn.Module):
     def device(self) -> torch.device:
         return self.target.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.target.dtype
+
     def parts(self) -> Parts:
         """What this model is made of, beside the target's embeddings."""
         blocks = *self.target.model.layers[: self.exit.prefix], *filter(None, [self.exit.block])

@@ -40,6 +40,12 @@ class Growth:
     prune: float = 0.0
     level_cost: float = 0.0
 
+    def check(self) -> None:
+        """Raise ValueError for sizes that nothing can grow to."""
+        for name in ("budget", "depth", "top_k", "beam"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+
     @property
     def widest(self) -> int:
         """Most slots that a round fills behind the committed tokens: nodes of the tree, or nodes fed to the draft, some of which better ones displace."""
@@ -163,7 +169,7 @@ def grow(this_round: TreeRound, growth: Growth, eos_ids: frozenset[int]) -> tupl
         this_round.state.draft.note(fed)
         counts.add_pass(fed, len(grown.tokens) - len(pool.tokens))
         pool = grown
-    return *pool.tree(growth.budget, deepest=min(growth.depth, counts.passes), trim=not fixed), counts
+    return *pool.tree(growth.budget, deepest=min(growth.depth, counts.passes), trim=on_host), counts
 
 
 def _slows(pool: Pool, growth: Growth, counts: TreeCounts) -> bool:

@@ -1,7 +1,7 @@
 """Common-sense token verification: a table says which tokens often follow which (build_followers.py makes one), and trees are helped by it.
 
-"exact": the most frequent followers of the most promising nodes' tokens become further leaves, within the tree's budget, and verification is what it
-is: lossless. "overwrite" is the published form, and LOSSY: where the target draws a token that is no child but a known follower, it takes the first
+"exact": the most frequent followers of the most promising nodes' tokens become further leaves, within the budget of a tree that grows and beside the nodes
+of a growmap, and verification is what it is: lossless. "overwrite" is the published form, and LOSSY: where the target draws a token that is no child but a known follower, it takes the first
 child's place, and the walk goes on behind it with what was computed for the child's own token. Keys and values of the child stay in the cache, unless
 `repair` feeds the text's tokens again with the next round's pass: then only what one round emits behind an overwritten token is off.
 """
@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 
 from decoding.sampling import Noise, SamplingPolicy, draw, policy_probs
-from decoding.tree import Tree
+from decoding.tree import Tree, last_of
 
 
 @dataclass(frozen=True, eq=False)
 class CommonSense:
-    """`followers` (V, F): of each token those that follow it most often, most often first, −1 where there are fewer. `nodes`: of a tree's budget, so many
-    are followers ("exact"). `repair`: see above ("overwrite")."""
+    """`followers` (V, F): of each token those that follow it most often, most often first, −1 where there are fewer. `nodes`: so many of a
+    tree's are followers ("exact"). `repair`: see above ("overwrite")."""
 
     followers: torch.Tensor
     mode: Literal["exact", "overwrite"] = "exact"
@@ -74,5 +74,4 @@ def verify_overwriting(
     takes = equal | (~siblings.any(-1) & ~matched[above] & known[above] & (tree.parents >= 0))
     takes[: trunk + 1] = True
     reached = (takes | ~tree.visible).all(-1)
-    last = (reached * torch.arange(len(tree), device=above.device)).amax()
-    return emitted, reached, drawn[last]
+    return emitted, reached, drawn.gather(0, last_of(reached))[0]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decoding.best_first import Growth, best_first_round
 from decoding.children import Coupling
 from decoding.state import DecodeState, RoundResult
-from decoding.verify import TreeVerification
+from decoding.verify import TreeVerification, check_tree_verification
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,15 @@ class DynamicTree:
     """
 
     budget: int = 32
-    depth: int = 7
+    depth: int = 8
     top_k: int = 8
     level_cost: float = 0.0
     verification: TreeVerification = "coupled"
     coupling: Coupling = Coupling()
+
+    def __post_init__(self) -> None:
+        check_tree_verification(self.verification)
+        self.growth.check()
 
     @property
     def growth(self) -> Growth:

@@ -247,6 +247,11 @@ def _is_lists_of_ints(value: object) -> bool:
 
 # ---- the best shape ----
 
+def most_nodes(width: int, depth: int) -> int:
+    """Nodes of the largest tree of `depth` levels below the root in which no node has more than `width` children."""
+    return sum(width**level for level in range(depth + 1))
+
+
 class BestTrees:
     """Trees of most expected tokens per call, for every number of nodes n ≤ `size` and every depth d ≤ `depth` at once.
 

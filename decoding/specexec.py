@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decoding.best_first import Growth, best_first_round
 from decoding.children import Coupling
 from decoding.state import DecodeState, RoundResult
-from decoding.verify import TreeVerification
+from decoding.verify import TreeVerification, check_tree_verification
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class SpecExec:
     coupling: Coupling = Coupling()
 
     def __post_init__(self) -> None:
+        check_tree_verification(self.verification)
+        self.growth.check()
         if self.verification == "swor":
             raise ValueError("SpecExec prunes and ranks its candidates, which rejection without replacement does not allow: choose 'match' or 'coupled'")
 

@@ -22,7 +22,7 @@ PHASES = ("prefill", "draft", "verify", "record")
 
 @dataclass
 class TreeCounts:
-    """Of a round over a tree: `passes` of the draft, which fed it `fed` nodes, `widest` at once, and made `considered` candidates (both root and all);
+    """Of a round over a tree (on a device, where passes have fixed widths, what fills them counts): `passes` of the draft, which fed it `fed` nodes, `widest` at once, and made `considered` candidates (both root and all);
     `nodes` of the tree that was verified, the root included, its `depth`, and the tokens that it was `expected` to bring; `rank`, from 0, of the root's child that
     was accepted, if one was."""
 

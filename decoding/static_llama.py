@@ -260,7 +260,7 @@ class SpanView:
         self.angles = place.rotary.span(place.text, slice(place.start, end) if place.positions is None else place.positions)
         self.keys, self.values = (half[:, place.text : place.text + 1, :, :end].unbind(0) for half in cache.halves())
         self.causal = place.count > 1 and place.start == 0 and place.visible is None
-        self.mask = None if place.count == 1 or self.causal else self._mask(place, cache)
+        self.mask = None if self.causal or (place.count == 1 and place.visible is None) else self._mask(place, cache)
 
     @staticmethod
     def _mask(place: Span, cache: KeyValues) -> torch.Tensor:
@@ -310,7 +310,8 @@ class Scatter:
         if max(int(self.slots.max()), int(self.positions.max())) >= self.rotary.capacity:
             raise ValueError(f"slot {int(self.slots.max())} of {self.rotary.capacity}")  # C++ would write elsewhere
         if self.tree is not None:
-            return Span(self.rotary, int(self.slots[0, 0]), self.count, 0, self.positions[0], self.tree.visible).rows
+            self._held = Span(self.rotary, int(self.slots[0, 0]), self.count, 0, self.positions[0], self.tree.visible)
+            return self._held.rows
         self._held = native.dense(self.slots, self.texts.expand_as(self.slots))
         slots, texts = map(native.address, self._held)
         return native.Rows(self.slots.numel(), 0, 0, slots, texts, None, *self.rotary.tables, None, 0)

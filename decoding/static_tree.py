@@ -20,7 +20,7 @@ from decoding.state import DecodeState, RoundResult, TreeCounts
 from decoding.tree import Tree, ancestors
 from decoding.tree_drafting import TreeRound
 from decoding.vanilla import vanilla_round
-from decoding.verify import TREE_RULES, TreeVerification
+from decoding.verify import TREE_RULES, TreeVerification, check_tree_verification
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class StaticTree:
     growmap: Growmap
     verification: TreeVerification = "coupled"
     coupling: Coupling = Coupling()
+
+    def __post_init__(self) -> None:
+        check_tree_verification(self.verification)
 
     @property
     def budget(self) -> int:
@@ -113,10 +116,8 @@ def static_tree_round(state: DecodeState, plan: StaticTree) -> list[RoundResult]
 
 def _level_pass(this_round: TreeRound, level: Level, tokens: torch.Tensor, number: int) -> Children:
     """The children of `tokens`, the nodes of `level`."""
-    depths = torch.full_like(tokens, number)
-
     def run(tokens: torch.Tensor, starts: torch.Tensor, noise: Noise) -> Children:
-        return this_round.level_children(level.widest, tokens, depths, level.visible, starts, noise)
+        return this_round.level_children(level.widest, tokens, torch.full_like(tokens, number), level.visible, starts, noise)
 
     children = Children(*this_round.level_pass(level, run, (tokens,)))
     this_round.state.draft.note(len(tokens))

@@ -65,6 +65,11 @@ class Tree:
             torch.cat([torch.full_like(self.values[:1], -torch.inf).expand(count), self.values]), torch.cat([chain, torch.cat([sees_text, self.visible], 1)]))
 
 
+def last_of(reached: torch.Tensor) -> torch.Tensor:
+    """The largest index that is true in bool (N,), int64 (1,): to gather with, as an index without dimensions would be waited for."""
+    return (reached * torch.arange(len(reached), device=reached.device)).amax(0, keepdim=True)
+
+
 def ancestors(parents: torch.Tensor, deepest: int) -> torch.Tensor:
     """bool (N, N): whether node j is node i or an ancestor of it, for `parents` (N,) of a tree of at most `deepest` levels below the root."""
     nodes = torch.arange(len(parents), device=parents.device)

@@ -38,8 +38,8 @@ class ModelDraft:
         """Take note of the root pass."""
         self._model.advance(self.pending)
 
-    def keep(self, start: int, nodes: torch.Tensor) -> None:
-        """Of a verified tree it has kept nothing."""
+    def keep(self, start: int, kept: torch.Tensor, nodes: int) -> None:
+        """Of a verified tree it holds nothing."""
 
 
 class ExitDraft:
@@ -52,7 +52,7 @@ class ExitDraft:
         if self._exit.behind >= KEPT_WIDTHS:
             self._exit.catch_up()
         self.key = self._behind = self._exit.behind
-        self.level, self.verify, self.keep = self._exit.draft_tree, self._exit.verify_tree, self._exit.keep
+        self.level, self.verify = self._exit.draft_tree, self._exit.verify_tree
 
     def root(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """Logits (1, V_d) that follow `tokens` (1, 1), which stands at `starts` (1,)."""
@@ -62,6 +62,11 @@ class ExitDraft:
         """Take note of the root pass."""
         self._exit.advance(self._behind, 1)
         self._exit.lengths = [fed + 1 for fed in self._target.lengths]
+
+    def keep(self, start: int, kept: torch.Tensor, nodes: int) -> None:
+        """Keep the hidden states of the nodes `kept` of a verified tree of `nodes` behind `start` tokens."""
+        self._exit.keep(start, kept)
+        self._exit.block_tokens += nodes * len(self._target.stack.blocks)
 
 
 class TreeRound:
@@ -115,7 +120,8 @@ class TreeRound:
         starts, text = self.starts, []
         if state.stale_from is not None:
             text = state.committed[0][state.stale_from : -1]
-            tree, starts = tree.behind(torch.tensor(text, device=starts.device)), starts - len(text)
+            state.target.crop([state.stale_from])
+            tree, starts = tree.behind(torch.tensor(text, device=starts.device)), state.target.starts()
 
         def decide(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
             *tensors, expected, q, starts, noise = inputs
@@ -146,11 +152,11 @@ class TreeRound:
         path = [node for node in range(nodes) if reached[node]]
         ends = next((place for place in range(trunk + 1, len(path)) if emitted[path[place]] in self.state.eos_ids), None)
         path = path[: None if ends is None else ends + 1]  # what lies behind an end of text does not count
-        state, start = self.state, self.state.target.lengths[0] - trunk
+        state, start = self.state, self.state.target.lengths[0]
         kept = torch.tensor(path, device=self.starts.device)
         state.target.note(nodes)
         state.target.keep(start, kept)
-        self.draft.keep(start, kept)
+        self.draft.keep(start, kept, nodes)
         overwritten = [place for place, node in enumerate(path) if emitted[node] != tokens[node]]
         repairs = state.common_sense is not None and state.common_sense.repair
         state.stale_from = start + overwritten[0] if overwritten and repairs else None

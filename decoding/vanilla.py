@@ -20,7 +20,7 @@ def vanilla_round(state: DecodeState, forward: Forward | None = None) -> list[Ro
         return (draw(p, noise, starts[:, None] + 1),)
 
     with state.clock("verify"):
-        drawn, = state.program((state.draft or state.target).programs, "vanilla", step, state.last(), state.target.starts())
+        drawn, = state.program((state.draft or state.target).programs, ("vanilla", forward.__name__), step, state.last(), state.target.starts())
         tokens = drawn[:, 0].tolist()
     state.target.advance(1)
     return [RoundResult([token]) for token in tokens]

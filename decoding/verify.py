@@ -13,7 +13,7 @@ import torch
 
 from decoding import native
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, noise_places, policy_probs
-from decoding.tree import Tree
+from decoding.tree import Tree, last_of
 
 Verification = Literal["rejection", "coupled"]
 VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
@@ -177,6 +177,12 @@ TREE_RULES: dict[TreeVerification, TreeRule] = {
 }
 
 
+def check_tree_verification(verification: str) -> None:
+    """Raise ValueError for what no tree is verified by."""
+    if verification not in TREE_RULES:
+        raise ValueError(f"verification {verification!r}: trees are verified by {', '.join(TREE_RULES)}")
+
+
 def verify_match(logits: torch.Tensor, policy: SamplingPolicy, tree: Tree, noise: Noise, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Walk to the child that equals the target's draw, while there is one: which nodes are reached, bool (N,), and the last draw, int64 ().
 
@@ -189,12 +195,7 @@ def verify_match(logits: torch.Tensor, policy: SamplingPolicy, tree: Tree, noise
     agrees = (drawn[tree.parents.clamp(min=0)] == tree.tokens) & (tree.parents >= 0)
     agrees[0] = True
     reached = (agrees | ~tree.visible).all(-1)
-    return reached, drawn[last_of(reached)]
-
-
-def last_of(reached: torch.Tensor) -> torch.Tensor:
-    """The largest index that is true in bool (N,), int64 ()."""
-    return (reached * torch.arange(len(reached), device=reached.device)).amax()
+    return reached, drawn.gather(0, last_of(reached))[0]
 
 
 def verify_swor(p: torch.Tensor, q: torch.Tensor, tree: Tree, noise: Noise, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,23 +211,25 @@ def verify_swor(p: torch.Tensor, q: torch.Tensor, tree: Tree, noise: Noise, star
     reached = nodes == 0
     open_ = torch.ones_like(reached)  # nodes of which no child was accepted
     for child in range(1, len(tree)):
-        parent, token = tree.parents[child], tree.tokens[child]
-        tried = reached[parent] & open_[parent] & (left[parent, token] > 0)
+        parent, token = tree.parents[child, None].clamp(min=0), tree.tokens[child, None]  # (1,): see last_of
+        r, d = rest.index_select(0, parent), left.index_select(0, parent)  # (1, V)
+        wanted, offered = r.gather(1, token[None])[0], d.gather(1, token[None])[0]
+        tried = reached.gather(0, parent) & open_.gather(0, parent) & (offered > 0) & (tree.parents[child, None] >= 0)
         if p.device.type == "cpu" and not tried:
             continue
-        kept = tried & (uniforms[child] * left[parent, token] < rest[parent, token])
-        reached[child] = kept
-        open_[parent] &= ~kept
-        rejected = tried & ~kept
-        rest[parent] = torch.where(rejected, residual(rest[parent], left[parent]), rest[parent])
-        left[parent] = torch.where(rejected, _without(left[parent], token), left[parent])
+        kept = tried & (uniforms[child] * offered < wanted)
+        reached[child : child + 1] = kept
+        open_.index_copy_(0, parent, open_.gather(0, parent) & ~kept)
+        rejected = (tried & ~kept)[:, None]
+        rest.index_copy_(0, parent, torch.where(rejected, residual(r, d), r))
+        left.index_copy_(0, parent, torch.where(rejected, _without(d, token), d))
     last = last_of(reached)
-    return reached, draw(rest[last][None, None], noise, last[None, None], Purpose.RESIDUAL)[0, 0]
+    return reached, draw(rest.index_select(0, last)[None], noise, last[None], Purpose.RESIDUAL)[0, 0]
 
 
 def _without(law: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """`law` (V,) without `token`, normalised; zeros where nothing is left."""
-    law = law.index_fill(0, token, 0.0)
+    """`law` (1, V) without `token` (1,), normalised; zeros where nothing is left."""
+    law = law.index_fill(1, token, 0.0)
     return law / law.sum().clamp(min=torch.finfo(law.dtype).tiny)
 
 

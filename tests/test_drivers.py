@@ -183,7 +183,7 @@ def test_tree_study_measures_every_draft_at_every_temperature(shell: Shell):
     assert shell.run(TREE_STUDY, **settings)[0] == 0
     calls = shell.calls()
     assert [(flag(call, "--spec_temperature"), flag(call, "--spec_top_p"), Path(flag(call, "--out_dir")).name) for call in calls] == [
-        ("0", "1.0", "a-exit-t0"), ("0.7", "0.95", "a-exit-t0.7"), ("0", "1.0", "b-model-t0"), ("0.7", "0.95", "b-model-t0.7")]
+        (t, p, f"{shell.folder.name}-{draft}-t{t}") for draft in ("a-exit", "b-model") for t, p in (("0", "1.0"), ("0.7", "0.95"))]
     assert "--checkpoint" in calls[0] and "self_speculative" in calls[0] and "--draft_model_path" in calls[2] and "speculative" in calls[2]
     assert calls[0][calls[0].index("--gammas") + 1:][:2] == ["2", "5"] and calls[0][calls[0].index("--tree_budgets") + 1:][:2] == ["8", "16"]
     assert shell.run(TREE_STUDY, **settings)[0] == 0 and shell.calls() == []

@@ -59,18 +59,18 @@ def fails(check: Callable, *arguments: object) -> None:
 # ---- the walk under rejection ----
 
 @pytest.mark.parametrize(("right", "wrong"), [
-    pytest.param("draw(rest[last]", "draw(p[last]", id="last token from p, not from the residual"),
-    pytest.param("residual(rest[parent], left[parent])", "rest[parent]", id="R is not updated"),
-    pytest.param("_without(left[parent], token)", "left[parent]", id="D is not updated"),
-    pytest.param("residual(rest[parent], left[parent])", "residual(rest[parent], _without(left[parent], token))", id="R updated with the D behind the child"),
-    pytest.param("residual(rest[parent], left[parent])", "residual(p[parent], left[parent])", id="R of the last rejection only"),
-    pytest.param("residual(rest[parent], left[parent])", "residual(rest[parent], q[parent])", id="R updated with q, as for draws with replacement"),
-    pytest.param(" & (left[parent, token] > 0)", "", id="children that were not there to be drawn are tried"),
-    pytest.param(" & open_[parent]", "", id="siblings of an accepted child are tried"),
-    pytest.param("reached[parent] & ", "", id="children of a rejected node are tried"),
-    pytest.param("left[parent, token] < rest[parent, token]", "rest[parent, token] < left[parent, token]", id="ratio upside down"),
-    pytest.param("uniforms[child] * left[parent, token]", "uniforms[child] * q[parent, token]", id="accepted by q, not by D"),
-    pytest.param("uniforms[child]", "uniforms[parent]", id="siblings share their uniform"),
+    pytest.param("draw(rest.index_select(0, last)", "draw(p.index_select(0, last)", id="last token from p, not from the residual"),
+    pytest.param("residual(r, d)", "r", id="R is not updated"),
+    pytest.param("_without(d, token)", "d", id="D is not updated"),
+    pytest.param("residual(r, d)", "residual(r, _without(d, token))", id="R updated with the D behind the child"),
+    pytest.param("residual(r, d)", "residual(p.index_select(0, parent), d)", id="R of the last rejection only"),
+    pytest.param("residual(r, d)", "residual(r, q.index_select(0, parent))", id="R updated with q, as for draws with replacement"),
+    pytest.param(" & (offered > 0)", "", id="children that were not there to be drawn are tried"),
+    pytest.param(" & open_.gather(0, parent) & (offered", " & (offered", id="siblings of an accepted child are tried"),
+    pytest.param("reached.gather(0, parent) & ", "", id="children of a rejected node are tried"),
+    pytest.param("offered < wanted", "wanted < offered", id="ratio upside down"),
+    pytest.param("uniforms[child] * offered", "uniforms[child] * q.index_select(0, parent).gather(1, token[None])[0]", id="accepted by q, not by D"),
+    pytest.param("uniforms[child]", "uniforms[int(parent)]", id="siblings share their uniform"),
     pytest.param("rest, left = p.clone(), q.clone()", "rest, left = p.clone(), q.roll(-1, 0)", id="another node's q"),
 ])
 def test_wrong_walk(monkeypatch, right, wrong):
@@ -84,13 +84,13 @@ def test_wrong_walk(monkeypatch, right, wrong):
 
 
 def test_draft_law_that_is_not_renormalised(monkeypatch):
-    monkeypatch.setattr(verify, "_without", lambda law, token: law.index_fill(0, token, 0.0))
+    monkeypatch.setattr(verify, "_without", lambda law, token: law.index_fill(1, token, 0.0))
     fails(check_nodes)
 
 
 def test_accepting_a_tie(monkeypatch):
     """`<=` instead of `<` keeps a token that the target cannot emit when u is 0."""
-    plant(monkeypatch, verify.verify_swor, "< rest[parent, token]", "<= rest[parent, token]")
+    plant(monkeypatch, verify.verify_swor, "offered < wanted", "offered <= wanted")
     fails(check_zero_is_never_accepted)
 
 
@@ -198,7 +198,7 @@ def test_coupled_children_with_the_noise_of_another_position(monkeypatch):
     pytest.param("starts + 1 + tree.depths", "starts + 1 + torch.arange(len(tree))", id="position of the slot, not of the depth"),
     pytest.param("drawn[tree.parents.clamp(min=0)]", "drawn", id="compared with its own draw, not its parent's"),
     pytest.param("(agrees | ~tree.visible).all(-1)", "agrees", id="reached without its ancestors"),
-    pytest.param("drawn[last_of(reached)]", "drawn[0]", id="last token behind the root"),
+    pytest.param("drawn.gather(0, last_of(reached))[0]", "drawn[0]", id="last token behind the root"),
 ])
 def test_wrong_match(monkeypatch, right, wrong):
     plant(monkeypatch, verify.verify_match, right, wrong)

@@ -145,7 +145,9 @@ def test_proof_finds_a_forgotten_compaction(tiny_target_path, tmp_path, monkeypa
     ("flags", "message"),
     [
         (["--method", "static_tree"], "--method static_tree needs --growmap; build_growmap.py"),
-        (["--method", "dynamic_tree", "--growmap", "GROWMAP"], "--method dynamic_tree takes no --growmap"),
+        (["--method", "dynamic_tree", "--growmap", "GROWMAP"], "growmap.json belongs to --method static_tree"),
+        (["--method", "static_tree", "--growmap", "GROWMAP", "--tree_budget", "16"], "--tree_budget 16 belongs to --method dynamic_tree or specexec"),
+        (["--method", "dynamic_tree", "--commonsense_repair", "true"], "--commonsense_repair goes with --commonsense overwrite"),
         (["--method", "static_tree", "--growmap", "/no/such/map.json"], "/no/such/map.json"),
         (["--method", "dynamic_tree", "--verification", "rejection"], "trees are verified by coupled, match, swor"),
         (["--verification", "swor"], "chains are verified by rejection or coupled"),
@@ -155,7 +157,7 @@ def test_proof_finds_a_forgotten_compaction(tiny_target_path, tmp_path, monkeypa
         (["--method", "dynamic_tree", "--tree_level_cost", "cheap"], "--tree_level_cost cheap: must be auto or a number"),
         (["--method", "specexec", "--branch_prune_threshold", "2"], "--branch_prune_threshold 2.0: must lie between 0 and 1"),
         (["--method", "dynamic_tree", "--tree_depth", "500"], "context of the target is 512"),
-        (["--tree_budget", "16"], "--tree_budget 16 belongs to trees"),
+        (["--tree_budget", "16"], "--tree_budget 16 belongs to --method dynamic_tree or specexec"),
         (["--method", "dynamic_tree", "--commonsense", "exact"], "go together; build_followers.py"),
         (["--method", "dynamic_tree", "--commonsense", "exact", "--followers", "/no/table.safetensors"], "/no/table.safetensors"),
     ],
@@ -169,7 +171,7 @@ def test_mistakes_get_one_line(tiny_target_path, drafts, growmap, tmp_path, monk
 def test_growmap_mistakes_get_one_line(tiny_target_path, drafts, tmp_path, monkeypatch, capsys):
     for flags, message in (
         (["--tree_budgets", 1], "must lie between 2 and"), (["--tree_width", 0], "--tree_width 0: must be at least 1"),
-        (["--tree_depth", 500], "context of"), (["--spec_temperature", -1], "temperature -1.0 must be"),
+        (["--tree_depth", 500], "context of"), (["--tree_width", 2, "--tree_depth", 2, "--tree_budgets", 16], "no tree of --tree_width 2"), (["--spec_temperature", -1], "temperature -1.0 must be"),
     ):
         command = ["--model_path", tiny_target_path, *drafts["exit"], *PROMPTS, *flags, "--out_dir", tmp_path / "out"]
         assert run_main(build_growmap, command, monkeypatch) == 2
