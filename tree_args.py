@@ -54,7 +54,7 @@ class TreeArgs:
     commonsense: Literal["off", "exact", "overwrite"] = field(default="off", metadata={"help": "exact (lossless): frequent followers as further leaves; "
                                                                                                "overwrite (LOSSY): the published form"})
     followers: str | None = field(default=None, metadata={"help": "with --commonsense: the table, made by build_followers.py"})
-    commonsense_nodes: int = field(default=8, metadata={"help": "with --commonsense exact: nodes of the budget that are followers"})
+    commonsense_nodes: int = field(default=8, metadata={"help": "with --commonsense exact: nodes that are followers, of the budget of trees that grow and beside a growmap's"})
     commonsense_repair: bool = field(default=False, metadata={"help": "with --commonsense overwrite: feed overwritten tokens again"})
 
     def check_tree(self, method: str, verification: str | None) -> None:

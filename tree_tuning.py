@@ -17,7 +17,7 @@ from torch import nn
 from decoding.children import Chooser, Coupling, Nodes
 from decoding.sampling import Noise, Purpose, policy_probs
 from decoding.static_tree import StaticTree
-from decoding.verify import residual
+from decoding.verify import residual, without
 from speculative import METHODS, DecodeOptions, TreePlan, generate
 
 CHUNK_ROWS = 64  # positions of V numbers in fp64 at a time: 65 MB each at V = 128k
@@ -125,14 +125,13 @@ def acceptance_by_rank(target: nn.Module, draft: nn.Module, texts: Sequence[OwnT
 def _swor_chances(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The chance (R, K) that verify.verify_swor accepts each of `tokens` (R, K), drawn from q (R, V) in that order, under p (R, V)."""
     rest, left, reach, found = p.double(), q.double(), torch.ones(len(p), 1, dtype=torch.float64, device=p.device), []
-    for token in tokens.split(1, 1):
+    for token in tokens.split(1, -1):
         drawn_from = left.gather(-1, token)
         kept = torch.where(drawn_from > 0, (rest.gather(-1, token) / drawn_from).clamp(max=1), 0.0)
         found.append(reach * kept)
         reach = reach * (1 - kept)
         rest = torch.where(drawn_from > 0, residual(rest, left), rest)
-        left = left.scatter(-1, token, 0.0)
-        left = left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
+        left = without(left, token[:, 0])
     return torch.cat(found, -1)
 
 

@@ -65,18 +65,20 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """A growmap's tensors: `parents` and `depths` (N,), `visible` (N, N), and its levels of nodes with children, from the root's."""
+    """A growmap's tensors: `parents` and `depths` (N,), `values` fp64 (N,) and `visible` (N, N) as in a Tree (values NaN where acceptance is unknown), and its
+    levels of nodes with children, from the root's."""
 
     parents: torch.Tensor
     depths: torch.Tensor
+    values: torch.Tensor
     visible: torch.Tensor
     levels: tuple[Level, ...]
 
 
 @cache
-def shape_of(parents: tuple[int, ...], device: torch.device) -> Shape:
-    """The tensors of the tree with these `parents`, breadth first."""
-    growmap, above = Growmap(parents), torch.tensor(parents, device=device)
+def shape_of(growmap: Growmap, device: torch.device) -> Shape:
+    """The tensors of `growmap`."""
+    parents, above = growmap.parents, torch.tensor(growmap.parents, device=device)
     visible = ancestors(above, growmap.depth)
     inner = [node for node in range(growmap.size) if growmap.children[node]]
     levels = []
@@ -85,17 +87,18 @@ def shape_of(parents: tuple[int, ...], device: torch.device) -> Shape:
         fed = inner[: inner.index(nodes[-1]) + 1]
         children = [child for child in range(growmap.size) if parents[child] in nodes]
         rows, ranks = [nodes.index(parents[child]) for child in children], [growmap.ranks[child] for child in children]
-        indices = (torch.tensor(values, device=device) for values in (nodes, children, rows, ranks))
-        at, kids, of, rank = indices
+        at, kids, of, rank = (torch.tensor(indices, device=device) for indices in (nodes, children, rows, ranks))
         levels.append(Level(at, visible[at][:, fed], kids, of, rank, max(ranks) + 1))
-    return Shape(above, torch.tensor(growmap.depths, device=device), visible, tuple(levels))
+    reach = growmap.reach if growmap.acceptance else [torch.nan] * growmap.size
+    values = torch.tensor(reach, dtype=torch.float64, device=device).log()
+    return Shape(above, torch.tensor(growmap.depths, device=device), values, visible, tuple(levels))
 
 
 def static_tree_round(state: DecodeState, plan: StaticTree) -> list[RoundResult]:
     """Fill the growmap with tokens, level by level, and verify it in one target call."""
     if plan.budget == 1:
         return vanilla_round(state, state.target.forward)
-    shape = shape_of(plan.growmap.parents, state.target.device)
+    shape = shape_of(plan.growmap, state.target.device)
     chooser = Chooser(TREE_RULES[plan.verification], state.policy, state.vocab_size, plan.coupling, state.draft.token_ids)
     this_round = TreeRound(state, chooser)
     tokens = this_round.root.repeat(plan.budget)
@@ -109,9 +112,7 @@ def static_tree_round(state: DecodeState, plan: StaticTree) -> list[RoundResult]
     counts = TreeCounts(
         considered=plan.budget - 1, passes=len(shape.levels), fed=sum(len(level.nodes) for level in shape.levels),
         widest=max(len(level.nodes) for level in shape.levels))
-    reach = plan.growmap.reach if plan.growmap.acceptance else [torch.nan] * plan.budget
-    values = torch.tensor(reach, dtype=torch.float64, device=tokens.device).log()
-    return this_round.verify(Tree(tokens, shape.parents, shape.depths, values, shape.visible), _by_node(drawn_from, shape), counts)
+    return this_round.verify(Tree(tokens, shape.parents, shape.depths, shape.values, shape.visible), _by_node(drawn_from, shape), counts)
 
 
 def _level_pass(this_round: TreeRound, level: Level, tokens: torch.Tensor, number: int) -> Children:

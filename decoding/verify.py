@@ -222,15 +222,15 @@ def verify_swor(p: torch.Tensor, q: torch.Tensor, tree: Tree, noise: Noise, star
         open_.index_copy_(0, parent, open_.gather(0, parent) & ~kept)
         rejected = (tried & ~kept)[:, None]
         rest.index_copy_(0, parent, torch.where(rejected, residual(r, d), r))
-        left.index_copy_(0, parent, torch.where(rejected, _without(d, token), d))
+        left.index_copy_(0, parent, torch.where(rejected, without(d, token), d))
     last = last_of(reached)
     return reached, draw(rest.index_select(0, last)[None], noise, last[None], Purpose.RESIDUAL)[0, 0]
 
 
-def _without(law: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """`law` (1, V) without `token` (1,), normalised; zeros where nothing is left."""
-    law = law.index_fill(1, token, 0.0)
-    return law / law.sum().clamp(min=torch.finfo(law.dtype).tiny)
+def without(law: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Each row of `law` (R, V) without its one of `tokens` (R,), normalised; zeros where nothing is left."""
+    law = law.scatter(-1, tokens[:, None], 0.0)
+    return law / law.sum(-1, keepdim=True).clamp(min=torch.finfo(law.dtype).tiny)
 
 
 def _verify_match_natively(

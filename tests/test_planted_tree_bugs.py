@@ -61,8 +61,8 @@ def fails(check: Callable, *arguments: object) -> None:
 @pytest.mark.parametrize(("right", "wrong"), [
     pytest.param("draw(rest.index_select(0, last)", "draw(p.index_select(0, last)", id="last token from p, not from the residual"),
     pytest.param("residual(r, d)", "r", id="R is not updated"),
-    pytest.param("_without(d, token)", "d", id="D is not updated"),
-    pytest.param("residual(r, d)", "residual(r, _without(d, token))", id="R updated with the D behind the child"),
+    pytest.param("without(d, token)", "d", id="D is not updated"),
+    pytest.param("residual(r, d)", "residual(r, without(d, token))", id="R updated with the D behind the child"),
     pytest.param("residual(r, d)", "residual(p.index_select(0, parent), d)", id="R of the last rejection only"),
     pytest.param("residual(r, d)", "residual(r, q.index_select(0, parent))", id="R updated with q, as for draws with replacement"),
     pytest.param(" & (offered > 0)", "", id="children that were not there to be drawn are tried"),
@@ -84,7 +84,7 @@ def test_wrong_walk(monkeypatch, right, wrong):
 
 
 def test_draft_law_that_is_not_renormalised(monkeypatch):
-    monkeypatch.setattr(verify, "_without", lambda law, token: law.index_fill(1, token, 0.0))
+    monkeypatch.setattr(verify, "without", lambda law, tokens: law.scatter(-1, tokens[:, None], 0.0))
     fails(check_nodes)
 
 
@@ -240,7 +240,7 @@ def test_children_behind_an_end(monkeypatch):
     fails(check_best_first, 0, "match", 0.0, frozenset({1, 6}))
 
 
-def test_checks_that_pass_without_a_bug():
+def test_checks_that_passwithout_a_bug():
     """Those with other arguments here than in their own tests."""
     check_round(growing(5, 2), PLAIN, 2, 3)
     check_round(growing(5, 2), PLAIN, 2)
