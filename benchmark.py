@@ -45,11 +45,15 @@ from results import new_output_dir, record_run, write_csv
 from speculative import METHODS, DecodeOptions, TreePlan, generate_batch
 from target_model import Target, eos_token_ids, load_target, named_config
 from tree_args import TREE_METHODS, Fitted, coupling_for, fitted_plan, fitting_options
-from tree_tuning import acceptance_by_rank, own_texts
+from tree_tuning import acceptance_by_rank, mean_acceptance, own_texts, replayed
 from truncated_llama import TruncatedLlama, step_bytes
 from tuning import frequent_tokens, round_costs
 
 RESULTS_NAME = "results.csv"
+TIMED = (  # columns that a busy machine falsifies
+    "tokens_per_s", "speedup", "over_hf_generate", "ms_per_round", "draft_ms", "verify_ms", "host_ms", "roofline_share", "predicted", "round_costs",
+    "measured_over_predicted",
+)
 
 
 @dataclass(kw_only=True)
@@ -70,6 +74,7 @@ class Args(DraftArgs, PolicyArgs, PromptArgs):
     tree_depth: int = field(default=8, metadata={"help": "levels of static and dynamic trees; specexec: twice as many"})
     tree_topk: int = field(default=8, metadata={"help": "children of a node and nodes of a draft pass: dynamic_tree, specexec"})
     repeats: int = field(default=1, metadata={"help": "times that all prompts are decoded; a prompt's tokens and seconds are summed"})
+    counts_only: bool = field(default=False, metadata={"help": "leave times and speeds out of the results: for a machine that does other work as well"})
     batch_sizes: list[int] = field(default_factory=lambda: [1], metadata={"help": "prompts decoded together by the suite's methods"})
 
     @property
@@ -253,8 +258,9 @@ def static_plans(verification: TreeVerification, options: DecodeOptions, subject
     coupling = coupling_for(subject.target, subject.draft, options, subject.fitted) if verification == "coupled" else Coupling()
     chooser = Chooser(TREE_RULES[verification], options.policy, subject.model.config.vocab_size, coupling)
     texts = own_texts(subject.model, subject.fitted.prompts(), fitting_options(options))
-    trees = BestTrees(acceptance_by_rank(subject.model, subject.draft, texts, chooser, args.tree_topk), max(args.tree_budgets), args.tree_depth)
-    return [StaticTree(trees.growmap(size, args.tree_depth, {}), verification, coupling) for size in args.tree_budgets]
+    by_text = acceptance_by_rank(subject.model, subject.draft, texts, chooser, args.tree_topk)
+    trees = BestTrees(mean_acceptance(by_text), max(args.tree_budgets), args.tree_depth)
+    return [StaticTree(replayed(trees.growmap(size, args.tree_depth, {}), by_text), verification, coupling) for size in args.tree_budgets]
 
 
 def drafting_entries(options: DecodeOptions, subject: Subject, args: Args) -> list[Entry]:
@@ -336,7 +342,12 @@ def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float
         if METHODS[entry.options.method].whole is None and METHODS[entry.options.method].draft != "none":
             row["weight_bound_speedup"] = weight_bound_speedup([run for batch in batches for run in batch], subject)
         rows.append({**row, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k, "planted": args.random_init is not None})
-    return rows
+    return [untimed(row) for row in rows] if args.counts_only else rows
+
+
+def untimed(row: dict) -> dict:
+    """The columns of a row that hold on a busy machine."""
+    return {name: value for name, value in row.items() if name.split("_ci_")[0] not in TIMED}
 
 
 def paces(batches: list[list[DecodeStats]], args: Args) -> tuple[np.ndarray, np.ndarray]:

@@ -12,12 +12,13 @@ that many nodes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from command_line import UserError, parse_args, run
 
 import pandas as pd
+import torch
 from torch import nn
 
 from decoding.children import Chooser, Coupling
@@ -29,7 +30,7 @@ from results import new_output_dir, record_run
 from speculative import DecodeOptions
 from target_model import Target, eos_token_ids, load_target
 from tree_args import Fitted, coupling_for, fitting_options
-from tree_tuning import TreeCosts, acceptance_by_rank, acceptance_in_rounds, own_texts, tree_costs
+from tree_tuning import TreeCosts, acceptance_by_rank, acceptance_in_rounds, mean_acceptance, own_texts, replayed, tree_costs
 
 RESULTS_NAME = "growmap.json"
 
@@ -63,9 +64,9 @@ class Args(DraftArgs, PolicyArgs, PromptArgs):
 
 @dataclass(frozen=True)
 class Measurement:
-    """v along the target's own texts and v in rounds, by rank; the weights of coupled values; and times."""
+    """Acceptance by rank along the target's own texts, text by text, and in rounds; the weights of coupled values; and times."""
 
-    acceptance: list[float]
+    by_text: list[torch.Tensor]
     in_rounds: list[float]
     coupling: Coupling
     costs: TreeCosts
@@ -77,13 +78,14 @@ def measure(target: Target, draft: nn.Module, options: DecodeOptions, fitted: Fi
     coupling = coupling_for(target, draft, options, fitted) if args.verification == "coupled" else Coupling()
     chooser = Chooser(TREE_RULES[args.verification], options.policy, target.model.config.vocab_size, coupling)
     fitting = fitting_options(options)
-    acceptance = acceptance_by_rank(target.model, draft, own_texts(target.model, prompts, fitting), chooser, args.tree_width)
+    by_text = acceptance_by_rank(target.model, draft, own_texts(target.model, prompts, fitting), chooser, args.tree_width)
+    acceptance = mean_acceptance(by_text)
     star = StaticTree(Growmap((-1, *[0] * args.tree_width)), args.verification, coupling)
     in_rounds = acceptance_in_rounds(target.model, draft, prompts, fitting, star)
     print(f"accepted by rank, along texts: {shown(acceptance)}; in rounds: {shown(in_rounds)}", flush=True)
     trees = BestTrees(acceptance, max(args.tree_budgets), args.tree_depth)
     plans = [StaticTree(trees.growmap(size, args.tree_depth, {}), args.verification, coupling) for size in args.tree_budgets]
-    return Measurement(acceptance, in_rounds, coupling, tree_costs(target.model, draft, prompts[0], options, plans))
+    return Measurement(by_text, in_rounds, coupling, tree_costs(target.model, draft, prompts[0], options, plans))
 
 
 def shown(vector: list[float]) -> str:
@@ -93,25 +95,29 @@ def shown(vector: list[float]) -> str:
 
 def choose(found: Measurement, args: Args) -> tuple[Growmap, pd.DataFrame]:
     """The growmap, and the best tree of every size with what is expected of it."""
-    trees = BestTrees(found.acceptance, max(*args.tree_budgets, args.tree_size or 1), args.tree_depth)
+    trees = BestTrees(mean_acceptance(found.by_text), max(*args.tree_budgets, args.tree_size or 1), args.tree_depth)
     costs = found.costs
     rows = []
     for size, seconds in costs.target_s.items():
-        _, depth, pace = best_size(trees, costs.draft_s, {size: seconds})
-        rows.append({"nodes": size, "levels": depth, "tokens_per_call": trees.tokens(size, depth), "speedup": pace * costs.vanilla_s})
+        _, depth, _ = best_size(trees, costs.draft_s, {size: seconds})
+        tokens = replayed(trees.growmap(size, depth, {}), found.by_text).tokens_per_call
+        rows.append({
+            "nodes": size, "levels": depth, "tokens_per_call": tokens, "if_independent": trees.tokens(size, depth),
+            "speedup": tokens * costs.vanilla_s / (depth * costs.draft_s + seconds)})
     table = pd.DataFrame(rows)
     if args.tree_size is None:
         best = table.loc[table["speedup"].idxmax()]
         size, depth, expected = int(best["nodes"]), int(best["levels"]), {"speedup": float(best["speedup"])}
     else:
         size, depth, expected = args.tree_size, args.tree_depth, {}
-    expected["tokens_per_call"] = trees.tokens(size, depth)
+    growmap = replayed(trees.growmap(size, depth, {}), found.by_text)
+    expected |= {"tokens_per_call": growmap.tokens_per_call, "tokens_per_call_if_independent": trees.tokens(size, depth)}
     facts = {
         "model": args.model_path, "draft": args.checkpoint or args.draft_model_path, "dataset": args.dataset_names()[0], "policy": asdict(args.policy()),
         "verification": args.verification, "coupling": [found.coupling.draft, found.coupling.noise], "acceptance_in_rounds": found.in_rounds,
         "seconds": {"vanilla": costs.vanilla_s, "draft": costs.draft_s, "target": {str(n): s for n, s in costs.target_s.items()}}, "expected": expected,
     }
-    return trees.growmap(size, depth, facts), table
+    return replace(growmap, provenance=facts), table
 
 
 def main() -> None:

@@ -43,7 +43,6 @@ from truncated_llama import ExitInfo, TruncatedLlama, load_exit, module_bytes, r
 from tuning import LONGEST, round_costs, step_seconds
 
 FREQUENCY_TEXTS = 500
-FIT_PROMPTS = 64  # that trees are fitted to
 NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "model_path", "dataset_path", "growmap", "followers"}
 
 
@@ -61,6 +60,7 @@ class PromptArgs(DeviceArgs):
     spec_num_prompts: int = field(default=32, metadata={"help": "prompts, from the test split"})
     spec_prompt_length: int = field(default=64, metadata={"help": "tokens kept of each prompt; 0: all, up to where the assistant speaks"})
     spec_max_new_tokens: int = field(default=128, metadata={"help": "new tokens per prompt"})
+    fit_prompts: int = field(default=64, metadata={"help": "prompts behind the measured ones that trees are fitted to"})
     seed: int = field(default=0, metadata={"help": "seed of data order, noise and bootstrap"})
 
     def dataset_names(self) -> list[str]:
@@ -82,7 +82,7 @@ class PromptArgs(DeviceArgs):
         for name in ("spec_prompt_length", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
-        for name in ("spec_num_prompts", "spec_max_new_tokens"):
+        for name in ("spec_num_prompts", "spec_max_new_tokens", "fit_prompts"):
             self.check_positive(name)
         names = {find_dataset(name).name for name in self.dataset_names()}
         if self.dataset_path is not None and len(names) > 1:
@@ -319,8 +319,8 @@ def choose_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> li
 
 
 def fitting_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> list[list[int]]:
-    """Up to FIT_PROMPTS prompts behind those that are measured: of the same kind, and held out like them. Raises UserError where there are none."""
-    found = list(islice(prompts_of(target, args, data), args.spec_num_prompts, args.spec_num_prompts + FIT_PROMPTS))
+    """Up to `fit_prompts` prompts behind those that are measured: of the same kind, and held out like them. Raises UserError where there are none."""
+    found = list(islice(prompts_of(target, args, data), args.spec_num_prompts, args.spec_num_prompts + args.fit_prompts))
     if not found:
         raise UserError(f"no prompts in {args.dataset_names()[0]} behind the first {args.spec_num_prompts} to fit trees to: lower --spec_num_prompts")
     return found
@@ -335,7 +335,7 @@ def training_texts(target: Target, args: PromptArgs) -> list[list[int]]:
 
 def fitted_to(target: Target, args: PromptArgs, data: EvaluationData, path: str | None) -> Fitted:
     """What trees of the draft at `path` are fitted to; its name says which prompts."""
-    named = f"{args.dataset_names()[0]}, seed {args.seed}, behind {args.spec_num_prompts} prompts of {args.spec_prompt_length} tokens"
+    named = f"{args.dataset_names()[0]}, seed {args.seed}, {args.fit_prompts} behind {args.spec_num_prompts} prompts of {args.spec_prompt_length} tokens"
     return Fitted(cache(lambda: fitting_prompts(target, args, data)), named, path)
 
 

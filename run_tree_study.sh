@@ -14,7 +14,7 @@
 #   TEMPERATURES="0 0.7 1.0 1.5" TREE_BUDGETS="8 16 32 64" GAMMAS="2 4 6 8" VERIFICATIONS="rejection coupled match swor"
 #   MODEL_PATH=meta-llama/Llama-3.2-1B-Instruct OUTPUT_DIR=runs/trees PYTHON=python3
 #   left to the Python scripts unless set: SPEC_PROMPT_DATASET DATASET_PATH SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW
-#   TREE_DEPTH SEED DEVICE TORCH_DTYPE NUM_THREADS; off unless set: DRY_RUN; no default: DRAFTS
+#   FIT_PROMPTS TREE_DEPTH SEED DEVICE TORCH_DTYPE NUM_THREADS; off unless set: COUNTS_ONLY DRY_RUN; no default: DRAFTS
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=sweep_lib.sh
@@ -33,7 +33,9 @@ setting DATASET_PATH "" "local files in that data set's form"
 setting SPEC_NUM_PROMPTS "" "prompts"
 setting SPEC_PROMPT_LEN "" "tokens of a prompt"
 setting SPEC_MAX_NEW "" "new tokens per prompt"
+setting FIT_PROMPTS "" "prompts behind these that trees are fitted to"
 setting SEED "" "seed"
+setting COUNTS_ONLY "" "1: leave times and speeds out of the results, as the machine does other work as well"
 setting DEVICE "" "auto, cpu or cuda"
 setting TORCH_DTYPE "" "auto, bf16, fp16 or fp32"
 setting NUM_THREADS "" "CPU threads of torch"
@@ -53,8 +55,9 @@ study_draft() {
   read -ra gammas <<<"$GAMMAS"
   read -ra verifications <<<"$VERIFICATIONS"
   add_flags --model_path MODEL_PATH --spec_prompt_dataset SPEC_PROMPT_DATASET --dataset_path DATASET_PATH --spec_num_prompts SPEC_NUM_PROMPTS \
-    --spec_prompt_length SPEC_PROMPT_LEN --spec_max_new_tokens SPEC_MAX_NEW --tree_depth TREE_DEPTH --seed SEED --device DEVICE \
+    --spec_prompt_length SPEC_PROMPT_LEN --spec_max_new_tokens SPEC_MAX_NEW --fit_prompts FIT_PROMPTS --tree_depth TREE_DEPTH --seed SEED --device DEVICE \
     --torch_dtype TORCH_DTYPE --num_threads NUM_THREADS
+  [[ -z $COUNTS_ONLY ]] || flags+=(--counts_only)
   flags+=("$kind" "$1" --methods "$chain" static_tree dynamic_tree specexec --gammas "${gammas[@]}" --verifications "${verifications[@]}")
   flags+=(--tree_budgets "${budgets[@]}" --spec_temperature "$2" --spec_top_p "$top_p" --out_dir "$OUTPUT_DIR/$name")
   run_step "$name" "$OUTPUT_DIR/$name/results.csv" benchmark.py "${flags[@]}"

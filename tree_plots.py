@@ -276,21 +276,21 @@ def read_growmap(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no growmap ({error}); give a growmap.json of build_growmap.py") from error
-    if not isinstance(content, dict) or content.get("format") != GROWMAP_FORMAT or not {"parents", "acceptance", "provenance"} <= set(content):
+    if not isinstance(content, dict) or content.get("format") != GROWMAP_FORMAT or not {"parents", "acceptance", "replayed", "provenance"} <= set(content):
         raise UserError(f"{path}: not of the format {GROWMAP_FORMAT}; build it anew with build_growmap.py")
     if not content["acceptance"]:
         raise UserError(f"{path}: has no acceptance vector, so its nodes' chances are unknown; build it anew with build_growmap.py")
     return content
 
 
-def chances(parents: Sequence[int], acceptance: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Depth (n,) of every node and its chance (n,) to lie on the accepted path: the product of acceptance over the path to it."""
+def chances(parents: Sequence[int], acceptance: Sequence[float], replayed: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Depth (n,) of every node and its chance (n,) to lie on the accepted path: `replayed`, or where that is empty the product of acceptance over the path to it."""
     depths, reach, rank = [0], [1.0], 0
     for node, parent in enumerate(parents[1:], start=1):
         rank = rank + 1 if parent == parents[node - 1] else 0  # siblings lie together, in draw order
         depths.append(depths[parent] + 1)
         reach.append(reach[parent] * acceptance[rank])
-    return np.array(depths), np.array(reach)
+    return np.array(depths), np.array(replayed or reach)
 
 
 def tidy(parents: Sequence[int]) -> np.ndarray:
@@ -329,7 +329,7 @@ def side_by_side(outlines: list[tuple[list[float], list[float]]]) -> tuple[list[
 def growmap_figure(content: dict) -> Figure:
     """Nodes by depth, the root on top and children in draw order, in tones of their chance to lie on the accepted path."""
     parents = content["parents"]
-    (depths, reach), x = chances(parents, content["acceptance"]), tidy(parents)
+    (depths, reach), x = chances(parents, content["acceptance"], content["replayed"]), tidy(parents)
     levels, wide = int(depths[-1]), np.ptp(x) > MOST_NARROW
     figure = Figure(figsize=(PAGE_INCHES if wide else WIDE_INCHES, 1.3 + LEVEL_INCHES * (levels + 0.8)), layout="constrained")
     axis = figure.subplots()

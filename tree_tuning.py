@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from decoding.children import Chooser, Coupling, Nodes
+from decoding.growmap import Growmap
 from decoding.sampling import Noise, Purpose, policy_probs
 from decoding.static_tree import StaticTree
 from decoding.verify import residual, without
@@ -109,17 +111,41 @@ def _gradient(weights: torch.Tensor, features: torch.Tensor, drawn: torch.Tensor
 
 # ---- acceptance by rank ----
 
-def acceptance_by_rank(target: nn.Module, draft: nn.Module, texts: Sequence[OwnText], chooser: Chooser, width: int) -> list[float]:
-    """v_1 … v_width: the share of positions whose k-th child of `chooser` is accepted. Teacher-forced: over all positions of `texts`."""
-    total, count = torch.zeros(width, dtype=torch.float64), 0
-    for positions in positions_of(texts, draft, target):
-        zero = torch.zeros_like(positions.at[:1])
-        children = chooser(positions.logits[0], width, Nodes(positions.noise, zero - 1, positions.at, positions.at))
-        accepted = _swor_chances(policy_probs(positions.logits[1], chooser.policy), children.q, children.tokens) if chooser.rule.accept == "swor" else (
-            children.tokens == positions.tokens[:, None])
-        total[: accepted.shape[1]] += accepted.double().sum(0).cpu()
-        count += len(positions.at)
-    return (total / count).tolist()
+def acceptance_by_rank(target: nn.Module, draft: nn.Module, texts: Sequence[OwnText], chooser: Chooser, width: int) -> list[torch.Tensor]:
+    """Of each of `texts`, teacher-forced: the chance that the k-th child of `chooser` is the accepted one, fp64 (positions, width)."""
+    found = []
+    for text in texts:
+        chances = torch.zeros(len(text.tokens) - text.prompt, width, dtype=torch.float64)
+        for positions in positions_of([text], draft, target):
+            zero = torch.zeros_like(positions.at[:1])
+            children = chooser(positions.logits[0], width, Nodes(positions.noise, zero - 1, positions.at, positions.at))
+            accepted = _swor_chances(policy_probs(positions.logits[1], chooser.policy), children.q, children.tokens) if chooser.rule.accept == "swor" else (
+                children.tokens == positions.tokens[:, None])
+            chances[positions.at.cpu() - text.prompt, : accepted.shape[1]] = accepted.double().cpu()
+        found.append(chances)
+    return found
+
+
+def mean_acceptance(by_text: Sequence[torch.Tensor]) -> list[float]:
+    """v_1 … v_width over all positions of acceptance_by_rank's texts."""
+    return torch.cat(list(by_text)).mean(0).tolist()
+
+
+def replayed(growmap: Growmap, by_text: Sequence[torch.Tensor]) -> Growmap:
+    """`growmap` with the share of rounds that reach each of its nodes when rounds follow one another through acceptance_by_rank's texts.
+
+    Unlike the product of v it knows that rounds begin where drafts have just failed, and that easy and hard places come in rows.
+    """
+    parents, ranks = torch.tensor(growmap.parents[1:]), torch.tensor(growmap.ranks[1:])
+    chances, ends = pad_sequence(list(by_text), batch_first=True), torch.tensor([len(text) for text in by_text])
+    at = torch.eye(growmap.size, dtype=torch.float64)[0].repeat(len(ends), 1)  # the chance that a walk stands at each node, text by text
+    visits = torch.zeros_like(at[0])
+    for position in range(chances.shape[1]):
+        at = at * (position < ends)[:, None]
+        visits += at.sum(0)
+        kept = at[:, parents] * chances[:, position, ranks]
+        at = torch.cat([at.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True), kept], -1)
+    return replace(growmap, replayed=tuple((visits / visits[0]).tolist()))
 
 
 def _swor_chances(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

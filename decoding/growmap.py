@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 FORMAT = "growmap-1"
-JSON_KEYS = ("format", "parents", "acceptance", "budget", "depth", "provenance")
+JSON_KEYS = ("format", "parents", "acceptance", "replayed", "budget", "depth", "provenance")
 REFERENCE_KEYS = ("roots", "branches", "Successors", "mask", "depth", "size")
 LARGEST = 2048  # nodes that BestTrees takes: its work and its scratch memory grow with their square, and int16 holds its choices
 # What torch.load(weights_only=True) raised over 12,000 damaged files: each says that the bytes are no growmap.
@@ -36,16 +36,19 @@ class Growmap:
     `parents`: each node's parent, −1 for the root, in non-decreasing order, which says all at once: sorted by depth, then by parent, and
     children of a node together, in draw order. `acceptance`: v_1 … v_W, the chance that verification keeps a node's k-th child, given
     that it reached the node (the rest to 1 is the chance that it keeps none); empty where unknown. `provenance`: facts for the file.
-    Raises ValueError for any other shape or vector.
+    `replayed`: how often each node was on the accepted path in rounds over real texts; empty where that was not measured. Raises ValueError
+    for any other shape, vector or shares.
     """
 
     parents: tuple[int, ...]
     acceptance: tuple[float, ...] = ()
     provenance: dict = field(default_factory=dict, hash=False)
+    replayed: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check_parents(self.parents)
         _check_acceptance(self.acceptance)
+        _check_replayed(self.replayed, self.parents)
         if not isinstance(self.provenance, dict):
             raise ValueError(f"provenance is {self.provenance!r}; give a dictionary of facts")
         widest = max(self.children)
@@ -89,10 +92,12 @@ class Growmap:
 
     @cached_property
     def reach(self) -> tuple[float, ...]:
-        """Each node's chance to lie on the accepted path: the product of v over the path to it; 1 for the root.
+        """Each node's chance to lie on the accepted path, 1 for the root: what replaying found, or else the product of v over the path to it.
 
-        Raises ValueError where the acceptance vector is unknown.
+        Raises ValueError where both are unknown.
         """
+        if self.replayed:
+            return self.replayed
         if self.size > 1 and not self.acceptance:
             raise ValueError("the growmap has no acceptance vector, so nothing is known about its nodes' chances; measure one and build it anew")
         reach = [1.0]
@@ -136,12 +141,29 @@ def _check_acceptance(acceptance: Sequence[float]) -> None:
         raise ValueError(f"acceptance sums to {math.fsum(acceptance)}; one child is kept at most, so give chances with a sum of at most 1")
 
 
+def _check_replayed(replayed: Sequence[float], parents: Sequence[int]) -> None:
+    """Raises ValueError unless `replayed` is empty or holds a share for each node, the root's 1 and children's shares at most their parent's together."""
+    if not replayed:
+        return
+    if len(replayed) != len(parents):
+        raise ValueError(f"replayed has {len(replayed)} entries for {len(parents)} nodes; give one for each")
+    left = []
+    for node, (parent, share) in enumerate(zip(parents, replayed, strict=True)):
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ValueError(f"replayed share {share!r} of node {node}; give shares in [0, 1]")
+        left.append(share)
+        if parent >= 0:
+            left[parent] -= share
+    if replayed[0] != 1 or min(left) < -1e-6:
+        raise ValueError("replayed shares of a node's children exceed its own, or the root's is not 1; measure them again")
+
+
 # ---- files ----
 
 def save_growmap(path: Path | str, growmap: Growmap) -> None:
     """Replace `path` by `growmap` in JSON, in one step; ValueError where that cannot be written."""
     path = Path(path)
-    content = (FORMAT, growmap.parents, growmap.acceptance, growmap.size, growmap.depth, growmap.provenance)
+    content = (FORMAT, growmap.parents, growmap.acceptance, growmap.replayed, growmap.size, growmap.depth, growmap.provenance)
     try:
         text = json.dumps(dict(zip(JSON_KEYS, content, strict=True)), allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
@@ -176,10 +198,10 @@ def _load_json(path: Path) -> Growmap:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"does not say \"format\": \"{FORMAT}\"; build it anew")
     _check_keys(content, JSON_KEYS)
-    for key in ("parents", "acceptance"):
+    for key in ("parents", "acceptance", "replayed"):
         if not isinstance(content[key], list):
             raise ValueError(f"{key} is {content[key]!r}; it must be a list")
-    growmap = Growmap(tuple(content["parents"]), tuple(content["acceptance"]), content["provenance"])
+    growmap = Growmap(tuple(content["parents"]), tuple(content["acceptance"]), content["provenance"], tuple(content["replayed"]))
     for key, found in (("budget", growmap.size), ("depth", growmap.depth)):
         if content[key] != found:
             raise ValueError(f"{key} is {content[key]!r}, but parents make it {found}; build the file anew")

@@ -65,7 +65,7 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """A growmap's tensors: `parents` and `depths` (N,), `values` fp64 (N,) and `visible` (N, N) as in a Tree (values NaN where acceptance is unknown), and its
+    """A growmap's tensors: `parents` and `depths` (N,), `values` fp64 (N,) and `visible` (N, N) as in a Tree (values NaN where reach is unknown), and its
     levels of nodes with children, from the root's."""
 
     parents: torch.Tensor
@@ -89,7 +89,7 @@ def shape_of(growmap: Growmap, device: torch.device) -> Shape:
         rows, ranks = [nodes.index(parents[child]) for child in children], [growmap.ranks[child] for child in children]
         at, kids, of, rank = (torch.tensor(indices, device=device) for indices in (nodes, children, rows, ranks))
         levels.append(Level(at, visible[at][:, fed], kids, of, rank, max(ranks) + 1))
-    reach = growmap.reach if growmap.acceptance else [torch.nan] * growmap.size
+    reach = growmap.reach if growmap.acceptance or growmap.replayed else [torch.nan] * growmap.size
     values = torch.tensor(reach, dtype=torch.float64, device=device).log()
     return Shape(above, torch.tensor(growmap.depths, device=device), values, visible, tuple(levels))
 

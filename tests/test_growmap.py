@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -231,6 +232,16 @@ def test_unknown_chances_are_not_guessed():
     refused(lambda: chain(2).tokens_per_call, "no acceptance vector")
 
 
+def test_what_replaying_found_counts_more_than_the_product_of_v():
+    growmap = Growmap((-1, 0, 0, 1), (0.5, 0.25), replayed=(1.0, 0.6, 0.2, 0.4))
+    assert growmap.reach == (1.0, 0.6, 0.2, 0.4) and growmap.tokens_per_call == pytest.approx(2.2)
+    for shares, said in {
+        (1.0, 0.5): "2 entries for 4 nodes", (1.0, 0.6, 0.5, 0.1): "exceed its own", (1.0, 0.2, 0.2, 0.3): "exceed its own", (0.9, 0.6, 0.2, 0.4): "the root's is not 1",
+        (1.0, -0.1, 0.2, 0.0): "share -0.1 of node 1", (1.0, math.nan, 0.2, 0.0): "share nan of node 1", (1.0, "0.6", 0.2, 0.0): "share '0.6' of node 1",
+    }.items():
+        refused(lambda shares=shares: Growmap((-1, 0, 0, 1), (0.5, 0.25), replayed=shares), said)
+
+
 def test_hash_leaves_the_provenance_out():
     assert hash(Growmap((-1, 0), (0.5,), {"a": 1})) == hash(Growmap((-1, 0), (0.5,), {"b": 2}))
 
@@ -261,7 +272,7 @@ def test_no_growmap(parents, acceptance, said, tmp_path):
     """Neither made nor read from a file."""
     refused(lambda: Growmap(parents, acceptance), said)
     path = tmp_path / "tree.json"
-    path.write_text(json.dumps({"format": "growmap-1", "parents": parents, "acceptance": acceptance, "budget": len(parents), "depth": 1, "provenance": {}}))
+    path.write_text(json.dumps({"format": "growmap-1", "parents": parents, "acceptance": acceptance, "replayed": [], "budget": len(parents), "depth": 1, "provenance": {}}))
     refused(lambda: load_growmap(path), f"{path}: ", said)
 
 
@@ -279,17 +290,17 @@ def test_json_round_trip(tmp_path):
     trees = BestTrees(random_vectors()[-1], 40, 6)
     growmap = trees.growmap(40, 6, {"model": "a/b", "prompts": 200, "temperature": 0.6, "times": [0.1, 0.2], "note": "τ ≤ 7"})
     path = tmp_path / "tree.json"
-    for saved in (growmap, chain(2)):  # the second replaces the first
+    for saved in (growmap, replace(growmap, replayed=growmap.reach), chain(2)):  # the second replaces the first
         save_growmap(path, saved)
         assert load_growmap(str(path)) == saved
     content = json.loads(path.read_text())
-    assert content == {"format": "growmap-1", "parents": [-1, 0, 1], "acceptance": [], "budget": 3, "depth": 2, "provenance": {}}
+    assert content == {"format": "growmap-1", "parents": [-1, 0, 1], "acceptance": [], "replayed": [], "budget": 3, "depth": 2, "provenance": {}}
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("change, said", [
     ({"format": "growmap-0"}, "growmap-1"), ({"format": None}, "growmap-1"), ({"budget": 4}, "budget is 4, but parents make it 3"),
-    ({"depth": 1}, "depth is 1, but parents make it 2"), ({"parents": "-1"}, "parents is '-1'"), ({"acceptance": 0.5}, "acceptance is 0.5"),
+    ({"depth": 1}, "depth is 1, but parents make it 2"), ({"parents": "-1"}, "parents is '-1'"), ({"acceptance": 0.5}, "acceptance is 0.5"), ({"replayed": 1}, "replayed is 1"), ({"replayed": [1, 0.5]}, "replayed has 2 entries for 3 nodes"),
     ({"provenance": None}, "provenance is None"), ({"width": 3}, "'width'"),
 ])
 def test_json_that_contradicts_itself(change, said, tmp_path):

@@ -91,6 +91,7 @@ def test_a_growmap_in_two_commands(tiny_target_path, drafts, tmp_path, monkeypat
         assert run_main(build_growmap, command, monkeypatch) == 0
         found = json.loads((out / "growmap.json").read_text())
         assert found["budget"] in (2, 4) and len(found["acceptance"]) == 4 == len(found["provenance"]["acceptance_in_rounds"])
+        assert sum(found["replayed"]) == pytest.approx(found["provenance"]["expected"]["tokens_per_call"]) and len(found["replayed"]) == found["budget"]
         assert found["provenance"]["expected"]["speedup"] > 0 and (out / "growmap.png").exists() and (out / "cmd.txt").exists()
         command = [*shared, "--quality_datasets", "arithmetic", "--quality_max_batches", 1, "--method", "static_tree", "--growmap", out / "growmap.json"]
         assert run_main(evaluate, [*command, "--out_dir", out / "evaluation"], monkeypatch) == 0
@@ -132,6 +133,11 @@ def test_benchmark_of_all_trees(tiny_target_path, drafts, tmp_path, monkeypatch,
     assert len(trees) == 2 * (3 + 3 + 1) and len(table) == len(trees) + 3 and trees["lossless"].all()
     assert (trees["tree_nodes"] <= trees["tree_budget"]).all() and (trees["weight_bound_speedup"] > 0).all()
     assert {"spec_tokens_per_call_ci_low", "draft_calls_per_token", "spec_target_calls_per_token", "tree_expected_tokens"} <= set(table)
+    assert run_main(benchmark, [*command[:-1], tmp_path / "counts", "--counts_only"], monkeypatch) == 0
+    counts = pd.read_csv(tmp_path / "counts" / "results.csv")
+    timed = {name for name in table if name.split("_ci_")[0] in benchmark.TIMED}
+    assert set(counts) == set(table) - timed and len(timed) > 10 and not [name for name in counts if name.endswith(("_ms", "_per_s")) or "predicted" in name]
+    assert (counts["spec_tokens_per_call"] == table["spec_tokens_per_call"])[1:].all()
 
 
 def test_proof_finds_a_forgotten_compaction(tiny_target_path, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from command_line import UserError
@@ -71,7 +72,7 @@ def best_growmap(size: int, depth: int = 8) -> Growmap:
 
 
 def content_of(growmap: Growmap) -> dict:
-    return {"parents": list(growmap.parents), "acceptance": list(growmap.acceptance), "provenance": growmap.provenance}
+    return {"parents": list(growmap.parents), "acceptance": list(growmap.acceptance), "replayed": list(growmap.replayed), "provenance": growmap.provenance}
 
 
 def test_constants_are_those_of_modules_that_need_torch():
@@ -195,8 +196,10 @@ TREES = [chain(5).parents, (-1, *[0] * 8), best_growmap(64).parents, (-1, 0, 0, 
 @pytest.mark.parametrize("parents", TREES)
 def test_depths_and_chances_are_those_of_the_growmap(parents: tuple[int, ...]):
     growmap = Growmap(parents, tuple(ACCEPTANCE))
-    depths, reach = tree_plots.chances(parents, ACCEPTANCE)
+    depths, reach = tree_plots.chances(parents, ACCEPTANCE, ())
     assert tuple(depths) == growmap.depths and tuple(reach) == pytest.approx(growmap.reach)
+    measured = replace(growmap, replayed=tuple(0.9 * share if node else 1.0 for node, share in enumerate(growmap.reach)))
+    assert tuple(tree_plots.chances(parents, ACCEPTANCE, measured.replayed)[1]) == measured.reach != growmap.reach
 
 
 @pytest.mark.parametrize("parents", [*TREES, best_growmap(128, 10).parents])
@@ -256,7 +259,7 @@ def test_likelier_nodes_are_darker():
     ("{", "no growmap"),
     ("[]", "not of the format growmap-1"),
     ('{"format": "growmap-1"}', "not of the format growmap-1"),
-    ('{"format": "growmap-1", "parents": [-1, 0], "acceptance": [], "provenance": {}}', "no acceptance vector"),
+    ('{"format": "growmap-1", "parents": [-1, 0], "acceptance": [], "replayed": [], "provenance": {}}', "no acceptance vector"),
 ])
 def test_an_unusable_growmap_is_one_line_with_the_remedy(tmp_path: Path, text: str | None, complaint: str):
     if text is not None:
