@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from decoding.children import Chooser, Coupling
+from decoding.children import Chooser
 from decoding.growmap import Growmap
 from decoding.sampling import SamplingPolicy
 from decoding.static_tree import StaticTree
@@ -22,8 +22,8 @@ OPTIONS = DecodeOptions(policy=POLICY, max_new_tokens=40, seed=3)
 SHAPE = Growmap((-1, 0, 0, 0, 1, 1, 2, 4, 7))
 
 
-def chances_of(verification: str, target: nn.Module, draft: nn.Module, texts: list[OwnText], coupling: Coupling = Coupling()) -> list[torch.Tensor]:
-    chooser = Chooser(TREE_RULES[verification], POLICY, target.config.vocab_size, coupling)
+def chances_of(verification: str, target: nn.Module, draft: nn.Module, texts: list[OwnText]) -> list[torch.Tensor]:
+    chooser = Chooser(TREE_RULES[verification], POLICY, target.config.vocab_size)
     return acceptance_by_rank(target, draft, texts, chooser, width=4)
 
 
