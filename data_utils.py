@@ -1,7 +1,12 @@
-"""From examples to tokens: chat template, loss masks, packing and padded batches."""
+"""From examples to tokens: chat template, loss masks, packing, padded batches, and making them ahead of time."""
 
 from __future__ import annotations
 
+import copy
+import queue
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +17,7 @@ from command_line import UserError
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from row_files import ExampleStream, describe_skipped
+from row_files import ExampleStream, MixedStream, describe_skipped
 
 # Llama-3 templates print today's date; a fixed one keeps token sequences equal from run to run.
 DATE_STRING = "26 Jul 2024"
@@ -23,10 +28,14 @@ MAX_FRUITLESS = 2_000
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example and, for each, whether it is learned (the first never is: nothing predicts it)."""
+    """Token ids of one example and, for each, whether it is learned (the first never is: nothing predicts it).
+
+    `source` is the index of the stream that the example came from.
+    """
 
     input_ids: list[int]
     loss_mask: list[bool]
+    source: int = 0
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -79,7 +88,7 @@ def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict], text:
 
 
 def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64 and `loss_mask` (B, T) bool."""
+    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `loss_mask` (B, T) bool; `source` (B,) int64."""
     width = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), width), pad_id)
     attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
@@ -89,7 +98,8 @@ def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
         input_ids[i, :count] = torch.tensor(example.input_ids)
         attention_mask[i, :count] = 1
         loss_mask[i, :count] = torch.tensor(example.loss_mask)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
+    source = torch.tensor([example.source for example in examples])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask, "source": source}
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -109,7 +119,7 @@ class EncodeOptions:
     def encode(self, example: dict) -> Encoded:
         """The example's first `max_length` tokens."""
         encoded = encode_example(self.tokenizer, example, self.loss_on)
-        return Encoded(encoded.input_ids[: self.max_length], encoded.loss_mask[: self.max_length])
+        return Encoded(encoded.input_ids[: self.max_length], encoded.loss_mask[: self.max_length], example.get("source", 0))
 
     def collate(self, examples: list[Encoded]) -> dict[str, torch.Tensor]:
         """See `collate`."""
@@ -119,50 +129,66 @@ class EncodeOptions:
 class PaddedBatches:
     """Endless padded batches; BUCKET_BATCHES at a time are cut from examples sorted by length, which saves padding.
 
-    `state_dict` / `load_state_dict` continue at the very next batch.
+    A batch is what `collate` makes of B examples, and `global_tokens`, an int. With `shard` (rank, world) it is this
+    process's part of a global batch: world processes see together what one with world·B examples per batch would see,
+    without a word between them, so each encodes the examples of all. `global_tokens` counts the learned tokens of the
+    whole global batch, to divide the loss by.
+
+    `state_dict` / `load_state_dict` continue at the very next batch. The state is the same for every rank.
     """
 
-    def __init__(self, stream: ExampleStream, options: EncodeOptions) -> None:
+    def __init__(self, stream: ExampleStream | MixedStream, options: EncodeOptions, shard: tuple[int, int] = (0, 1)) -> None:
         self.stream, self.options = stream, options
-        self.bucket_start, self.emitted = dict(stream.position), 0
+        self.rank, self.world = shard
+        self.bucket_start, self.emitted = copy.deepcopy(stream.position), 0
         self.bucket: list[list[Encoded]] = []
+        self.fruitless: Counter[int] = Counter()  # by source: examples in a row with nothing to learn
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
         examples = iter(self.stream)
         while True:
             if not self.bucket:
-                self.bucket_start = dict(self.stream.position)
+                self.bucket_start = copy.deepcopy(self.stream.position)
                 self.bucket = self._fill_bucket(examples)
             while self.emitted < len(self.bucket):
                 self.emitted += 1
-                yield self.options.collate(self.bucket[self.emitted - 1])
+                yield self._own_part(self.bucket[self.emitted - 1])
             self.bucket, self.emitted = [], 0
 
+    def _own_part(self, examples: list[Encoded]) -> dict[str, torch.Tensor | int]:
+        size = self.options.batch_size
+        own = examples[self.rank * size : (self.rank + 1) * size]
+        return {**self.options.collate(own), "global_tokens": sum(sum(example.loss_mask[1:]) for example in examples)}
+
     def _fill_bucket(self, examples: Iterator[dict]) -> list[list[Encoded]]:
-        size, wanted = self.options.batch_size, self.options.batch_size * BUCKET_BATCHES
-        encoded: list[Encoded] = []
-        fruitless = 0
-        while len(encoded) < wanted:
-            candidate = self.options.encode(next(examples))
-            if any(candidate.loss_mask):
-                encoded.append(candidate)
-                fruitless = 0
-            else:
-                self.stream.skipped["with nothing to learn in the first tokens"] += 1
-                fruitless += 1
-                if fruitless == MAX_FRUITLESS:
-                    raise UserError(f"{MAX_FRUITLESS} examples in a row have nothing to learn; raise --max_length or use --loss_on all")
+        for origin in self.stream.streams:  # one process tells of an epoch's end, and not again when a resumed run reads a bucket again
+            origin.quiet = self.rank > 0 or self.emitted > 0
+        size = self.options.batch_size * self.world
+        encoded = [self._next_usable(examples) for _ in range(size * BUCKET_BATCHES)]
         encoded.sort(key=lambda example: len(example.input_ids))
-        batches = [encoded[i : i + size] for i in range(0, wanted, size)]
+        batches = [encoded[i : i + size] for i in range(0, len(encoded), size)]
         generator = torch.Generator().manual_seed(self.stream.seed + self.bucket_start["row"])
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def _next_usable(self, examples: Iterator[dict]) -> Encoded:
+        """The next example that has something to learn. Raises UserError where a source has none for long."""
+        while True:
+            candidate = self.options.encode(next(examples))
+            if any(candidate.loss_mask):
+                self.fruitless[candidate.source] = 0
+                return candidate
+            origin = self.stream.streams[candidate.source]
+            origin.skipped["with nothing to learn in the first tokens"] += 1
+            self.fruitless[candidate.source] += 1
+            if self.fruitless[candidate.source] == MAX_FRUITLESS:
+                raise UserError(f"{MAX_FRUITLESS} examples of {origin.dataset.name} in a row have nothing to learn; raise --max_length or use --loss_on all")
 
     def state_dict(self) -> dict:
         return {"position": self.bucket_start, "emitted": self.emitted}
 
     def load_state_dict(self, state: dict) -> None:
-        self.bucket_start, self.emitted, self.bucket = dict(state["position"]), state["emitted"], []
-        self.stream.position = dict(self.bucket_start)
+        self.bucket_start, self.emitted, self.bucket = copy.deepcopy(state["position"]), state["emitted"], []
+        self.stream.position = copy.deepcopy(self.bucket_start)
 
 
 def held_out_batches(stream: ExampleStream, options: EncodeOptions, limit: int) -> list[dict[str, torch.Tensor]]:
@@ -176,6 +202,11 @@ def held_out_batches(stream: ExampleStream, options: EncodeOptions, limit: int) 
         raise UserError(f"--dataset {stream.dataset.name}: no usable example in the held-out split; {describe_skipped(stream.skipped)}")
     kept.sort(key=lambda e: len(e.input_ids))
     return [options.collate(kept[i : i + options.batch_size]) for i in range(0, len(kept), options.batch_size)]
+
+
+def held_out_by_source(streams: list[ExampleStream], options: EncodeOptions, limit: int) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Data set's name -> its `held_out_batches`, up to `limit` for each of `streams` (a MixedStream's `streams`)."""
+    return {stream.dataset.name: held_out_batches(stream, options, limit) for stream in streams}
 
 
 class PackedBatches:
@@ -214,3 +245,83 @@ class PackedBatches:
         self.buffer = list(state["buffer"])
         for stream, position in zip(self.streams, state["positions"], strict=True):
             stream.position = dict(position)
+
+
+class Prefetched:
+    """The batches of an endless source, made up to `depth` ahead by a thread, so that training never waits for them.
+
+    PaddedBatches reads the examples of BUCKET_BATCHES batches in one go: with a smaller `depth` the batches in hand run
+    out before the next ones are there. `state_dict` is that of the next batch which was not yet taken, however far the
+    thread is. Tensors are pinned where CUDA is available. What the thread raises is raised in its place among the
+    batches. The thread ends with `close()`, with this object, or with the program. Iterate it once only; the wrapped
+    batches and their streams belong to the thread from the first batch to `close()`.
+    """
+
+    def __init__(self, batches: PaddedBatches | PackedBatches, depth: int = BUCKET_BATCHES) -> None:
+        self.batches = batches
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._free, self._stop = threading.Semaphore(depth), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._state: dict = {}
+        self._finish = weakref.finalize(self, _end_thread, self._free, self._stop)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
+        self._start()
+        while not self._stop.is_set():
+            made = self._ready.get()
+            if made is None:
+                return
+            if isinstance(made, BaseException):
+                raise made
+            self._free.release()
+            batch, self._state = made
+            yield batch
+
+    def _start(self) -> None:
+        if self._thread is not None:
+            raise RuntimeError("these batches are read already; make another Prefetched")
+        self._state = self.batches.state_dict()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        # The thread must not know `self`, or this object would live as long as the thread.
+        self._thread = threading.Thread(target=_read_ahead, args=(self.batches, self._ready, self._free, self._stop, device), daemon=True)
+        self._thread.start()
+
+    def state_dict(self) -> dict:
+        return self.batches.state_dict() if self._thread is None else self._state
+
+    def load_state_dict(self, state: dict) -> None:
+        if self._thread is not None:
+            raise RuntimeError("these batches are read already; load the state before the first one")
+        self.batches.load_state_dict(state)
+
+    def close(self) -> None:
+        """End the thread, and the iteration; `state_dict` stays what it is."""
+        self._finish()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _end_thread(free: threading.Semaphore, stop: threading.Event) -> None:
+    stop.set()
+    free.release()  # wakes the thread where it waits for a free place
+
+
+def _read_ahead(
+    batches: PaddedBatches | PackedBatches, ready: queue.SimpleQueue, free: threading.Semaphore, stop: threading.Event, device: int | None
+) -> None:
+    """Puts (batch, the state after it) into `ready` for each batch, one for each free place; last, None or what was raised."""
+    last = None
+    try:
+        if device is not None:
+            torch.cuda.set_device(device)  # a thread starts at GPU 0, and pinning there would open a context on it
+        free.acquire()
+        for batch in batches:
+            if device is not None:
+                batch = {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+            ready.put((batch, batches.state_dict()))
+            free.acquire()
+            if stop.is_set():
+                break
+    except BaseException as error:  # of any kind: it is the consumer's
+        last = error
+    ready.put(last)

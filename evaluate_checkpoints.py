@@ -35,7 +35,7 @@ class Args(EvaluationArgs):
     def checkpoints(self) -> list[tuple[str, ExitInfo]]:
         """(path, header) of every checkpoint, by layer and kind. Raises UserError for none, and for a broken one."""
         found = [(path, read_exit_info(path)) for path in find_checkpoints(self.checkpoint_glob)]
-        return sorted(found, key=lambda item: (item[1].target_layer, item[1].kind, item[1].step, item[0]))
+        return sorted(found, key=lambda item: (item[1].target_layer, str(item[1].kind), item[1].step, item[0]))
 
 
 def finished_rows(path: Path, settings_hash: str) -> list[dict]:
@@ -75,7 +75,7 @@ def planned_drafts(target: Target, checkpoints: list[tuple[str, ExitInfo]]) -> d
     for path, info in checkpoints:
         layer = info.target_layer
         plan.setdefault(f"untuned@{layer}", partial(untuned, target, layer, "untuned"))
-        plan[path] = partial(tuned, target, path, info.kind)
+        plan[path] = partial(tuned, target, path, str(info.kind))
     return plan
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     if missing or not (folder / "plots").exists():
         from plots import plot_results  # matplotlib is slow to load, and only needed here
 
-        logs = [Path(path).parent / "train_log.jsonl" for path, _ in checkpoints]
+        logs = [Path(path).parent / "train_log.csv" for path, _ in checkpoints]
         plot_results(folder, [log for log in logs if log.exists()])
     print(summary_table(rows, args.quality_datasets[0]))
     print(results)

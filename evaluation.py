@@ -245,7 +245,7 @@ def load_draft(target: Target, args: DraftArgs) -> Draft:
     if args.checkpoint is None:
         return model_draft(target, load_target(args.draft_model_path, args).model, args.draft_model_path)
     exit_, info = load_exit(args.checkpoint, target)
-    return exit_draft(target, TruncatedLlama(target.model, exit_), info, args.checkpoint, info.kind)
+    return exit_draft(target, TruncatedLlama(target.model, exit_), info, args.checkpoint, str(info.kind))
 
 
 def exit_draft(target: Target, draft: TruncatedLlama, info: ExitInfo | None, checkpoint: str, kind: str) -> Draft:

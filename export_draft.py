@@ -70,7 +70,7 @@ def build_draft(args: Args) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, 
     exit_, info = load_exit(args.checkpoint, target)
     draft = as_llama(target.model, exit_)
     draft.generation_config = drafting_config(target.model, args.gamma)
-    facts = {"checkpoint_hash": file_hash(args.checkpoint), "exit": {**asdict(info), "kind": info.kind},
+    facts = {"checkpoint_hash": file_hash(args.checkpoint), "exit": {**asdict(info), "kind": str(info.kind)},
              "num_hidden_layers": draft.config.num_hidden_layers, "dtype": str(draft.dtype)}
     return draft, target.tokenizer, facts
 

@@ -89,6 +89,7 @@ LOSSY_COLUMNS = {
     "lossy_same_text": "share of prompts whose text is vanilla sampling's for the same seed (a lossless method that draws with the target's noise: 1)",
     "lossy_text_nll, vanilla_text_nll": "mean −log p of the decoded tokens under the target at the policy's temperature (1 at T = 0), untruncated, nats per token",
 }
+QUALITY_SUMS = ("kl", "kl_at_train_temperature", "ce", "teacher_ce", "top1", "top5", "agreement", "overlap", "tokens")
 TOP_K = 5
 CHUNK_ROWS = 2048  # rows of V logits in fp32 at a time: 1 GB at V = 128k
 ROUNDING = 1e-3  # what fp32 probabilities may be off in a sum over one evaluation
@@ -111,7 +112,7 @@ def _chunk_sums(teacher: torch.Tensor, draft: torch.Tensor, tokens: torch.Tensor
     if temperature != 1:
         soft_p, soft_q = log_softmax(teacher.float() / temperature, -1), log_softmax(draft.float() / temperature, -1)
     top = draft.topk(TOP_K, -1).indices
-    sums = {
+    sums = {  # QUALITY_SUMS, but for the tokens
         "kl": _kl(log_p, log_q),
         "kl_at_train_temperature": _kl(soft_p, soft_q),
         "ce": -log_q.gather(-1, tokens[:, None]).sum(),
@@ -125,17 +126,19 @@ def _chunk_sums(teacher: torch.Tensor, draft: torch.Tensor, tokens: torch.Tensor
 
 
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum()
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum()
 
 
 def quality_means(sums: dict[str, float]) -> dict[str, float]:
-    """QUALITY_COLUMNS from added-up `quality_sums`."""
+    """QUALITY_COLUMNS from added-up `quality_sums`, without infinite ones: a draft that knows a part of the vocabulary has no KL."""
     tokens = sums["tokens"]
     means = {name: value / tokens for name, value in sums.items() if name not in ("tokens", "teacher_ce")}
-    return {
+    found = {
         **means, "ppl": math.exp(means["ce"]), "teacher_ppl": math.exp(sums["teacher_ce"] / tokens),
         "tv": 1 - means["overlap"], "tokens": tokens,
     }
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def add_sums(total: dict[str, float], more: dict[str, float]) -> dict[str, float]:

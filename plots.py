@@ -1,7 +1,7 @@
 """Every figure of the suite, drawn from result files alone: no model is loaded, nothing is measured.
 
     python plots.py results/chat_layers
-    python plots.py results/chat_layers --train_logs runs/layer3/train_log.jsonl runs/layer7/train_log.jsonl
+    python plots.py results/chat_layers --train_logs runs/layer3/train_log.csv runs/layer7/train_log.csv
 
 Reads `results.csv` in the given folder and the training logs (by default those beside the checkpoints that the table
 names), or, where benchmark_torch_compile.py wrote it, `step_times.json`. Writes `plots/<figure>.png` (300 dpi) and `.pdf`.
@@ -14,9 +14,8 @@ import argparse
 import itertools
 import json
 import re
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from command_line import UserError, run
@@ -28,59 +27,62 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
-from matplotlib.transforms import ScaledTranslation, Transform
 
-from results import read_jsonl
+from capacity_plots import capacity_pareto, kinds_side_by_side
+from plot_parts import (
+    DASHES,
+    GREY,
+    MEASURED_TAU,
+    PAGE_INCHES,
+    STAGES,
+    STYLE,
+    WIDE_INCHES,
+    Look,
+    Panel,
+    by_series,
+    distinct_names,
+    drafts_of,
+    draw_points,
+    draw_steps_up,
+    head_line,
+    interval_note,
+    kind_parts,
+    kind_place,
+    label_ends,
+    label_points,
+    label_y,
+    last_of_layer,
+    layer_axis,
+    legend_below,
+    look_of,
+    natural,
+    new_look,
+    panel_grid,
+    pareto_front,
+    point_names,
+    row_counts,
+    rows_with,
+    run_looks,
+    scale_axis,
+    series_legend,
+    settings_line,
+    settle,
+    with_series,
+    words_of,
+    write_figure,
+)
+from results import read_csv_log
 
-COLUMN_INCHES, WIDE_INCHES, PAGE_INCHES = 3.5, 5.0, 7.0  # one, one and a half and two columns of a paper
-POINTS_PER_INCH = 72
-GREY = "#666666"
-MAX_LABELS_WITH_STAGE = 9  # with more points than this, the stage moves from the labels to a legend
-LOG_RANGE = 30  # an axis whose largest value exceeds its smallest by this factor is logarithmic
-LABEL_GAP = 9.5  # points between the centres of two labels in a margin
-CLEARER = 1.5  # points that a label lies nearer to its own point than to another
-MAX_POINTS_IN_COLUMN = 5  # a figure of more labelled points is wider than a column
+MAX_LABELS_WITH_SERIES = 9  # with more points than this, the series moves from the labels to a legend
+MAX_POINTS_IN_COLUMN, MAX_POINTS_IN_WIDE = 5, 24  # a figure of more labelled points is wider
 MAX_END_LABELS = 12  # as many as fit beside a panel
+MAX_NAMED_LINES = 6  # with more lines than this, their names move from beside a panel to a legend
+STACK_TONES = mpl.colors.LinearSegmentedColormap.from_list("stack", ["#DCE6EE", "#9CC7E8", "#0072B2", "#0B2545"])
+MAX_BARS = 5  # side by side; more series are stacked bars
 FEWEST_RANKED = 4  # drafts; a rank correlation of fewer says nothing
+MANY_RUNS = 12  # with more than this, only the smoothed loss is drawn, and a marker at each line's end
 NUM_RESAMPLES, INTERVAL = 2000, (2.5, 97.5)  # metrics.py's, which needs torch
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 7.5, "axes.labelsize": 8, "axes.titlesize": 8,
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-    "axes.axisbelow": True, "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.5,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.2, "lines.markersize": 4.5,
-    "legend.frameon": False, "figure.dpi": 300, "savefig.dpi": 300, "pdf.fonttype": 42,
-}
-
-
-@dataclass(frozen=True)
-class Look:
-    """Marker and colour of one line, and the colour of the text beside it."""
-
-    color: str
-    marker: str
-    ink: tuple[float, float, float]
-
-    def shaded(self, share: float) -> Look:
-        """The same look in a tone between light (`share` 0) and full (1)."""
-        strength = 0.3 + 0.7 * share
-        return replace(self, color=mpl.colors.to_hex([1 - strength * (1 - part) for part in mpl.colors.to_rgb(self.color)]))
-
-
-def _look(color: str, marker: str) -> Look:
-    """Text is written in a darker tone of `color`, for contrast on white."""
-    return Look(color, marker, tuple(0.75 * part for part in mpl.colors.to_rgb(color)))
-
-
-STAGES = {  # colours of Okabe and Ito, which colour-blind readers can tell apart
-    "untuned": _look("#E69F00", "^"),
-    "head": _look("#0072B2", "o"),
-    "last_block": _look("#D55E00", "s"),
-    "head+last_block": _look("#009E73", "D"),
-    "target": _look("#000000", "*"),
-}
-RUN_LOOKS = [*(STAGES[stage] for stage in ("head", "last_block", "head+last_block", "untuned", "target")), _look("#CC79A7", "v")]
-
+RUN_COLORS, RUN_MARKERS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7", "#56B4E9"), "osD^*vP"
 
 # ---- tables ----
 
@@ -92,30 +94,37 @@ def read_results(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: no such file; give the output folder of evaluate_checkpoints.py") from error
     except ValueError as error:  # pandas' errors for an empty or broken file are ValueErrors
         raise UserError(f"{path}: not a table ({error}); run evaluate_checkpoints.py again") from error
-    empty = [column for column in ("kind", "target_layer") if column not in table or table[column].isna().any()]
+    table = table.reindex(columns=[*table, *(column for column in ("checkpoint", "step") if column not in table)])
+    layered = table[table.get("kind") != "model"]  # an independent model has no layer
+    empty = [column for column, rows in (("kind", table), ("target_layer", layered)) if column not in rows or rows[column].isna().any()]
     if empty or not len(table):
         raise UserError(f"{path}: rows without {' and '.join(empty) or 'number'}; give the output folder of evaluate_checkpoints.py")
-    unknown = sorted(set(table["kind"]) - set(STAGES))
-    if unknown:
-        raise UserError(f"{path}: unknown kind {unknown[0]!r}; known kinds: {', '.join(STAGES)}")
-    optional = [column for column in ("checkpoint", "step") if column not in table]
-    table = table.reindex(columns=[*table.columns, *optional]).replace([np.inf, -np.inf], np.nan)
+    try:
+        table = with_series(table.replace([np.inf, -np.inf], np.nan))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return table.sort_values(["target_layer", "step"], kind="stable", ignore_index=True)
 
 
 def read_train_log(path: Path) -> pd.DataFrame:
-    """The rows of a train_log.jsonl by step; a torn last line is left out. Raises UserError with the remedy."""
+    """The rows of a train_log.csv by step; a torn last line is left out. Raises UserError with the remedy."""
     if not path.exists():
-        raise UserError(f"{path}: no such file; give the train_log.jsonl of a run")
-    rows = pd.DataFrame(read_jsonl(path))
-    return rows.sort_values("step", kind="stable") if "step" in rows else pd.DataFrame({"step": []})
+        raise UserError(f"{path}: no such file; give the train_log.csv of a run")
+    rows = read_csv_log(path)
+    if "step" not in rows:
+        raise UserError(f"{path}: no train_log.csv, as it has no column step; give that of a run")
+    return rows.sort_values("step", kind="stable")
 
 
 def train_logs_of(table: pd.DataFrame) -> list[Path]:
-    """The training logs that lie beside the checkpoints of `table`'s trained rows."""
-    trained = table[~table["kind"].isin(["target", "untuned"])]
-    folders = dict.fromkeys(Path(checkpoint).parent for checkpoint in trained["checkpoint"].dropna())
-    return [folder / "train_log.jsonl" for folder in folders if (folder / "train_log.jsonl").exists()]
+    """The training logs that lie beside the checkpoints of `table`'s tuned exits."""
+    return [folder / "train_log.csv" for folder in tuned_folders(table) if (folder / "train_log.csv").exists()]
+
+
+def tuned_folders(table: pd.DataFrame) -> dict[Path, str]:
+    """The folder of each tuned exit's checkpoint and its kind."""
+    tuned = table[table["kind"].map(kind_parts).notna()].dropna(subset=["checkpoint"])
+    return {Path(checkpoint).parent: kind for checkpoint, kind in zip(tuned["checkpoint"], tuned["kind"], strict=True)}
 
 
 def dataset_names(table: pd.DataFrame, figure_name: str) -> list[str]:
@@ -132,279 +141,9 @@ def numbered_columns(table: pd.DataFrame, prefix: str) -> list[str]:
     return sorted(columns, key=lambda column: int(column.removeprefix(prefix)))
 
 
-def rows_with(table: pd.DataFrame, columns: list[str], panel: str) -> pd.DataFrame:
-    """Rows that have a number in all of `columns`; a printed line names the panel where none or not all drafts do."""
-    absent = [column for column in columns if column not in table]
-    rows = table[:0] if absent or not columns else table.dropna(subset=columns)
-    lacking = len(drafts_of(table)) - len(drafts_of(rows))
-    if rows.empty:
-        print(f"plots: {panel}: left out, no numbers in {', '.join(absent or columns) or 'such columns'}")
-    elif lacking:
-        print(f"plots: {panel}: {lacking} drafts left out, without {' or '.join(columns)}")
-    return rows
-
-
-def drafts_of(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows without the target, which as a draft of itself has KL 0 and every token accepted by construction."""
-    return table[table["kind"] != "target"]
-
-
-def last_of_layer(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per layer: the one with the most training steps, which a line through layers passes."""
-    return rows.groupby("target_layer").tail(1)
-
-
-def by_stage(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(stage, its rows) in the order of STAGES."""
-    return [(stage, rows[rows["kind"] == stage]) for stage in STAGES if (rows["kind"] == stage).any()]
-
-
-def interval_lengths(rows: pd.DataFrame, column: str) -> np.ndarray:
-    """(2, rows) distances from the value down and up to the ends of its 95 % interval; NaN where there is none."""
-    ends = rows.reindex(columns=[f"{column}_ci_low", f"{column}_ci_high"]).to_numpy(float).T
-    lengths = (ends - rows[column].to_numpy(float)) * np.array([[-1.0], [1.0]])
-    lengths[:, np.isnan(lengths).any(axis=0)] = np.nan  # half an interval is none
-    return np.where(lengths < 0, 0.0, lengths)
-
-
-def interval_note(rows: pd.DataFrame, column: str, panel: str) -> str:
-    """What a figure's head says of the intervals of `column`; nothing, and a printed line, where there are none."""
-    if not np.isnan(interval_lengths(rows, column)).all():
-        return "bars: 95 % intervals"
-    print(f"plots: {panel}: drawn without intervals, no numbers in {column}_ci_low and {column}_ci_high")
-    return ""
-
-
-def pareto_front(rows: pd.DataFrame, cost: str, gain: str) -> pd.DataFrame:
-    """The rows that no other row beats in both: least `cost`, greatest `gain`; in rising order of both."""
-    ordered = rows.sort_values([cost, gain], ascending=[True, False], kind="stable")
-    return ordered[ordered[gain] > ordered[gain].cummax().shift(fill_value=-np.inf)]
-
-
-def settings_line(table: pd.DataFrame, note: str = "") -> str:
-    """How drafts were verified and a note, for a figure's head: "γ = 4, rejection, temperature 1; bars: ..."."""
-    names = {"gamma": "γ = {}", "verification": "{}", "temperature": "temperature {}", "top_p": "top-p {}", "top_k": "top-k {}"}
-    without_effect = {"top_p": 1, "top_k": 0}
-    parts = []
-    for column, text in names.items():
-        values = table[column].dropna().unique().tolist() if column in table else []
-        if values and values != [without_effect.get(column)]:
-            parts.append(text.format(" / ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)))
-    return "; ".join(filter(None, [", ".join(parts), note]))
-
-
-# ---- figures and axes ----
-
-def panel_grid(counts: list[int], height: float) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with one row of panels per count, each row `height` inches high; returns its axes row by row."""
-    columns = max(counts)
-    figure = Figure(figsize=(COLUMN_INCHES if columns == 1 else PAGE_INCHES, len(counts) * height), layout="constrained")
-    axes = figure.subplots(len(counts), columns, squeeze=False)
-    for axis in itertools.chain.from_iterable(row[count:] for row, count in zip(axes, counts, strict=True)):
-        axis.remove()
-    return figure, [list(row[:count]) for row, count in zip(axes, counts, strict=True)]
-
-
-def row_counts(count: int, most: int) -> list[int]:
-    """Lengths of even rows of at most `most` panels: 6 in rows of 4 -> [3, 3], 7 -> [4, 3]."""
-    columns = -(-count // -(-count // most))
-    return [min(columns, count - first) for first in range(0, count, columns)]
-
-
-def head_line(figure: Figure, text: str) -> None:
-    """A grey line at the head of a figure that is not laid out yet."""
-    characters = int(20 * figure.get_figwidth())
-    figure.suptitle(textwrap.fill(text, characters), x=0.01, ha="left", fontsize=7, color=GREY)
-
-
-def layer_axis(axis: Axes, layers: Iterable[int]) -> None:
-    """An x axis of exit layers: whole numbers only, the evaluated ones where they fit."""
-    layers = sorted(set(layers))
-    axis.set_xlabel("exit layer ℓ (0-based)")
-    axis.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
-    axis.xaxis.set_major_locator(ticker.FixedLocator(layers) if len(layers) <= 9 else ticker.MaxNLocator(8, integer=True))
-
-
-def scale_axis(axis: Axes, name: str, values: pd.Series, log_range: float = LOG_RANGE) -> None:
-    """Make axis `name` ("x" or "y") logarithmic where `values` span `log_range`; linear near 0 where some are (almost) 0."""
-    if values.max() <= log_range * values.min():
-        return
-    set_scale, which = getattr(axis, f"set_{name}scale"), getattr(axis, f"{name}axis")
-    if values.min() < 1e-3:
-        set_scale("symlog", linthresh=1e-2)
-    else:
-        set_scale("log")
-        which.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if values.max() < 300 * values.min() else (1,)))
-    which.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    which.set_minor_locator(ticker.NullLocator())
-
-
-def label_y(axis: Axes, label: str) -> None:
-    """Name the y axis; shares are written as percentages where the label says "(%)"."""
-    axis.set_ylabel(label)
-    if label.endswith("(%)"):
-        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda share, _: f"{round(100 * share, 6):g}"))
-
-
-# ---- labels ----
-
-def label_ends(figure: Figure, labels: dict[Axes, list[tuple[str, float, Look]]]) -> None:
-    """Write (text, y, look) beside the right edge of each axes at the height of its line's end, moved apart."""
-    texts = {axis: [_end_label(axis, *label) for label in labels[axis]] for axis in labels}
-    settle(figure)
-    for axis, pairs in texts.items():
-        box = axis.get_window_extent()
-        gap = LABEL_GAP * pixels_per_point(figure)
-        heights = spread([axis.transData.transform((0, text.get_position()[1]))[1] for text, _ in pairs], gap, box.y0, box.y1)
-        for (text, marker), height in zip(pairs, heights, strict=True):
-            share = (height - box.y0) / box.height
-            text.set(y=share, transform=beside(axis, 18))
-            marker.set(ydata=[share])
-
-
-def _end_label(axis: Axes, text: str, y: float, look: Look) -> tuple[Text, Line2D]:
-    label = axis.text(1, y, text, color=look.ink, va="center", transform=beside(axis, 18, axis.get_yaxis_transform()))
-    marker = Line2D([1], [0.5], color=look.color, marker=look.marker, transform=beside(axis, 12), clip_on=False)
-    axis.add_artist(marker)
-    return label, marker
-
-
-def beside(axis: Axes, points: float, transform: Transform | None = None) -> Transform:
-    """`transform` (by default that of the axes' shares), moved `points` to the right."""
-    return (transform or axis.transAxes) + ScaledTranslation(points / POINTS_PER_INCH, 0, axis.figure.dpi_scale_trans)
-
-
-def spread(centres: list[float], gap: float, low: float, high: float) -> list[float]:
-    """`centres` moved as little as needed to lie `gap` apart, in the same order, from `low` upwards to `high`."""
-    order = np.argsort(centres, kind="stable")
-    placed = np.array(centres, float)[order]
-    for index in range(len(placed)):
-        placed[index] = max(placed[index], placed[index - 1] + gap if index else low)
-    for index in reversed(range(len(placed))):
-        placed[index] = min(placed[index], placed[index + 1] - gap if index + 1 < len(placed) else high)
-    return placed[np.argsort(order)].tolist()
-
-
-def label_points(axis: Axes, rows: pd.DataFrame, columns: tuple[str, str], texts: list[str]) -> None:
-    """Write `texts` beside the points of `rows`: for each point, from the top down, the nearest free place.
-
-    Labels that find no free place are left out, with a printed line. Needs a settled figure.
-    """
-    values = rows[list(columns)].to_numpy(float)
-    points = axis.transData.transform(values)
-    pixels, obstacles, lines, left_out = pixels_per_point(axis.figure), drawn_boxes(axis), np.empty((0, 4)), []
-    for index in np.lexsort((points[:, 0], -points[:, 1])):
-        look = STAGES[rows["kind"].iloc[index]]
-        style = {"fontsize": 7, "color": look.ink, "va": "bottom", "gid": "label"}
-        label = axis.annotate(texts[index], values[index], textcoords="offset points", xytext=(0, 0), **style)
-        others = np.delete(points, index, axis=0)
-        place = free_place(points[index], label.get_window_extent().size, axis, others=others, obstacles=obstacles, lines=lines)
-        label.remove()
-        if place is None:
-            left_out.append(texts[index])
-            continue
-        box, anchor, leader = place
-        arrow = {"arrowstyle": "-", "color": look.color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": anchor} if len(leader) else None
-        axis.annotate(texts[index], values[index], textcoords="offset points", xytext=(box[:2] - points[index]) / pixels, arrowprops=arrow, **style)
-        lines = np.vstack([lines, leader, box + pixels * np.array([-1, -1, 1, 1])])
-        obstacles = np.vstack([obstacles, lines])
-    if left_out:
-        print(f"plots: {len(left_out)} of {len(texts)} points without a label, for want of room: {', '.join(left_out)}")
-
-
-def free_place(
-    point: np.ndarray, size: np.ndarray, axis: Axes, *, others: np.ndarray, obstacles: np.ndarray, lines: np.ndarray,
-) -> tuple[np.ndarray, tuple[float, float], np.ndarray] | None:
-    """The nearest place around `point` (2,) for a text of `size` (2,), in pixels; None where there is none.
-
-    A place is free when it lies within the axes and touches none of the boxes `obstacles` (n, 4). One farther off
-    than 8 points gets a leader, which may touch none of `lines` (n, 4), the labels and leaders placed before, and no
-    marker at `others` (n, 2); one without must lie clearly nearer to `point` than to those. Returns the place (4,), its
-    corner nearest to the point (as shares of its size) and boxes (n, 4) along the leader.
-    """
-    pixels, frame = pixels_per_point(axis.figure), axis.get_window_extent()
-    crossed = np.vstack([lines, around(others, 2.5 * pixels)])
-    for distance, angle in itertools.product((5, 8, 12, 16, 20, 25, 30, 37, 45), range(0, 360, 15)):
-        direction = np.round([np.cos(np.radians(angle)), np.sin(np.radians(angle))], 6)
-        near = point + distance * pixels * direction
-        anchor = (1 - np.sign(direction)) / 2
-        low = near - size * anchor
-        box = np.concatenate([low, low + size])
-        leader = along([point + 6 * pixels * direction, near], pixels) if distance > 8 else np.empty((0, 4))
-        inside = (box[:2] >= frame.min).all() and (box[2:] <= frame.max).all()
-        nearest = len(leader) > 0 or (gaps(box, others) > (distance + CLEARER) * pixels).all()
-        if inside and nearest and not touch(box[None], obstacles) and not touch(leader, crossed):
-            return box, tuple(anchor), leader
-    return None
-
-
-def gaps(box: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Distances (n,) from `box` (4,) to `points` (n, 2)."""
-    return np.hypot(*np.maximum(0, np.maximum(box[:2] - points, points - box[2:])).T)
-
-
-def touch(boxes: np.ndarray, others: np.ndarray) -> bool:
-    """Whether any of `boxes` (m, 4) overlaps any of `others` (n, 4); a box is left, bottom, right, top."""
-    apart = (boxes[:, None, :2] >= others[None, :, 2:]) | (boxes[:, None, 2:] <= others[None, :, :2])  # (m, n, 2)
-    return bool((~apart.any(axis=-1)).any())
-
-
-def drawn_boxes(axis: Axes) -> np.ndarray:
-    """Boxes (n, 4), in pixels, around all lines, markers, intervals and texts that `axis` shows."""
-    pixels = pixels_per_point(axis.figure)
-    boxes = [text.get_window_extent().extents[None] for text in axis.texts]
-    for line in axis.lines:
-        vertices = line.get_transform().transform_path(line.get_path()).vertices
-        if line.get_marker() != "None":
-            boxes.append(around(vertices, 2.5 * pixels))
-        if line.get_linestyle() != "None":
-            boxes.append(along(vertices, pixels))
-    for bars in axis.collections:
-        boxes += [along(bars.get_transform().transform_path(path).vertices, pixels) for path in bars.get_paths()]
-    return np.vstack(boxes)
-
-
-def around(places: np.ndarray, radius: float) -> np.ndarray:
-    """Boxes (n, 4) that reach `radius` around `places` (n, 2)."""
-    return np.hstack([places - radius, places + radius])
-
-
-def along(vertices: Sequence[np.ndarray], radius: float) -> np.ndarray:
-    """Boxes (n, 4) that reach `radius` around the line through `vertices` (m, 2)."""
-    pieces = [np.empty((0, 2))]
-    for start, end in itertools.pairwise(vertices):
-        if np.isfinite([start, end]).all():
-            pieces.append(np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / (2 * radius))))
-    return around(np.vstack(pieces), radius)
-
-
-def pixels_per_point(figure: Figure) -> float:
-    return figure.dpi / POINTS_PER_INCH
-
-
-def settle(figure: Figure) -> None:
-    """Lay the figure out once and for all, so that labels can be placed in pixels."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-
-
-def stage_legend(figure: Figure, stages: Iterable[str]) -> None:
-    """A row of stages below the figure, for panels that have no room for direct labels."""
-    keys = [Line2D([], [], color=STAGES[stage].color, marker=STAGES[stage].marker, linestyle="none", label=stage) for stage in stages]
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), handletextpad=0.2, columnspacing=1.2)
-
-
 # ---- figures with the layer on the x axis ----
 
-@dataclass(frozen=True)
-class Panel:
-    """One column of the table against the layer."""
-
-    column: str
-    label: str
-    rows: pd.DataFrame
-    title: str = ""
-    wide_range: bool = False
+LineEnds = dict[str, tuple[float, Look]]  # of each series its value at the last layer
 
 
 def quality_by_layer(table: pd.DataFrame) -> Figure | None:
@@ -437,8 +176,8 @@ def panels_with_numbers(panels: list[Panel], figure_name: str) -> list[Panel]:
     return [panel for panel in panels if not panel.rows.empty]
 
 
-def layer_figure(grid: list[list[Panel]], draw: Callable[[Axes, Panel], dict[str, float]], head: str) -> Figure | None:
-    """One row of panels per row of `grid`; stages are named beside the last panel where all of them end there."""
+def layer_figure(grid: list[list[Panel]], draw: Callable[[Axes, Panel], LineEnds], head: str) -> Figure | None:
+    """One row of panels per row of `grid`; few series are named beside the last panel where all of them end there, others below."""
     grid = [panels for panels in grid if panels]
     if not grid:
         return None
@@ -447,16 +186,18 @@ def layer_figure(grid: list[list[Panel]], draw: Callable[[Axes, Panel], dict[str
     labels = {}
     for row, panels in zip(axes, grid, strict=True):
         ends = [draw(axis, panel) for axis, panel in zip(row, panels, strict=True)]
-        labels[row[-1]] = [(stage, y, STAGES[stage]) for stage, y in ends[-1].items()]
-    stages = [stage for stage in STAGES if any(stage in set(panel.rows["kind"]) for panel in itertools.chain(*grid))]
-    if all(len(named) == len(stages) for named in labels.values()):
+        labels[row[-1]] = [(name, y, look) for name, (y, look) in ends[-1].items()]
+    every = pd.concat([panel.rows for panel in itertools.chain(*grid)])
+    count = every["series"].nunique()
+    if count <= MAX_NAMED_LINES and all(len(named) == count for named in labels.values()):
         label_ends(figure, labels)
     else:
-        stage_legend(figure, stages)
+        figure.set_figheight(figure.get_figheight() + 0.35)
+        series_legend(figure, every)
     return figure
 
 
-def draw_quality(axis: Axes, panel: Panel) -> dict[str, float]:
+def draw_quality(axis: Axes, panel: Panel) -> LineEnds:
     for value in panel.rows.loc[panel.rows["kind"] == "target", panel.column]:
         axis.axhline(value, color=STAGES["target"].color, linewidth=0.7, linestyle=(0, (4, 3)), zorder=1)
     if panel.wide_range:
@@ -464,39 +205,31 @@ def draw_quality(axis: Axes, panel: Panel) -> dict[str, float]:
     return draw_layers(axis, panel)
 
 
-def draw_acceptance(axis: Axes, panel: Panel) -> dict[str, float]:
+def draw_acceptance(axis: Axes, panel: Panel) -> LineEnds:
     ends = draw_layers(axis, panel, interval=True)
     axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # so that markers at 0 are whole
     return ends
 
 
-def draw_layers(axis: Axes, panel: Panel, *, interval: bool = False) -> dict[str, float]:
-    """A line with markers per stage, through the last row of each layer; returns each stage's value at its last layer."""
-    stages, ends = by_stage(panel.rows), {}
-    for index, (stage, rows) in enumerate(stages):
-        look, last = STAGES[stage], last_of_layer(rows)
-        dodge = 0.1 * (index - (len(stages) - 1) / 2) if interval else 0.0  # so that intervals stay apart
-        axis.plot(last["target_layer"] + dodge, last[panel.column], color=look.color)
+def draw_layers(axis: Axes, panel: Panel, *, interval: bool = False) -> LineEnds:
+    """A line with markers per series, through the last row of each layer; that of a model, which has no layer, is horizontal."""
+    series, ends = by_series(panel.rows), {}
+    apart = min([0.9, *np.diff(np.unique(panel.rows["target_layer"].dropna()))])
+    step = min(0.1, 0.8 * apart / len(series)) if interval else 0.0  # so that intervals stay apart
+    for index, (name, look, rows) in enumerate(series):
+        last, dodge = last_of_layer(rows), step * (index - (len(series) - 1) / 2)
+        axis.plot(last["target_layer"] + dodge, last[panel.column], color=look.color, linestyle=look.dashes)
         draw_points(axis, rows, (rows["target_layer"] + dodge, panel.column), interval=interval)
-        ends[stage] = last[panel.column].iloc[-1]
+        for value in rows.loc[rows["target_layer"].isna(), panel.column]:
+            axis.axhline(value, color=look.color, linewidth=0.9)
+        ends[name] = [*rows[panel.column], *last[panel.column]][-1], look
     layer_axis(axis, panel.rows["target_layer"])
     label_y(axis, panel.label)
     axis.set_title(panel.title)
     return ends
 
 
-def draw_points(axis: Axes, rows: pd.DataFrame, at: tuple[pd.Series, str], *, interval: bool) -> None:
-    """Markers of one stage's `rows` at (x values, y column), with the 95 % interval of y where asked for."""
-    look = STAGES[rows["kind"].iloc[0]]
-    lengths = interval_lengths(rows, at[1]) if interval else None
-    size = {"markersize": 2.5} if len(rows) > 16 else {}  # so that markers of a deep model stay apart
-    axis.errorbar(at[0], rows[at[1]], yerr=lengths, fmt=look.marker, color=look.color, elinewidth=0.8, capsize=1.5, **size)
-
-
 # ---- figures with one point per draft ----
-
-MEASURED_TAU = "spec_tokens_per_call"
-
 
 def speedup_vs_quality(table: pd.DataFrame) -> Figure | None:
     """KL to the target against measured speedup, a panel per quality data set, with the Pareto front."""
@@ -517,29 +250,22 @@ def point_figure(
     panels = [(column, rows) for column, rows in panels if not rows.empty]
     if not panels:
         return None
-    with_stage = max(len(rows) for _, rows in panels) <= MAX_LABELS_WITH_STAGE
+    most = max(len(rows) for _, rows in panels)
     figure, axes = panel_grid(row_counts(len(panels), 2), 3.1)
-    if len(panels) == 1 and len(panels[0][1]) > MAX_POINTS_IN_COLUMN:
-        figure.set_size_inches(WIDE_INCHES, 4)
+    if len(panels) == 1 and most > MAX_POINTS_IN_COLUMN:
+        figure.set_size_inches(*((WIDE_INCHES, 4) if most <= MAX_POINTS_IN_WIDE else (PAGE_INCHES, 4.6)))
     for axis, (column, rows) in zip(itertools.chain(*axes), panels, strict=True):
-        for _, points in by_stage(rows):
+        for _, _, points in by_series(rows):
             draw_points(axis, points, (points[column], "spec_speedup"), interval=True)
         draw(axis, rows, column)
     head_line(figure, settings_line(table, interval_note(panels[0][1], "spec_speedup", name)))
-    if not with_stage:
-        stage_legend(figure, [stage for stage, _ in by_stage(pd.concat([rows for _, rows in panels]))])
+    suffix = "series" if most <= MAX_LABELS_WITH_SERIES else None
+    if suffix is None:
+        series_legend(figure, pd.concat([rows for _, rows in panels]))
     settle(figure)
     for axis, (column, rows) in zip(itertools.chain(*axes), panels, strict=True):
-        label_points(axis, rows, (column, "spec_speedup"), point_names(rows, with_stage=with_stage))
+        label_points(axis, rows, (column, "spec_speedup"), point_names(rows, suffix))
     return figure
-
-
-def point_names(rows: pd.DataFrame, *, with_stage: bool) -> list[str]:
-    """"ℓ3 head" for each row, or "ℓ3"; with the step where a layer and stage has several rows. The target is "target"."""
-    places = zip(rows["target_layer"], rows["kind"], strict=True)
-    names = ["target" if stage == "target" else f"ℓ{layer} {stage}" if with_stage else f"ℓ{layer}" for layer, stage in places]
-    repeated = rows.duplicated(["target_layer", "kind"], keep=False) & rows["step"].notna()
-    return [f"{name} @{step:g}" if again else name for name, step, again in zip(names, rows["step"], repeated, strict=True)]
 
 
 def draw_pareto(axis: Axes, rows: pd.DataFrame, column: str) -> None:
@@ -550,7 +276,7 @@ def draw_pareto(axis: Axes, rows: pd.DataFrame, column: str) -> None:
     left, right = axis.get_xlim()
     front = pareto_front(rows, column, "spec_speedup")
     best = front["spec_speedup"].tolist()
-    axis.plot([*front[column], right], [*best, best[-1]], color=GREY, linewidth=0.9, drawstyle="steps-post", zorder=1)
+    draw_steps_up(axis, [*front[column], right], [*best, best[-1]])
     axis.set(xlim=(left, right), xlabel=f"KL(p‖q) on {column.removesuffix('_kl')} (nats/token)", ylabel="measured speedup over vanilla (×)")
     upper, lower = ("Pareto front", "vanilla") if best[-1] > 1 else ("vanilla", "Pareto front")
     place = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points", "ha": "right", "fontsize": 7, "color": GREY}
@@ -584,10 +310,10 @@ def potential_vs_tokens_per_call(table: pd.DataFrame) -> Figure | None:
     every = pd.concat([panel.rows for _, panel in pairs])
     note = interval_note(every, MEASURED_TAU, "potential_vs_tokens_per_call")
     head_line(figure, settings_line(table, "; ".join(filter(None, [note, "ρ: Spearman's, with its 95 % interval over drafts"]))))
-    stage_legend(figure, [stage for stage, _ in by_stage(every)])
+    series_legend(figure, every)
     settle(figure)
     for axis, panel in pairs:
-        label_points(axis, panel.rows, (panel.column, MEASURED_TAU), point_names(panel.rows, with_stage=False))
+        label_points(axis, panel.rows, (panel.column, MEASURED_TAU), point_names(panel.rows, None))
     return figure
 
 
@@ -606,7 +332,7 @@ def ranked_panels(drafts: pd.DataFrame, dataset: str) -> list[Panel]:
 
 def draw_potential(axis: Axes, panel: Panel) -> None:
     """Measured τ with its interval, a marker per draft, and the rank correlation in the title."""
-    for _, points in by_stage(panel.rows):
+    for _, _, points in by_series(panel.rows):
         draw_points(axis, points, (points[panel.column], MEASURED_TAU), interval=True)
     if panel.wide_range:
         scale_axis(axis, "x", panel.rows[panel.column], log_range=1)
@@ -635,62 +361,101 @@ def rank_correlation(x: pd.Series, y: pd.Series, seed: int = 0) -> tuple[float, 
 # ---- small multiples of rounds ----
 
 def acceptance_histograms(table: pd.DataFrame) -> Figure | None:
-    """A panel per layer: the share of rounds in which 0, 1, ... γ drafted tokens were accepted, stages side by side."""
+    """A panel per layer: the share of rounds in which 0, 1, ... γ drafted tokens were accepted, few series side by side or many stacked."""
     columns = numbered_columns(table, "spec_accepted_hist_")
     rows = rows_with(drafts_of(table), columns[:1], "acceptance_histograms")
     rows = rows[rows[columns].sum(axis=1) > 0]
     if rows.empty:
         return None
-    layers = sorted(rows["target_layer"].unique())
-    counts = row_counts(len(layers), 4)
-    figure, axes = panel_grid(counts, 1.3 + 0.7 / len(counts))
-    stages = [stage for stage, _ in by_stage(rows)]
-    for axis, layer in zip(itertools.chain(*axes), layers, strict=True):
-        draw_histograms(axis, rows[rows["target_layer"] == layer], columns, stages)
-        axis.set_title(f"ℓ = {layer}")
-    join_axes(axes, "accepted tokens per round", "rounds (%)")
+    panels = [(f"ℓ = {layer:g}" if layer == layer else "no layer", group) for layer, group in rows.groupby("target_layer", dropna=False)]
+    draw = bar_panels if rows["series"].nunique() <= MAX_BARS else stack_panels
+    figure = draw(panels, columns, [name for name, _, _ in by_series(rows)])
     head_line(figure, settings_line(rows))
-    stage_legend(figure, stages)
     return figure
 
 
-def draw_histograms(axis: Axes, rows: pd.DataFrame, columns: list[str], stages: list[str]) -> None:
-    """Bars per number of accepted tokens, tipped by the stage's marker; where a stage has several rows, its last."""
-    width = 0.8 / len(stages)
-    for stage, points in by_stage(rows):
-        look, counts = STAGES[stage], points[columns].iloc[-1].dropna().to_numpy(float)
-        places = np.arange(len(counts)) + width * (stages.index(stage) - (len(stages) - 1) / 2)
+def bar_panels(panels: list[tuple[str, pd.DataFrame]], columns: list[str], series: list[str]) -> Figure:
+    """A panel with bars side by side per (title, rows)."""
+    counts = row_counts(len(panels), 4)
+    figure, axes = panel_grid(counts, 1.3 + 0.7 / len(counts))
+    for axis, (title, rows) in zip(itertools.chain(*axes), panels, strict=True):
+        draw_bars(axis, rows, columns, series)
+        axis.set_title(title)
+    join_axes(axes, "accepted tokens per round", "rounds (%)")
+    series_legend(figure, pd.concat([rows for _, rows in panels]))
+    return figure
+
+
+def draw_bars(axis: Axes, rows: pd.DataFrame, columns: list[str], series: list[str]) -> None:
+    """Bars per number of accepted tokens, tipped by the series' marker; where a series has several rows, its last."""
+    width = 0.8 / len(series)
+    for name, look, points in by_series(rows):
+        counts = points[columns].iloc[-1].dropna().to_numpy(float)
+        places = np.arange(len(counts)) + width * (series.index(name) - (len(series) - 1) / 2)
         axis.bar(places, counts / counts.sum(), width=0.85 * width, color=look.color)
-        tip = {"color": look.color, "markersize": 3.5, "markeredgecolor": "white", "markeredgewidth": 0.4}  # the bar's end stays visible
-        axis.plot(places[counts > 0], counts[counts > 0] / counts.sum(), look.marker, **tip)
+        tip = {"markersize": 3.5, "markeredgecolor": "white", "markeredgewidth": 0.4}  # the bar's end stays visible
+        axis.plot(places[counts > 0], counts[counts > 0] / counts.sum(), linestyle="none", **look.marks | tip)
     axis.xaxis.set_major_locator(ticker.MaxNLocator(9, integer=True))
     axis.grid(visible=False, axis="x")
 
 
+def stack_panels(panels: list[tuple[str, pd.DataFrame]], columns: list[str], series: list[str]) -> Figure:
+    """A panel per (title, rows) with a stacked bar per series, which are named at the left."""
+    counts = row_counts(len(panels), 4)
+    figure, axes = panel_grid(counts, 0.55 + 0.15 * len(series))
+    figure.set_size_inches(PAGE_INCHES, figure.get_figheight() + 0.6)
+    for axis, (title, rows) in zip(itertools.chain(*axes), panels, strict=True):
+        draw_stacks(axis, rows, columns, series)
+        axis.set(title=title, xlim=(0, 1), ylim=(len(series) - 0.4, -0.6), yticks=[])
+        axis.xaxis.set_major_locator(ticker.FixedLocator([0, 0.5, 1]))
+        axis.xaxis.set_major_formatter(ticker.PercentFormatter(1, symbol=""))
+    for row, following in itertools.zip_longest(axes, axes[1:], fillvalue=[]):
+        row[0].set_yticks(range(len(series)), series)
+        row[0].tick_params(axis="y", length=0)
+        for axis in row[len(following):]:
+            axis.set_xlabel("rounds (%)")
+    steps = mpl.cm.ScalarMappable(mpl.colors.Normalize(-0.5, len(columns) - 0.5), STACK_TONES.resampled(len(columns)))
+    bar = figure.colorbar(steps, ax=list(itertools.chain(*axes)), location="bottom", aspect=50, shrink=0.6, label="accepted tokens per round")
+    bar.ax.grid(visible=False)
+    bar.ax.xaxis.set_major_locator(ticker.MaxNLocator(17, integer=True))
+    return figure
+
+
+def draw_stacks(axis: Axes, rows: pd.DataFrame, columns: list[str], series: list[str]) -> None:
+    """A horizontal bar per series at its place among all `series`; where one has several rows, its last."""
+    style = {"color": STACK_TONES.resampled(len(columns))(range(len(columns))), "height": 0.75, "edgecolor": "white", "linewidth": 0.2}
+    for name, _, points in by_series(rows):
+        counts = points[columns].iloc[-1].fillna(0).to_numpy(float)
+        shares = counts / counts.sum()
+        axis.barh([series.index(name)] * len(columns), shares, left=np.cumsum(shares) - shares, **style)
+    axis.grid(visible=False, axis="y")
+
+
 def acceptance_by_position(table: pd.DataFrame) -> Figure | None:
-    """A panel per stage, a line per draft: accept rate at draft position 1..γ among the rounds that reach it."""
+    """A panel per kind, a line per draft: accept rate at draft position 1..γ among the rounds that reach it."""
     columns = numbered_columns(table, "spec_accept_at_")
-    stages = by_stage(rows_with(drafts_of(table), columns[:1], "acceptance_by_position"))
-    if not stages:
+    rows = rows_with(drafts_of(table), columns[:1], "acceptance_by_position")
+    if rows.empty:
         return None
-    figure, axes = panel_grid(row_counts(len(stages), 3), 2.2)
+    kinds = sorted(rows["kind"].unique(), key=kind_place)
+    figure, axes = panel_grid(row_counts(len(kinds), 3), 2.2 if len(kinds) <= 6 else 1.8)
     labels = {}
-    for axis, (stage, rows) in zip(itertools.chain(*axes), stages, strict=True):
-        labels[axis] = draw_positions(axis, rows, columns)
-        axis.set_title(stage, color=STAGES[stage].ink)
-    join_axes(axes, "draft position", "accept rate where reached (%)")
-    head_line(figure, settings_line(pd.concat([rows for _, rows in stages])))
+    for axis, kind in zip(itertools.chain(*axes), kinds, strict=True):
+        labels[axis] = draw_positions(axis, rows[rows["kind"] == kind], columns)
+        axis.set_title(kind, color=look_of(kind).ink)
+    join_axes(axes, "draft position", "accept rate (%)")
+    head_line(figure, settings_line(rows, "accept rate: of the rounds that reach the position"))
     label_ends(figure, labels)
     return figure
 
 
 def draw_positions(axis: Axes, rows: pd.DataFrame, columns: list[str]) -> list[tuple[str, float, Look]]:
     """A line per row, darker for later layers; returns labels of the lines' ends, of every second, third, ... of many."""
-    labels, layers = [], sorted(rows["target_layer"].unique())
-    for (_, row), name in zip(rows.iterrows(), point_names(rows, with_stage=False), strict=True):
+    labels, share = [], rows["target_layer"].rank(method="dense", pct=True).fillna(1)
+    for (index, row), name in zip(rows.iterrows(), point_names(rows, "run"), strict=True):
         rates = row[columns].astype(float).dropna()
-        look = STAGES[row["kind"]].shaded((layers.index(row["target_layer"]) + 1) / len(layers))
-        axis.plot([int(column.rpartition("_")[2]) for column in rates.index], rates, color=look.color, marker=look.marker)
+        look = replace(look_of(row["kind"]).shaded(share[index]), dashes=row["look"].dashes)
+        axis.plot([int(column.rpartition("_")[2]) for column in rates.index], rates, linestyle=look.dashes, **look.marks)
         labels.append((name, rates.iloc[-1], look))
     axis.xaxis.set_major_locator(ticker.MaxNLocator(9, integer=True))
     return labels[:: -max(1, -(-len(labels) // MAX_END_LABELS))]
@@ -713,7 +478,7 @@ def join_axes(axes: list[list[Axes]], x_label: str, y_label: str) -> None:
 
 # ---- training ----
 
-LOG_COLUMNS = {  # panel title and unit of y
+LOG_COLUMNS = {  # panel title and unit of y; with several validation sets their names stand behind "validation_"
     "loss": ("training loss", "per token"),
     "validation_loss": ("validation loss", "nats/token"),
     "validation_kl": ("validation KL(p‖q)", "nats/token"),
@@ -722,62 +487,92 @@ LOG_COLUMNS = {  # panel title and unit of y
     "validation_top1": ("validation top-1 accuracy", "tokens (%)"),
     "validation_agreement": ("validation top-1 agreement", "tokens (%)"),
 }
-NOT_DRAWN = {"validation_ppl"}  # exp of the cross-entropy
+NOT_DRAWN = "_ppl"  # exp of the cross-entropy
 
 
-def training_curves(logs: list[Path]) -> Figure | None:
-    """A panel for the training loss and one per validation figure, a line per run."""
-    runs = {name: read_train_log(path) for name, path in zip(run_names(logs), logs, strict=True)}
-    found = {column for log in runs.values() for column in log if column == "loss" or column.startswith("validation_")} - NOT_DRAWN
-    columns = [column for column in LOG_COLUMNS if column in found] + sorted(found - set(LOG_COLUMNS))
+def training_curves(logs: list[Path], kinds: dict[Path, str] | None = None) -> Figure | None:
+    """A panel for the training loss and one per validation figure, a line per run; `kinds` of the exits in the logs' folders, where known."""
+    runs = styled_runs(logs, kinds or {})
+    found = {column for log, _ in runs.values() for column in log if column == "loss" or column.startswith("validation_") and log[column].notna().any()}
+    columns = sorted((column for column in found if not column.endswith(NOT_DRAWN)), key=lambda column: log_panel(column)[2:])
     if not columns:
         print("plots: training_curves: left out, no training log with a loss")
         return None
     figure, axes = panel_grid(row_counts(len(columns), 3), 2.1)
-    looks = dict(zip(runs, itertools.cycle(RUN_LOOKS)))
     for axis, column in zip(itertools.chain(*axes), columns, strict=True):
-        for name, log in runs.items():
-            draw_run(axis, log, column, looks[name])
-        title, unit = LOG_COLUMNS.get(column, (column.replace("_", " "), ""))
+        for log, look in runs.values():
+            draw_run(axis, log, column, look, many=len(runs) > MANY_RUNS)
+        title, unit, *_ = log_panel(column)
         axis.set(xlabel="optimizer step", title=title)
         label_y(axis, unit)
-    keys = [Line2D([], [], color=look.color, marker=look.marker, label=name) for name, look in looks.items()]
-    figure.legend(handles=keys, loc="outside lower center", ncols=2 if len(keys) > 1 else 1)
+    legend_below(figure, [Line2D([], [], linestyle=look.dashes, label=name, **look.marks) for name, (_, look) in runs.items()])
     return figure
 
 
-def run_names(logs: list[Path]) -> list[str]:
-    """The folder of each log, by its whole path where two folders have one name."""
-    names = [path.parent.name for path in logs]
-    return [name if names.count(name) == 1 else str(path.parent) for name, path in zip(names, logs, strict=True)]
+def log_panel(column: str) -> tuple[str, str, int, str]:
+    """Title, unit of y and place of a log's column."""
+    if column in LOG_COLUMNS:
+        return (*LOG_COLUMNS[column], list(LOG_COLUMNS).index(column), "")
+    source, _, figure = column.removeprefix("validation_").rpartition("_")
+    if f"validation_{figure}" not in LOG_COLUMNS:
+        return column.replace("_", " "), "", len(LOG_COLUMNS), column
+    title, unit, place, _ = log_panel(f"validation_{figure}")
+    return f"{title}, {source}", unit, place, source
 
 
-def draw_run(axis: Axes, log: pd.DataFrame, column: str, look: Look) -> None:
+def styled_runs(logs: list[Path], kinds: dict[Path, str]) -> dict[str, tuple[pd.DataFrame, Look]]:
+    """Name -> log and look of each run. Where the runs are of several kinds, all known, they have their kinds' looks in tones."""
+    names = dict(zip(logs, log_names(logs), strict=True))
+    found = {log: kinds.get(log.parent) or kind_in(log.parent) for log in logs}
+    if len(set(found.values())) == 1 or None in found.values():
+        ordered = sorted(logs, key=lambda log: natural(names[log]))
+        looks = [new_look(RUN_COLORS[n % 7], RUN_MARKERS[(n + n // 7) % 7], dashes=DASHES[n // 7 % len(DASHES)]) for n in range(len(logs))]
+    else:
+        ordered = sorted(logs, key=lambda log: (kind_place(found[log]), natural(names[log])))
+        looks = [look for kind, group in itertools.groupby(ordered, key=found.get) for look in run_looks(look_of(kind), len(list(group)))]
+    return {names[log]: (read_train_log(log), look) for log, look in zip(ordered, looks, strict=True)}
+
+
+def log_names(logs: list[Path]) -> list[str]:
+    """What tells the logs' folders apart: words of their own names where these differ, or else of their paths."""
+    folders = [log.parent.name for log in logs]
+    names = distinct_names([log.parent.parts if len(set(folders)) < len(logs) else (log.parent.name,) for log in logs])
+    return names if all(names) else folders
+
+
+def kind_in(folder: Path) -> str | None:
+    """The kind that a run's folder, or else one around it, has in its name."""
+    return next((str(parts) for part in reversed(folder.parts) for parts in map(kind_parts, words_of(part)) if parts), None)
+
+
+def draw_run(axis: Axes, log: pd.DataFrame, column: str, look: Look, *, many: bool) -> None:
     """One run's `column` by step; a resumed run's repeated steps once. The noisy training loss gets a running mean."""
     if column not in log:
         return
     rows = log.dropna(subset=[column]).drop_duplicates("step", keep="last")
+    style = {"color": look.color, "linestyle": look.dashes}
     if column.startswith("validation_"):
-        axis.plot(rows["step"], rows[column], color=look.color, marker=look.marker)
+        axis.plot(rows["step"], rows[column], markevery=slice(-1, None) if many else None, **look.marks | style)
         return
-    axis.plot(rows["step"], rows[column], color=look.color, linewidth=0.5, alpha=0.35)
+    if not many:
+        axis.plot(rows["step"], rows[column], color=look.color, linewidth=0.5, alpha=0.35)
     smooth = rows[column].rolling(max(1, len(rows) // 20), center=True, min_periods=1).mean()
-    axis.plot(rows["step"], smooth, color=look.color)
+    axis.plot(rows["step"], smooth, **style)
 
 
 # ---- step times ----
 
 STEP_TIMES = "step_times.json"  # made by benchmark_torch_compile.py
 STEP_LOOKS = {
-    "transformers": _look("#000000", "*"),
-    "transformers static": _look("#999999", "v"),
-    "transformers+compile default": _look("#E69F00", "^"),
-    "transformers+compile reduce-overhead": _look("#D55E00", "s"),
-    "transformers+compile max-autotune": _look("#CC79A7", "v"),
-    "transformers+compile max-autotune-no-cudagraphs": _look("#F0E442", "^"),
-    "engine": _look("#0072B2", "o"),
-    "engine torch": _look("#56B4E9", "D"),
-    "engine+graph": _look("#009E73", "D"),
+    "transformers": new_look("#000000", "*"),
+    "transformers static": new_look("#999999", "v"),
+    "transformers+compile default": new_look("#E69F00", "^"),
+    "transformers+compile reduce-overhead": new_look("#D55E00", "s"),
+    "transformers+compile max-autotune": new_look("#CC79A7", "v"),
+    "transformers+compile max-autotune-no-cudagraphs": new_look("#F0E442", "^"),
+    "engine": new_look("#0072B2", "o"),
+    "engine torch": new_look("#56B4E9", "D"),
+    "engine+graph": new_look("#009E73", "D"),
 }
 
 
@@ -837,7 +632,7 @@ FIGURES = {
     figure.__name__: figure
     for figure in (
         quality_by_layer, acceptance_by_layer, speedup_vs_quality, potential_vs_tokens_per_call, acceptance_histograms, predicted_speedup,
-        acceptance_by_position,
+        acceptance_by_position, capacity_pareto, kinds_side_by_side,
     )
 }
 
@@ -855,7 +650,7 @@ def plot_results(folder: Path, train_logs: list[Path] | None = None) -> list[Pat
     with mpl.rc_context(STYLE):
         for name, draw in FIGURES.items():
             written += write_figure(draw(table), folder / "plots" / name)
-        written += write_figure(training_curves(logs), folder / "plots" / "training_curves")
+        written += write_figure(training_curves(logs, tuned_folders(table)), folder / "plots" / "training_curves")
     return written
 
 
@@ -867,21 +662,10 @@ def plot_step_times(folder: Path) -> list[Path]:
         return write_figure(step_times(rows), folder / "plots" / "step_times")
 
 
-def write_figure(figure: Figure | None, stem: Path) -> list[Path]:
-    """`figure` as PNG and PDF, without a date, so that equal results make equal files."""
-    paths = {stem.with_suffix(".png"): {}, stem.with_suffix(".pdf"): {"CreationDate": None}}
-    for path, metadata in paths.items():
-        if figure is None:
-            path.unlink(missing_ok=True)
-        else:
-            figure.savefig(path, metadata=metadata)
-    return list(paths) if figure else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results_dir", type=Path, help=f"folder that holds results.csv or {STEP_TIMES}")
-    parser.add_argument("--train_logs", type=Path, nargs="*", help="train_log.jsonl files (default: those beside the checkpoints)")
+    parser.add_argument("--train_logs", type=Path, nargs="*", help="train_log.csv files (default: those beside the checkpoints)")
     args = parser.parse_args()
     has_step_times = (args.results_dir / STEP_TIMES).exists()
     for path in plot_step_times(args.results_dir) if has_step_times else plot_results(args.results_dir, args.train_logs):

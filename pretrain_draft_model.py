@@ -29,11 +29,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_utils import EncodeOptions, PackedBatches, encode_prompt
+from processes import Processes
 from results import make_output_dir, read_config, record_run
 from row_files import describe_skipped
 from target_model import DeviceArgs, load_config, load_tokenizer, tokenizer_hash
 from text_datasets import find_dataset, fingerprint, open_stream
-from training_loop import TrainingArgs, TrainingTask, check_same_run, print_if_finished, run_training
+from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -63,11 +64,14 @@ class Args(TrainingArgs, DeviceArgs):
     max_position_embeddings: int = field(default=2048, metadata={"help": "longest context"})
     tie_word_embeddings: bool = field(default=False, metadata={"help": "one tensor for embeddings and head"})
     rope_scaling_factor: float | None = field(default=None, metadata={"help": "Llama-3 RoPE scaling by this factor (default: none)"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of AdamW"})
     weight_decay: float = field(default=0.1, metadata={"help": "of AdamW, on matrices only"})
 
     def check(self) -> None:
         super().check()
         self.check_device()
+        if self.learning_rate <= 0:
+            raise UserError(f"--learning_rate {self.learning_rate}: must be positive")
         if (self.init == "scratch") != (self.init_from is None):
             raise UserError(f"--init {self.init} {'takes no' if self.init_from else 'needs'} --init_from")
         if (self.tokenizer_path or self.init_from) is None and self.train_tokenizer_size is None:
@@ -183,6 +187,8 @@ class Pretraining:
         self.batches = PackedBatches(self.streams, options)
         self.validation = list(islice(PackedBatches(self.held_out, options), VALIDATION_BATCHES))
         self.batch_loss = torch.compile(self._batch_loss) if args.torch_compile else self._batch_loss
+        optimizer = make_optimizer(self.model, args)
+        self.learner = Learner("", folder, list(self.model.parameters()), optimizer, args.learning_rate, self.save)
 
     def count(self, batch: dict) -> int:
         return batch["input_ids"][:, 1:].numel()
@@ -193,17 +199,19 @@ class Pretraining:
             logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1]
         return cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="sum")
 
-    def loss(self, batch: dict) -> tuple[torch.Tensor, dict]:
-        return self.batch_loss(batch["input_ids"].to(self.device)), {}
+    def learn(self, batch: dict, scale: float) -> list[dict[str, torch.Tensor]]:
+        loss = self.batch_loss(batch["input_ids"].to(self.device))
+        (scale * loss).backward()
+        return [{"loss": loss}]
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> None:
         """Token-mean loss on held-out text; prints greedy samples."""
         self.model.eval()
         total = sum(float(self._batch_loss(batch["input_ids"].to(self.device))) for batch in self.validation)
         self._print_samples()
         self.model.train()
-        return {"validation_loss": total / sum(self.count(batch) for batch in self.validation)}
+        self.learner.validation = {"validation_loss": total / sum(self.count(batch) for batch in self.validation)}
 
     def _print_samples(self) -> None:
         for example in islice(self.held_out[0].rest_of_epoch(), NUM_SAMPLES):
@@ -225,24 +233,33 @@ class Pretraining:
         return final
 
     def task(self) -> TrainingTask:
-        return TrainingTask(self.model, make_optimizer(self.model, self.args), self.batches, self.count, self.loss, self.validate, self.save)
+        return TrainingTask([self.learner], self.batches, self.count, self.learn, self.validate, ("validation_loss",))
 
 
 def main() -> int:
     args = parse_args(Args)
     args.check()
     folder = make_output_dir(args.output_dir)
+    with only_writer(folder):
+        return pretrain(args, folder)
+
+
+def pretrain(args: Args, folder: Path) -> int:
+    """The run in `folder`: begun, continued, or finished already."""
     check_same_run(folder, args, {})
     if print_if_finished(folder):
         return 0
     if read_config(folder) is None and (folder / "tokenizer").exists():
         raise UserError(f"{folder} holds a tokenizer but no run; choose another --output_dir, or delete it")
     tokenizer = make_tokenizer(args, folder)
+    processes = Processes(args.resolve()[0])
+    if processes.count > 1:
+        raise UserError("pretraining runs in one process; start it without accelerate launch")
     pretraining = Pretraining(args, folder, tokenizer)
     facts = {"data": [fingerprint(stream) for stream in pretraining.streams], "tokenizer_hash": tokenizer_hash(tokenizer)}
     check_same_run(folder, args, facts)
     record_run(folder, args, {**facts, "parameters": sum(p.numel() for p in pretraining.model.parameters())})
-    status = run_training(pretraining.task(), args, folder)
+    status = run_training(pretraining.task(), args, folder, processes)
     for stream in pretraining.streams:
         print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {describe_skipped(stream.skipped)}", file=sys.stderr)
     return status

@@ -1,4 +1,4 @@
-"""Files that runs leave behind: JSONL and CSV rows, and the record of how a run was made.
+"""Files that runs leave behind: CSV rows, and the record of how a run was made.
 
 Whole files are replaced atomically; rows are appended and flushed, and a torn last line (a killed process) is
 dropped when read.
@@ -6,10 +6,12 @@ dropped when read.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -18,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from command_line import UserError
+from command_line import UserError, first_line
 
 import pandas as pd
 
@@ -36,24 +38,35 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def append_jsonl(path: Path, row: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def append_csv(path: Path, row: dict, columns: list[str]) -> None:
+    """Append `row` to the table of `columns` at `path`, which begins with their names; a number that the row lacks stays empty."""
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of `path` ([] where there is no file); a last line that is cut off is left out."""
+def read_csv_log(path: Path) -> pd.DataFrame:
+    """The rows of a table that `append_csv` made; a last line that is cut off is left out."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        return pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UserError(f"{path} is no table of a training run ({first_line(error)}); mend or delete it") from error
+
+
+def drop_later_rows(path: Path, step: int) -> None:
+    """Cut a log back to `step` (0: nothing stays): what a killed run logged after its last save will be logged again."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON ({error.msg}); mend or delete it") from error
-    return rows
+        return
+    if step == 0:
+        path.unlink()
+        return
+    header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
+    write_text(path, "".join([header, *kept]))
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -2,7 +2,8 @@
 
 A data set is a `TextDataset` record: how its rows are found and how one row becomes an *example*. An example is
 `{"messages": [{"role", "content"}, ...]}` (a chat), `{"text": ...}` (plain text), and may carry `"loss_on":
-"assistant"` where the data set itself says which part is learned.
+"assistant"` where the data set itself says which part is learned. Examples of a mixture carry `"source"`, the index of
+the stream that they came from.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
+import sys
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -20,6 +24,7 @@ from pathlib import Path
 from command_line import UserError, first_line, import_optional
 
 import torch
+from tqdm import tqdm
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
@@ -42,6 +47,10 @@ class TextDataset:
     The place is `make_rows(split)`, or the hub: `hub_splits` gives the hub's split expression for each of SPLITS.
     Where the hub has nothing but a train split and streams it, the hash of the column `split_key` decides a row's
     split. A set that is not `cut` has the same rows in every split: prompts that are never trained on.
+
+    Where one example is spread over several rows, `assemble(rows)` makes one row of them. It sees all rows of a place
+    at once, so such a set is not streamed, and it comes before rows are cut into splits, so that no example is torn:
+    splits that name the same hub split share it by FILE_SHARE.
     """
 
     name: str
@@ -53,6 +62,7 @@ class TextDataset:
     streaming: bool = False
     split_key: str | None = None
     make_rows: Callable[[str], list[dict]] | None = None
+    assemble: Callable[[Iterable], list[dict]] | None = None
     cut: bool = True
 
 
@@ -71,13 +81,20 @@ class ExampleStream:
 
     `rows` is a sequence, or a hub stream (a `datasets.IterableDataset`), which is shuffled through a buffer only.
     `position` counts the raw rows that were consumed; a stream that starts at a saved position continues exactly (a
-    hub stream reads again what it passes over). Unusable rows are counted by reason in `skipped`.
+    hub stream reads again what it passes over). Unusable rows are counted by reason in `skipped`. The end of an epoch
+    is told on stderr, unless `quiet`.
     """
 
     def __init__(self, dataset: TextDataset, rows: Sequence[dict], seed: int, shuffle: bool = True) -> None:
         self.dataset, self.rows, self.seed, self.shuffle = dataset, rows, seed, shuffle
         self.position = {"epoch": 0, "row": 0}
         self.skipped: Counter[str] = Counter()
+        self.quiet = False
+
+    @property
+    def streams(self) -> list[ExampleStream]:
+        """The streams that an example's source counts through: this one alone (see MixedStream)."""
+        return [self]
 
     @property
     def num_rows(self) -> int | None:
@@ -92,7 +109,14 @@ class ExampleStream:
                 yield example
             if not found_any:
                 raise UserError(f"--dataset {self.dataset.name}: no usable example; {describe_skipped(self.skipped)}")
+            if not self.quiet:
+                self._tell_end_of_epoch()
             self.position = {"epoch": self.position["epoch"] + 1, "row": 0}
+
+    def _tell_end_of_epoch(self) -> None:
+        # Rows, not examples: a stream that was resumed cannot know how many rows were skipped before.
+        epoch, rows = self.position["epoch"] + 1, self.position["row"]
+        tqdm.write(f"{self.dataset.name}: epoch {epoch} ends after {rows:,} rows; the data begin anew", file=sys.stderr)
 
     def rest_of_epoch(self) -> Iterator[dict]:
         """The usable examples from the current position to the end of the epoch."""
@@ -118,6 +142,58 @@ class ExampleStream:
             order = torch.randperm(self.num_rows, generator=generator).tolist()
         for index in order[start:]:
             yield self.rows[index]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a MixedStream draws from: its sources' names, joined by "+", and their shares, which sum to 1."""
+
+    name: str
+    shares: tuple[float, ...]
+
+
+class MixedStream:
+    """An endless, resumable stream that draws each example from one of several streams, at random by `weights`.
+
+    Example number n comes from a source that a hash of (seed, n) decides, so the choice needs no state and is the same
+    in every run. Each source keeps its own position and epochs, and its length need not be known. Every example
+    carries `"source"`, the index of its stream. The shares are of examples, not of tokens. `position` counts the drawn
+    examples as `row`; a stream that starts at a saved position continues exactly.
+    """
+
+    def __init__(self, streams: list[ExampleStream], weights: Sequence[float], seed: int) -> None:
+        shares = tuple(weight / sum(weights) for weight in weights)
+        self.dataset = Mixture("+".join(stream.dataset.name for stream in streams), shares)
+        self.streams, self.seed, self.drawn = streams, seed, 0
+        self._ends = list(accumulate(shares))[:-1]  # of each source's part of [0, 1); the last one ends at 1
+
+    @property
+    def position(self) -> dict:
+        return {"row": self.drawn, "sources": [dict(stream.position) for stream in self.streams]}
+
+    @position.setter
+    def position(self, position: dict) -> None:
+        self.drawn = position["row"]
+        for stream, saved in zip(self.streams, position["sources"], strict=True):
+            stream.position = dict(saved)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Unusable rows of all sources, by source and reason."""
+        return Counter({f"of {s.dataset.name} {reason}": count for s in self.streams for reason, count in s.skipped.items()})
+
+    def source_of(self, number: int) -> int:
+        """Index of the stream that example `number` (0-based) comes from."""
+        digest = hashlib.sha256(f"{self.seed}/{number}".encode()).digest()
+        return bisect(self._ends, int.from_bytes(digest[:8], "big") / 2**64)
+
+    def __iter__(self) -> Iterator[dict]:
+        sources = [iter(stream) for stream in self.streams]
+        while True:
+            source = self.source_of(self.drawn)
+            example = next(sources[source])
+            self.drawn += 1
+            yield {**example, "source": source}
 
 
 def _parse(dataset: TextDataset, row: object) -> dict:
@@ -233,6 +309,10 @@ def _hub_rows(dataset: TextDataset, split: str) -> Sequence[dict]:
         rows = datasets.load_dataset(
             dataset.hub_id, dataset.hub_config, revision=dataset.hub_revision, split=dataset.hub_splits[split], streaming=dataset.streaming
         )
+    if dataset.assemble is not None:
+        rows = dataset.assemble(rows)
+        sharing = [name for name in SPLITS if dataset.hub_splits[name] == dataset.hub_splits[split]]
+        return rows[_share_slice(split, sharing, len(rows))]
     if dataset.split_key is None:
         return rows
     return rows.filter(lambda key: split_of(str(key)) == split, input_columns=[dataset.split_key])
@@ -248,17 +328,26 @@ def _check_reachable(dataset: TextDataset) -> None:
 
 @contextmanager
 def _hub_errors(dataset: TextDataset) -> Iterator[None]:
-    """Turns what `datasets` raises for an unreachable, missing or changed data set into a UserError."""
+    """Turns what `datasets` raises for an unreachable, closed, missing or changed data set into a UserError."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # of the HTTP library that this version of the hub's client uses
 
     try:
         yield
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
+        if re.search(r"\bgated (dataset|repo)", f"{error} {error.__cause__}"):  # `datasets` keeps the hub's own error only at times
+            raise UserError(_how_to_enter(dataset)) from error
         raise UserError(
             f"--dataset {dataset.name}: {dataset.hub_id} could not be read from the hub ({first_line(error.__cause__ or error)}); "
             f"check the network, or give local files of the same form with --dataset_path"
         ) from error
+
+
+def _how_to_enter(dataset: TextDataset) -> str:
+    return (
+        f"--dataset {dataset.name}: {dataset.hub_id} is gated on the hub; agree to its conditions at "
+        f"https://huggingface.co/datasets/{dataset.hub_id} and run: hf auth login, or give local files of the same form with --dataset_path"
+    )
 
 
 def _split_of_files(dataset: TextDataset, split: str, path: str) -> list:
@@ -266,13 +355,13 @@ def _split_of_files(dataset: TextDataset, split: str, path: str) -> list:
     named = {name: [file for file in files if file.stem.startswith(FILE_PREFIXES[name])] for name in SPLITS}
     unnamed = [file for file in files if not any(file in group for group in named.values())]
     if not dataset.cut:
-        rows = _read_all(files)
+        rows = _read_all(dataset, files)
     elif unnamed and len(unnamed) < len(files):
         raise UserError(f"--dataset_path {path}: some files are named by split, but {unnamed[0].name} is not; rename it, or give a glob without it")
     elif split != "train" and named[split]:
-        rows = _read_all(named[split])
+        rows = _read_all(dataset, named[split])
     else:
-        rows = _read_all(unnamed or named["train"])
+        rows = _read_all(dataset, unnamed or named["train"])
         rows = rows[_share_slice(split, [name for name in SPLITS if name == "train" or not named[name]], len(rows))]
     if not rows:
         raise UserError(f"--dataset_path {path}: no rows for the {split} split; give a larger file, or one named {split}.jsonl beside it")
@@ -296,8 +385,9 @@ def _data_files(path: str) -> list[Path]:
     return files
 
 
-def _read_all(files: list[Path]) -> list:
-    return [row for file in files for row in read_rows(file)]
+def _read_all(dataset: TextDataset, files: list[Path]) -> list:
+    rows = [row for file in files for row in read_rows(file)]
+    return rows if dataset.assemble is None else dataset.assemble(rows)
 
 
 def read_rows(path: Path) -> list:

@@ -6,10 +6,11 @@
 #   DRY_RUN=1 bash run_lr_sweep_ultrachat_layer11.sh
 #   bash launch_train_bg.sh lr_sweep bash run_lr_sweep_ultrachat_layer11.sh
 #
-# Tunes the head once for every pair of rate and schedule, then evaluates all of them, with plots. The same command
-# continues an interrupted sweep and skips what is finished.
+# Tunes the head once for every pair of rate and schedule, the rates of a schedule in one pass, then evaluates all of
+# them, with plots. The same command continues an interrupted sweep and skips what is finished; other LEARNING_RATES need
+# another OUTPUT_DIR.
 #
-#   $OUTPUT_DIR/head/layer11_lr5e-5_cosine/  $OUTPUT_DIR/logs/  $EVAL_DIR/results.csv
+#   $OUTPUT_DIR/head/layer11_cosine/lr5e-05/  $OUTPUT_DIR/logs/  $EVAL_DIR/results.csv
 #
 # Settings (environment variables) and their defaults; --help says what they mean:
 #   LAYER=11 LEARNING_RATES="2e-5 5e-5 1e-4" LR_SCHEDULES="linear constant cosine"
@@ -18,7 +19,7 @@
 #   EVAL_DIR=runs/lr_sweep/evaluation MAX_LENGTH=1024 KL_TEMP=1.0 WARMUP_RATIO=0.03
 #   SAVE_EVERY=1000 EVAL_EVERY=500 TORCH_DTYPE=auto ATTN_IMPL=auto TORCH_COMPILE=0
 #   QUALITY_DATASETS=ultrachat PYTHON=python3
-#   left to the Python scripts unless set: DATASET_PATH LOSS_TYPE LOSS_ON SEED DEVICE NUM_THREADS QUALITY_MAX_BATCHES
+#   left to the Python scripts unless set: MIX DATASET_PATH LOSS_TYPE LOSS_ON SEED DEVICE NUM_THREADS QUALITY_MAX_BATCHES
 #   SPEC_PROMPT_DATASET SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW SPEC_T SPEC_TOP_P SPEC_TOP_K SPEC_GAMMA
 #   SPEC_METHOD SPEC_VERIFICATION GROWMAP TREE_BUDGET; off unless set: DRY_RUN
 set -euo pipefail
@@ -33,10 +34,7 @@ stage_settings HEAD
 common_settings ultrachat lr_sweep
 begin_sweep "$@"
 
-# shellcheck disable=SC2153  # LAYER comes from `setting`
-for LR_HEAD in $LEARNING_RATES; do
-  for LR_SCHEDULE_HEAD in $LR_SCHEDULES; do
-    train_exit "head/layer${LAYER}_lr${LR_HEAD}_$LR_SCHEDULE_HEAD" HEAD "$LAYER" --ft_head
-  done
+for schedule in $LR_SCHEDULES; do
+  LR_HEAD=$LEARNING_RATES LR_SCHEDULE_HEAD=$schedule train_exits "head/layer${LAYER}_$schedule" HEAD "$LAYER" --ft_head
 done
 evaluate_checkpoints

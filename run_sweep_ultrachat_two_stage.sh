@@ -6,10 +6,12 @@
 #   DRY_RUN=1 bash run_sweep_ultrachat_two_stage.sh
 #   bash launch_train_bg.sh two_stage bash run_sweep_ultrachat_two_stage.sh
 #
-# For each layer: stage 1 tunes the exit's head, stage 2 goes on from there with head and last block. Then one evaluation
-# of all exits, with plots. The same command continues an interrupted sweep and skips what is finished.
+# Stage 1 tunes the heads of all layers in one pass, stage 2 goes on from there with heads and last blocks. Then one
+# evaluation of all exits, with plots. The same command continues an interrupted sweep and skips what is finished; other
+# LAYERS need another OUTPUT_DIR.
 #
 #   $OUTPUT_DIR/head/layer7/  $OUTPUT_DIR/ftlast/layer7/  $OUTPUT_DIR/logs/  $EVAL_DIR/results.csv
+#   (of a single layer without the folder layer7/)
 #
 # Settings (environment variables) and their defaults; --help says what they mean:
 #   LAYERS="3 7 11"
@@ -19,7 +21,7 @@
 #   EVAL_DIR=runs/ultrachat_two_stage/evaluation MAX_LENGTH=1024 KL_TEMP=1.0 WARMUP_RATIO=0.03
 #   SAVE_EVERY=1000 EVAL_EVERY=500 TORCH_DTYPE=auto ATTN_IMPL=auto TORCH_COMPILE=0
 #   QUALITY_DATASETS=ultrachat PYTHON=python3
-#   left to the Python scripts unless set: DATASET_PATH LOSS_TYPE LOSS_ON SEED DEVICE NUM_THREADS QUALITY_MAX_BATCHES
+#   left to the Python scripts unless set: MIX DATASET_PATH LOSS_TYPE LOSS_ON SEED DEVICE NUM_THREADS QUALITY_MAX_BATCHES
 #   SPEC_PROMPT_DATASET SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW SPEC_T SPEC_TOP_P SPEC_TOP_K SPEC_GAMMA
 #   SPEC_METHOD SPEC_VERIFICATION GROWMAP TREE_BUDGET; off unless set: DRY_RUN
 set -euo pipefail
@@ -37,8 +39,8 @@ stage_settings FTLAST
 common_settings ultrachat ultrachat_two_stage
 begin_sweep "$@"
 
-for layer in $LAYERS; do
-  train_exit "head/layer$layer" HEAD "$layer" --ft_head
-  train_exit "ftlast/layer$layer" FTLAST "$layer" --ft_head --ft_last_transformer --checkpoint_path "$CHECKPOINT"
-done
+[[ $LR_HEAD$LOSS_TYPE != *' '* ]] || user_error "LR_HEAD=$LR_HEAD LOSS_TYPE=$LOSS_TYPE: stage 2 starts from one exit per layer; give one value each"
+
+train_exits head HEAD "$LAYERS" --ft_head
+train_exits ftlast FTLAST "$LAYERS" --ft_head --ft_last_transformer --checkpoint_path "${TRAINED[@]}"
 evaluate_checkpoints

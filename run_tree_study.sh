@@ -46,20 +46,18 @@ begin_sweep "$@"
 
 # study_draft DRAFT TEMPERATURE: one benchmark.
 study_draft() {
-  local name flags=() budgets gammas verifications top_p=1.0 kind=--checkpoint chain=self_speculative
+  local name flags=() top_p=1.0 kind=--checkpoint chain=self_speculative
   name=${1%.safetensors}
   name=$(basename "$(dirname "$(dirname "$name")")")-$(basename "$(dirname "$name")")-$(basename "$name")-t$2
   [[ $1 == *.safetensors ]] || { kind=--draft_model_path && chain=speculative; }
   [[ $2 != 0.7 ]] || top_p=0.95
-  read -ra budgets <<<"$TREE_BUDGETS"
-  read -ra gammas <<<"$GAMMAS"
-  read -ra verifications <<<"$VERIFICATIONS"
   add_flags --model_path MODEL_PATH --spec_prompt_dataset SPEC_PROMPT_DATASET --dataset_path DATASET_PATH --spec_num_prompts SPEC_NUM_PROMPTS \
     --spec_prompt_length SPEC_PROMPT_LEN --spec_max_new_tokens SPEC_MAX_NEW --fit_prompts FIT_PROMPTS --tree_depth TREE_DEPTH --seed SEED --device DEVICE \
     --torch_dtype TORCH_DTYPE --num_threads NUM_THREADS
   [[ -z $COUNTS_ONLY ]] || flags+=(--counts_only)
-  flags+=("$kind" "$1" --methods "$chain" static_tree dynamic_tree specexec --gammas "${gammas[@]}" --verifications "${verifications[@]}")
-  flags+=(--tree_budgets "${budgets[@]}" --spec_temperature "$2" --spec_top_p "$top_p" --out_dir "$OUTPUT_DIR/$name")
+  flags+=("$kind" "$1" --methods "$chain" static_tree dynamic_tree specexec)
+  add_lists --gammas GAMMAS --verifications VERIFICATIONS --tree_budgets TREE_BUDGETS
+  flags+=(--spec_temperature "$2" --spec_top_p "$top_p" --out_dir "$OUTPUT_DIR/$name")
   run_step "$name" "$OUTPUT_DIR/$name/results.csv" benchmark.py "${flags[@]}"
 }
 

@@ -1,5 +1,5 @@
 # What the sweeps share: their common settings, one training step, one evaluation step, and how a step runs.
-# Sourced by run_*sweep*.sh, which put this file's settings and their own into `--help`.
+# Sourced by run_*.sh, which put this file's settings and their own into `--help`.
 #
 # A step shows its output and appends it to $OUTPUT_DIR/logs/<step>.log. When it ends well, its command is kept in
 # $OUTPUT_DIR/logs/<step>.finished: a later start skips the step without starting Python as long as the command is
@@ -8,36 +8,51 @@
 # shellcheck shell=bash
 
 readonly EXIT_USER_ERROR=2
-declare -a SETTINGS=() CHECKPOINTS=()
+declare -a SETTINGS=() TRAINED=() CHECKPOINTS=() # CHECKPOINTS: what will be evaluated; TRAINED: those of the last pass
+known_settings=' '
 # Variables that look like settings: one that no sweep setting bears is a misspelling, and an error.
-readonly SETTING_LIKE='^(SPEC|QUALITY|MAX_STEPS|BATCH_SIZE|GRAD_ACCUM|LR|LAYERS?|LEARNING_RATES?|LOSS)(_|$)'
+readonly SETTING_LIKE='^(SPEC|QUALITY|MAX_STEPS|BATCH_SIZE|GRAD_ACCUM|LR|LAYERS?|LEARNING_RATES?|LOSS|KL_TEMPS?|KINDS|OBJECTIVES|BEST)(_|$)'
 
-# setting NAME DEFAULT HELP: an environment variable that overrides DEFAULT; one that stays empty is not passed on.
+# setting NAME DEFAULT HELP: an environment variable that overrides DEFAULT; one that stays empty is not passed on. The
+# first call for a name counts, so that a sweep can give its own default to a common setting.
 setting() {
+  [[ $known_settings != *" $1 "* ]] || return 0
+  known_settings+="$1 "
   SETTINGS+=("$1" "$2" "$3")
   [[ -n ${!1:-} ]] || printf -v "$1" '%s' "$2"
 }
 
-# stage_settings STAGE: the size of a training stage; its learning rates are the sweep's own.
+# stage_settings STAGE: the size of a training stage, in settings that end in _STAGE ("": without a suffix); its learning
+# rates are the sweep's own.
 stage_settings() {
-  setting "MAX_STEPS_$1" 5000 "optimizer steps"
-  setting "BATCH_SIZE_$1" 8 "examples per micro-batch"
-  setting "GRAD_ACCUM_$1" 4 "micro-batches per optimizer step"
+  local suffix=${1:+_$1}
+  setting "MAX_STEPS$suffix" 5000 "optimizer steps"
+  setting "BATCH_SIZE$suffix" 8 "examples per micro-batch"
+  setting "GRAD_ACCUM$suffix" 4 "micro-batches per optimizer step"
+}
+
+# kind_settings KINDS LEARNING_RATE [LAYERS_PER_PASS]: a sweep over kinds of exit, trained in one stage without a name.
+kind_settings() {
+  setting KINDS "$1" "kinds of exit: parts joined by +, as train.py --help lists them"
+  setting LR "$2" "peak learning rate; several make an exit each"
+  setting LR_SCHEDULE cosine "linear, constant or cosine"
+  setting LAYERS_PER_PASS "${3:-}" "layers trained together (unset: all); fewer take less memory"
 }
 
 # common_settings DATASET NAME: what every sweep has; DATASET is the default data set, NAME the sweep's folder in runs/.
 common_settings() {
   setting MODEL_PATH meta-llama/Llama-3.2-1B-Instruct "the target: a Hugging Face id or a folder"
-  setting DATASET "$1" "data set to train on"
+  setting DATASET "$1" "data set to train on, or several, separated by spaces and mixed"
+  setting MIX "" "shares of several data sets (unset: equal)"
   setting DATASET_PATH "" "local files in that data set's form"
   setting OUTPUT_DIR "runs/$2" "training runs and logs"
   setting EVAL_DIR "$OUTPUT_DIR/evaluation" "results.csv and plots"
   setting MAX_LENGTH 1024 "longest sequence, in tokens"
-  setting KL_TEMP 1.0 "softens target and draft in the KL"
+  [[ $known_settings == *" KL_TEMPS "* ]] || setting KL_TEMP 1.0 "softens target and draft in the KL"
   setting WARMUP_RATIO 0.03 "share of the steps with a rising learning rate"
   setting SAVE_EVERY 1000 "steps between checkpoints, from which an interrupted run continues"
   setting EVAL_EVERY 500 "steps between validations"
-  setting LOSS_TYPE "" "objective"
+  setting LOSS_TYPE "" "objective; several make an exit each"
   setting LOSS_ON "" "all tokens, or the assistant's"
   setting SEED "" "of training and of evaluation"
   setting TORCH_DTYPE auto "auto, bf16, fp16 or fp32"
@@ -98,46 +113,66 @@ print_help() {
   sed -n '2,/^# Settings/{/^# Settings/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[-1]}"
   printf 'Settings (environment variables; paths are relative to %s):\n' "$PWD"
   for ((i = 0; i < ${#SETTINGS[@]}; i += 3)); do
-    printf '  %-22s %-38s %s\n' "${SETTINGS[i]}" "${SETTINGS[i + 1]:-(not passed)}" "${SETTINGS[i + 2]}"
+    printf '  %-22s %-36s  %s\n' "${SETTINGS[i]}" "${SETTINGS[i + 1]:-(not passed)}" "${SETTINGS[i + 2]}"
   done
 }
 
 check_setting_names() {
-  local name i known=" "
-  for ((i = 0; i < ${#SETTINGS[@]}; i += 3)); do known+="${SETTINGS[i]} "; done
+  local name
   while read -r name; do
-    [[ ! $name =~ $SETTING_LIKE || $known == *" $name "* ]] || user_error "unknown setting $name; known:$known"
+    [[ ! $name =~ $SETTING_LIKE || $known_settings == *" $name "* ]] || user_error "unknown setting $name; known:$known_settings"
   done < <(compgen -e)
 }
 
-# train_exit RUN STAGE LAYER FLAG...: train the exit at LAYER into $OUTPUT_DIR/RUN with the settings of STAGE.
-train_exit() {
-  local run=$1 stage=$2 layer=$3
+# train_exits RUN STAGE LAYERS FLAG...: train all exits of a stage in one pass into $OUTPUT_DIR/RUN, with the settings of
+# STAGE ("": those without a suffix). Their checkpoints become TRAINED, and join CHECKPOINTS.
+train_exits() {
+  local run=$1 suffix=${2:+_$2} target_layers=$3 flags=()
   shift 3
-  local flags=(--target_layer "$layer" "$@")
-  add_flags --model_path MODEL_PATH --dataset DATASET --dataset_path DATASET_PATH --loss_type LOSS_TYPE --loss_on LOSS_ON \
-    --kl_temperature KL_TEMP --max_steps "MAX_STEPS_$stage" --batch_size "BATCH_SIZE_$stage" \
-    --grad_accumulate_steps "GRAD_ACCUM_$stage" --learning_rate "LR_$stage" --lr_schedule "LR_SCHEDULE_$stage" \
+  add_lists --target_layers target_layers --kinds KINDS
+  flags+=("$@")
+  add_flags --model_path MODEL_PATH
+  add_lists --dataset DATASET --mix MIX --loss_type LOSS_TYPE --learning_rate "LR$suffix"
+  add_flags --dataset_path DATASET_PATH --loss_on LOSS_ON --kl_temperature KL_TEMP --max_steps "MAX_STEPS$suffix" \
+    --batch_size "BATCH_SIZE$suffix" --grad_accumulate_steps "GRAD_ACCUM$suffix" --lr_schedule "LR_SCHEDULE$suffix" \
     --warmup_ratio WARMUP_RATIO --max_length MAX_LENGTH --eval_every_steps EVAL_EVERY --save_every_steps SAVE_EVERY \
     --seed SEED --device DEVICE --torch_dtype TORCH_DTYPE --attn_implementation ATTN_IMPL --num_threads NUM_THREADS
   [[ $TORCH_COMPILE == 0 ]] || flags+=(--torch_compile)
   flags+=(--output_dir "$OUTPUT_DIR/$run" --run_name "${run//\//_}" --resume)
   run_step "${run//\//_}" "$OUTPUT_DIR/$run/final_checkpoint.txt" train.py "${flags[@]}"
-  find_checkpoint "$OUTPUT_DIR/$run"
-  CHECKPOINTS+=("$CHECKPOINT")
+  find_checkpoints "$OUTPUT_DIR/$run" "$target_layers"
+  CHECKPOINTS+=("${TRAINED[@]}")
 }
 
-# evaluate_checkpoints: one table and its plots over every exit that train_exit has trained.
+# train_kinds RUN LAYERS: train KINDS at LAYERS into $OUTPUT_DIR/RUN, in one pass or in one for every LAYERS_PER_PASS layers.
+train_kinds() {
+  local run=$1 target_layers group size i
+  read -ra target_layers <<<"$2"
+  [[ -z $LAYERS_PER_PASS || $LAYERS_PER_PASS =~ ^[1-9][0-9]*$ ]] || user_error "LAYERS_PER_PASS=$LAYERS_PER_PASS: give a positive number"
+  size=${LAYERS_PER_PASS:-${#target_layers[@]}}
+  for ((i = 0; i < ${#target_layers[@]}; i += size)); do
+    group=${target_layers[*]:i:size}
+    ((size >= ${#target_layers[@]})) || run=$1/layers${group// /_}
+    train_exits "$run" "" "$group"
+  done
+}
+
+# evaluate_checkpoints: one table and its plots over CHECKPOINTS.
 evaluate_checkpoints() {
-  local datasets flags=(--checkpoint_glob "${CHECKPOINTS[@]}")
-  read -ra datasets <<<"$QUALITY_DATASETS"
-  flags+=(--quality_datasets "${datasets[@]}")
+  evaluate_into evaluation "$EVAL_DIR"
+}
+
+# evaluate_into STEP FOLDER: the same under another name and in another folder.
+evaluate_into() {
+  local flags=(--checkpoint_glob "${CHECKPOINTS[@]}")
+  add_lists --quality_datasets QUALITY_DATASETS
   add_flags --model_path MODEL_PATH --dataset_path DATASET_PATH --quality_max_batches QUALITY_MAX_BATCHES \
     --spec_prompt_dataset SPEC_PROMPT_DATASET --spec_num_prompts SPEC_NUM_PROMPTS --spec_prompt_length SPEC_PROMPT_LEN \
     --spec_max_new_tokens SPEC_MAX_NEW --spec_temperature SPEC_T --spec_top_p SPEC_TOP_P --spec_top_k SPEC_TOP_K \
     --gamma SPEC_GAMMA --method SPEC_METHOD --verification SPEC_VERIFICATION --growmap GROWMAP --tree_budget TREE_BUDGET --max_length MAX_LENGTH --kl_temperature KL_TEMP \
-    --seed SEED --device DEVICE --torch_dtype TORCH_DTYPE --num_threads NUM_THREADS --out_dir EVAL_DIR
-  run_step evaluation "$EVAL_DIR/results.csv" evaluate_checkpoints.py "${flags[@]}"
+    --seed SEED --device DEVICE --torch_dtype TORCH_DTYPE --num_threads NUM_THREADS
+  flags+=(--out_dir "$2")
+  run_step "$1" "$2/results.csv" evaluate_checkpoints.py "${flags[@]}"
 }
 
 # add_flags --flag NAME ...: append `--flag value` to the caller's `flags` for every variable NAME that is set.
@@ -148,13 +183,28 @@ add_flags() {
   done
 }
 
-# find_checkpoint FOLDER: set CHECKPOINT to the final checkpoint of the run there (in a dry run perhaps a placeholder).
-find_checkpoint() {
-  local marker=$1/final_checkpoint.txt
-  CHECKPOINT="$1/<final checkpoint>"
-  [[ -f $marker || -z $DRY_RUN ]] || return 0
-  CHECKPOINT=$1/$(<"$marker")
-  [[ -f $CHECKPOINT ]] || user_error "$marker names $CHECKPOINT, which is not there; delete $1 to train it again"
+# add_lists --flag NAME ...: the same for variables that hold several values, separated by spaces.
+add_lists() {
+  local values
+  while (($#)); do
+    read -ra values <<<"${!2:-}"
+    ((${#values[@]} == 0)) || flags+=("$1" "${values[@]}")
+    shift 2
+  done
+}
+
+# find_checkpoints FOLDER LAYERS: set TRAINED to the final checkpoints of the run there (in a dry run perhaps placeholders).
+find_checkpoints() {
+  local marker=$1/final_checkpoint.txt name
+  TRAINED=()
+  if [[ -n $DRY_RUN && ! -f $marker ]]; then
+    for name in $2; do TRAINED+=("$1/<final checkpoints of layer $name>"); done
+    return 0
+  fi
+  while IFS= read -r name; do
+    TRAINED+=("$1/$name")
+    [[ -f $1/$name ]] || user_error "$marker names $1/$name, which is not there; delete $1 to train it again"
+  done <"$marker"
 }
 
 # ---- one step ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -41,7 +42,7 @@ class DeviceArgs:
 
     def resolve(self) -> tuple[torch.device, torch.dtype, str]:
         """(device, dtype, attention implementation) for these flags; sets torch's threads and TF32."""
-        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        device = torch.device(self._cuda_device() if self.device != "cpu" and torch.cuda.is_available() else "cpu")
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
         if device.type == "cuda":
@@ -49,6 +50,13 @@ class DeviceArgs:
         automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
         dtype = automatic if self.torch_dtype == "auto" else DTYPES[self.torch_dtype]
         return device, dtype, "sdpa" if self.attn_implementation == "auto" else self.attn_implementation
+
+    @staticmethod
+    def _cuda_device() -> str:
+        """The GPU of this process, where a launcher started several."""
+        if "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return "cuda"
 
     def _check_flash_attention(self) -> None:
         if importlib.util.find_spec("flash_attn") is None:

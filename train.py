@@ -1,172 +1,322 @@
-"""Distil one early exit from the frozen full model: token-mean KL(p‖q) on chat data.
+"""Distil early exits from the frozen full model: token-mean KL(p‖q) on chat data.
 
-    # stage 1: the head
-    python train.py --model_path meta-llama/Llama-3.2-1B-Instruct --dataset ultrachat --target_layer 7 --ft_head \\
-        --max_steps 5000 --learning_rate 5e-5 --output_dir runs/head/layer7
-    # stage 2: head and last block, starting from stage 1's head
-    python train.py --model_path meta-llama/Llama-3.2-1B-Instruct --dataset ultrachat --target_layer 7 --ft_head \\
-        --ft_last_transformer --checkpoint_path runs/head/layer7/model_005000.safetensors \\
-        --max_steps 5000 --learning_rate 2e-5 --output_dir runs/ftlast/layer7
-    # on the embedded target, offline, in a minute
-    python train.py --model_path assets/pydoc-llama-7m --dataset pydoc --target_layer 3 --ft_head \\
+    # stage 1: the heads of four exits, in one pass
+    python train.py --model_path meta-llama/Llama-3.2-1B-Instruct --dataset ultrachat --target_layers 1 3 7 11 --ft_head \\
+        --max_steps 5000 --learning_rate 5e-5 --output_dir runs/head
+    # stage 2: head and last block of one of them, at three rates, starting from stage 1's head
+    python train.py --model_path meta-llama/Llama-3.2-1B-Instruct --dataset ultrachat --target_layers 7 --ft_head --ft_last_transformer \\
+        --checkpoint_path runs/head/layer7/model_005000.safetensors --max_steps 5000 --learning_rate 1e-5 2e-5 5e-5 --output_dir runs/ftlast
+    # several kinds of exit at once
+    python train.py --model_path assets/pydoc-llama-7m --dataset pydoc --target_layers 3 --kinds head rank64 translator head+attention_block \\
         --max_steps 100 --learning_rate 1e-3 --output_dir runs/try
 
-The last line printed is the checkpoint's path. With --resume an interrupted run continues exactly where it was saved.
+Every combination of layer, kind and rate is an exit of its own, with its own optimizer, log and checkpoints in a folder of its own (in output_dir itself where
+there is one exit only); it becomes what it would become alone. The last lines printed are the checkpoints' paths. With --resume an
+interrupted run continues exactly where it was saved. Over several GPUs or machines: accelerate launch --num_processes N train.py …;
+--batch_size is that of each process.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice, product
 from pathlib import Path
+from typing import Literal
 
 from command_line import UserError, parse_args, run
 
+import pandas as pd
 import torch
+from transformers import LlamaConfig
 
-from data_utils import EncodeOptions, LossOn, PaddedBatches, held_out_batches
-from losses import LossType, learned_rows, learned_tokens, training_loss
-from metrics import add_sums, quality_means, quality_sums
+from data_utils import EncodeOptions, LossOn, PaddedBatches, Prefetched, encode_example, held_out_by_source
+from losses import LOSS_TYPES, grade
+from metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
+from processes import Processes
 from results import file_hash, make_output_dir, record_run
-from row_files import ExampleStream, describe_skipped
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, load_config, load_target, tokenizer_hash, weights_hash
-from text_datasets import find_dataset, fingerprint, open_stream
-from training_loop import TrainingArgs, TrainingTask, check_same_run, print_if_finished, run_training
-from truncated_llama import Exit, ExitInfo, load_exit, read_exit_info, save_exit
-from tuned_llama import TunedLlama
+from row_files import ExampleStream, MixedStream, describe_skipped
+from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, load_config, load_target, tokenizer_hash, weights_hash
+from text_datasets import check_mixture, fingerprint, open_mixture, open_stream
+from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
+from truncated_llama import Exit, ExitInfo, ExitKind, load_exit, read_exit_info, save_exit
+from tuned_llama import Objective, TunedLlama
+from tuning import frequent_tokens
 
 VALIDATION_BATCHES = 16
+LONGEST_FORECAST = 16  # drafted tokens
 ADAM_BETAS = (0.9, 0.999)
+FREQUENCY_EXAMPLES = 2_000  # of the training text, whose frequent tokens make a draft vocabulary
+VALIDATED = ("kl", "ce", "ppl", "top1", "agreement", "overlap")
 
 
 @dataclass(kw_only=True)
 class Args(TrainingArgs, DeviceArgs):
-    """Distil one early exit."""
+    """Distil early exits."""
 
     model_path: str = field(metadata={"help": f"the target: a Hugging Face id or folder ({EMBEDDED_TARGET.name} lies in assets/)"})
-    target_layer: int = field(metadata={"help": "0-based, inclusive: the draft keeps blocks 0..target_layer"})
-    dataset: str = field(default="ultrachat", metadata={"help": "data set to distil on"})
+    target_layers: list[int] = field(metadata={"help": "0-based, inclusive: a draft keeps blocks 0..layer", "aliases": ["--target_layer"]})
+    dataset: list[str] = field(default_factory=lambda: ["ultrachat"], metadata={"help": "data set to distil on, or several, mixed example by example"})
+    mix: list[float] = field(default_factory=list, metadata={"help": "shares of several data sets (default: equal)"})
     dataset_path: str | None = field(default=None, metadata={"help": "local files of the data set's form"})
     loss_on: LossOn = field(default="all", metadata={"help": "learn all tokens, or the assistant's only"})
     ft_head: bool = field(default=False, metadata={"help": "train the exit's norm and head"})
+    head_rank: int | None = field(default=None, metadata={"help": "train norm and a head of this rank, from the best approximation of the target's"})
+    translator: bool = field(default=False, metadata={"help": "train an affine map before the frozen head"})
     ft_last_transformer: bool = field(default=False, metadata={"help": "train an own copy of block target_layer"})
-    checkpoint_path: str | None = field(default=None, metadata={"help": "exit to start from (stage 2 starts from stage 1's)"})
-    loss_type: LossType = field(default="kl_divergence", metadata={"help": "objective; combined = KL + cross-entropy"})
+    exit_block: Literal["full", "attention"] | None = field(default=None, metadata={"help": "train one more block behind target_layer, which begins as the identity"})
+    draft_vocab_size: int | None = field(default=None, metadata={"help": "the head knows only so many tokens, the most frequent of the training text"})
+    kinds: list[str] = field(default_factory=list, metadata={"help": (
+        "several kinds of exit instead of the flags above, each some parts joined by +: head, rank<r>, translator, last_block, full_block, attention_block, vocab<N>")})
+    learning_rate: list[float] = field(default_factory=lambda: [1e-4], metadata={"help": "peak learning rates of AdamW; several make an exit each"})
+    checkpoint_path: list[str] = field(default_factory=list, metadata={"help": "exits to start from, one for each of target_layers (stage 2 starts from stage 1's)"})
+    loss_type: list[str] = field(default_factory=lambda: ["kl_divergence"], metadata={"help": f"objectives: {', '.join(LOSS_TYPES)}; several make an exit each"})
     kl_temperature: float = field(default=1.0, metadata={"help": "softens teacher and draft in the KL"})
 
     def check(self) -> None:
         """Raise UserError for flags that cannot work, before anything is loaded."""
         super().check()
         self.check_device()
-        if not (self.ft_head or self.ft_last_transformer):
-            raise UserError("nothing to train: give --ft_head, --ft_last_transformer, or both")
+        if min(self.learning_rate) <= 0:
+            raise UserError(f"--learning_rate {min(self.learning_rate)}: must be positive")
         if self.kl_temperature <= 0:
             raise UserError(f"--kl_temperature {self.kl_temperature}: must be positive")
-        find_dataset(self.dataset)
-        config = load_config(self.model_path)
-        if not 0 <= self.target_layer < config.num_hidden_layers:
-            raise UserError(f"--target_layer {self.target_layer}: {self.model_path} has {config.num_hidden_layers} blocks; choose 0 to {config.num_hidden_layers - 1}")
+        unknown = set(self.loss_type) - set(LOSS_TYPES)
+        if unknown:
+            raise UserError(f"--loss_type {' '.join(sorted(unknown))}: choose from {', '.join(LOSS_TYPES)}")
+        check_mixture(self.dataset, self.mix, self.dataset_path)
+        self._check_against(load_config(self.model_path))
+        if self.checkpoint_path:
+            self._check_start([read_exit_info(path) for path in self.checkpoint_path])
+
+    def _check_against(self, config: LlamaConfig) -> None:
+        """Raise UserError for exits that the target cannot have, or that stand twice."""
+        for name in ("target_layers", "kinds", "learning_rate", "loss_type"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"--{name} {' '.join(map(str, values))}: one stands twice; give each once")
+        for layer in self.target_layers:
+            if not 0 <= layer < config.num_hidden_layers:
+                raise UserError(f"--target_layers {layer}: {self.model_path} has {config.num_hidden_layers} blocks; choose 0 to {config.num_hidden_layers - 1}")
         if self.max_length > config.max_position_embeddings:
             raise UserError(f"--max_length {self.max_length}: the context of {self.model_path} is {config.max_position_embeddings}")
-        if self.checkpoint_path is not None:
-            self._check_start(read_exit_info(self.checkpoint_path))
+        for kind in self.exit_kinds():
+            kind.check(config)
 
-    def _check_start(self, info: ExitInfo) -> None:
-        if info.target_layer != self.target_layer:
-            raise UserError(f"--checkpoint_path is an exit at layer {info.target_layer}, --target_layer is {self.target_layer}")
-        if info.own_block and not self.ft_last_transformer:
-            raise UserError("--checkpoint_path has a tuned block: add --ft_last_transformer to go on from it")
+    def exit_kinds(self) -> list[ExitKind]:
+        """What --kinds or the flags of one kind ask for. Raises UserError."""
+        own_block = None if self.exit_block is None else f"{self.exit_block}_block"
+        flags = {
+            "--ft_head": "head" if self.ft_head else None, "--head_rank": self.head_rank and f"rank{self.head_rank}",
+            "--translator": "translator" if self.translator else None, "--ft_last_transformer": "last_block" if self.ft_last_transformer else None,
+            "--exit_block": own_block, "--draft_vocab_size": self.draft_vocab_size and f"vocab{self.draft_vocab_size}"}
+        given = {flag: part for flag, part in flags.items() if part}
+        if self.kinds and given:
+            raise UserError(f"--kinds and {' '.join(given)}: name the parts in --kinds alone")
+        if not self.kinds and not given:
+            raise UserError("nothing to train: give --ft_head, --ft_last_transformer, both, or another part of the exit; --help lists them")
+        return [ExitKind.parse(kind) for kind in self.kinds or ["+".join(given.values())]]
+
+    def _check_start(self, infos: list[ExitInfo]) -> None:
+        layers = [info.target_layer for info in infos]
+        if sorted(layers) != sorted(self.target_layers):
+            raise UserError(f"--checkpoint_path: exits at layers {' '.join(map(str, layers))}, --target_layers {' '.join(map(str, self.target_layers))}; give one for each")
+        for info, kind in product(infos, self.exit_kinds()):
+            started = replace(info.kind.form, block=kind.form.block) if info.kind.form.block == "none" else info.kind.form
+            if (started, info.kind.draft_vocab) != (kind.form, kind.draft_vocab):
+                raise UserError(f"--checkpoint_path: an exit of kind {info.kind}, which {kind} does not go on from; keep its parts, or add a block")
+
+    def start_of(self, layer: int) -> str | None:
+        """The checkpoint that exits at `layer` start from."""
+        return next((path for path in self.checkpoint_path if read_exit_info(path).target_layer == layer), None)
 
 
-def starting_exit(args: Args, target: Target) -> tuple[Exit, tuple[str, ...]]:
-    """The exit to train, fp32, with only the chosen parts requiring gradients; and the parts that will be tuned."""
-    exit_ = Exit(target.model, args.target_layer, own_block=args.ft_last_transformer).float()
-    tuned = {name for name, chosen in (("head", args.ft_head), ("last_block", args.ft_last_transformer)) if chosen}
-    if args.checkpoint_path is not None:
-        start, info = load_exit(args.checkpoint_path, target)
-        exit_.load_state_dict({**exit_.state_dict(), **start.state_dict()})
-        tuned |= set(info.tuned)
+@dataclass(frozen=True)
+class Variant:
+    """One exit of a run."""
+
+    layer: int
+    kind: ExitKind
+    objective: Objective
+    learning_rate: float
+
+
+def variants_of(args: Args) -> dict[str, Variant]:
+    """Every combination of the flags that name several, by what tells it from the others ("" if it is alone)."""
+    axes = (args.target_layers, args.exit_kinds(), args.loss_type, args.learning_rate)
+    words = ("layer{}", "{}", "{}", "lr{:g}")
+    found = {}
+    for choice in product(*axes):
+        name = "-".join(word.format(value) for word, value, axis in zip(words, choice, axes, strict=True) if len(axis) > 1)
+        layer, kind, loss_type, learning_rate = choice
+        found[name] = Variant(layer, kind, Objective(loss_type, args.kl_temperature), learning_rate)
+    return found
+
+
+def starting_exit(variant: Variant, args: Args, target: Target, token_ids: torch.Tensor | None) -> tuple[Exit, ExitKind]:
+    """The exit to train, its own tensors in fp32 and only the chosen ones requiring gradients; and the kind that it will be, which counts earlier training."""
+    exit_, kind, learned = Exit(target.model, variant.layer, variant.kind.form), variant.kind, {}
+    path = args.start_of(variant.layer)
+    if path is not None:
+        start, info = load_exit(path, target)
+        token_ids, learned = start.token_ids, start.state_dict()
+        kind = replace(kind, tuned=(*info.kind.tuned, *(part for part in kind.tuned if part not in info.kind.tuned)))
+    if kind.draft_vocab is not None:
+        exit_ = exit_.trimmed(token_ids)
+    exit_.load_state_dict(learned, strict=False)
+    if kind.shares_output and target.model.dtype != torch.float16:  # an fp16 matrix cannot follow an fp32 exit
+        exit_.share_output(target.model)
+    own = exit_.own_parameters()
+    for parameter in own.values():
+        parameter.data = parameter.data.float()
     exit_.requires_grad_(False)
-    exit_.head.requires_grad_(args.ft_head)
-    exit_.norm.requires_grad_(args.ft_head)
-    if exit_.block is not None:
-        exit_.block.requires_grad_(args.ft_last_transformer)
-    return exit_.to(target.model.device), tuple(sorted(tuned))
+    for name in trained_parts(variant.kind, own):
+        own[name].requires_grad_(True)
+    return exit_, kind
+
+
+def trained_parts(kind: ExitKind, names: Iterable[str]) -> list[str]:
+    """Those of an exit's tensors `names` that a run of `kind` trains."""
+    chosen = []
+    if kind.form.block != "none":
+        chosen.append("block.")
+    if not kind.shares_output:
+        chosen += ["norm.", "head."]
+    if kind.form.translator:
+        chosen.append("head.0.")
+    return [name for name in names if name.startswith(tuple(chosen))]
 
 
 class Distillation:
-    """The callbacks of one run: loss, validation and saving of one exit under the frozen target."""
+    """The callbacks of one run: gradients, validation and saving of its exits under the frozen target."""
 
-    def __init__(self, args: Args, target: Target, streams: dict[str, ExampleStream], folder: Path) -> None:
-        self.args, self.target, self.folder = args, target, folder
+    def __init__(self, args: Args, target: Target, streams: dict[str, ExampleStream | MixedStream], folder: Path, processes: Processes) -> None:
+        self.args, self.target, self.processes = args, target, processes
         options = EncodeOptions(target.tokenizer, args.loss_on, args.max_length, args.batch_size)
-        self.batches = PaddedBatches(streams["train"], options)
-        self.validation = held_out_batches(streams["validation"], options, VALIDATION_BATCHES)
-        self.exit, self.tuned = starting_exit(args, target)
-        self.model = TunedLlama(target.model, [self.exit])
-        self.batch_loss = torch.compile(self._batch_loss) if args.torch_compile else self._batch_loss
+        self.batches = Prefetched(PaddedBatches(streams["train"], options, (processes.rank, processes.count)))
+        self.validation = held_out_by_source(streams["validation"].streams, options, VALIDATION_BATCHES * processes.count)
+        self.variants = variants_of(args)
+        self.target_hash = weights_hash(target.model)
+        started = [starting_exit(variant, args, target, self._draft_vocab(variant.kind)) for variant in self.variants.values()]
+        exits = [exit_ for exit_, _ in started]
+        if processes.shards_target:
+            processes.place(target.model, exits)
+        self.learners = [self._learner(name, variant, *start, folder) for (name, variant), start in zip(self.variants.items(), started, strict=True)]
+        self.model = TunedLlama(target.model, exits, torch.compile(grade, dynamic=True) if args.torch_compile else grade)
 
-    def info(self, step: int, losses: dict[str, float]) -> ExitInfo:
-        return ExitInfo(
-            self.args.target_layer, self.args.ft_last_transformer, self.tuned, self.target.name, weights_hash(self.target.model),
-            tokenizer_hash(self.target.tokenizer), step, losses, asdict(self.args),
-        )
+    def _draft_vocab(self, kind: ExitKind) -> torch.Tensor | None:
+        """The tokens that a trimmed head will know."""
+        if kind.draft_vocab is None or self.args.checkpoint_path:
+            return None
+        streams = [open_stream(name, "train", self.args.dataset_path, self.args.seed) for name in self.args.dataset]
+        examples = (example for stream in streams for example in islice(stream.rest_of_epoch(), FREQUENCY_EXAMPLES))
+        texts = (encode_example(self.target.tokenizer, example).input_ids for example in examples)
+        return frequent_tokens(texts, kind.draft_vocab, self.target.model.config.vocab_size).to(self.target.model.device)
+
+    def _learner(self, name: str, variant: Variant, exit_: Exit, kind: ExitKind, folder: Path) -> Learner:
+        parameters = [parameter for parameter in exit_.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=variant.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
+        own_folder = make_output_dir(str(folder / name))
+
+        def write(step: int, losses: dict[str, float]) -> Path:
+            path = own_folder / f"model_{step:06d}.safetensors"
+            save_exit(path, exit_, ExitInfo(
+                variant.layer, kind, self.target.name, self.target_hash, tokenizer_hash(self.target.tokenizer), step, losses, asdict(self.args)))
+            return path
+
+        return Learner(name, own_folder, parameters, optimizer, variant.learning_rate, write)
 
     def count(self, batch: dict) -> int:
-        return int(batch["loss_mask"][:, 1:].sum())
+        return batch["global_tokens"]
 
-    def _rows(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Teacher and draft logits (N, V) and tokens (N,) of the batch's N learned positions."""
-        batch = {name: tensor.to(self.target.model.device) for name, tensor in batch.items()}
-        in_bf16 = self.target.model.dtype == torch.bfloat16  # under fp16, gradients would underflow: the exit stays in fp32
-        with torch.autocast(self.target.model.device.type, torch.bfloat16, enabled=in_bf16):
-            teacher, (draft,) = self.model(batch["input_ids"], batch["attention_mask"])
-        mask = batch["loss_mask"]
-        return learned_rows(teacher, mask), learned_rows(draft, mask), learned_tokens(batch["input_ids"], mask)
+    def learn(self, batch: dict, scale: float) -> list[dict[str, torch.Tensor]]:
+        return self.model.learn(self._on_device(batch), [variant.objective for variant in self.variants.values()], scale)
 
-    def _batch_loss(self, batch: dict) -> torch.Tensor:
-        teacher, draft, tokens = self._rows(batch)
-        return training_loss(self.args.loss_type, teacher, draft, tokens, self.args.kl_temperature)
+    def _on_device(self, batch: dict) -> dict[str, torch.Tensor]:
+        return {name: batch[name].to(self.target.model.device, non_blocking=True) for name in ("input_ids", "attention_mask", "loss_mask")}
 
-    def loss(self, batch: dict) -> tuple[torch.Tensor, dict]:
-        return self.batch_loss(batch), {}
+    def validate(self) -> None:
+        """Token-weighted quality on held-out batches, keys as metrics.QUALITY_COLUMNS with `validation_` in front; of several data sets also each one's."""
+        by_source = {name: self._held_out_sums(batches) for name, batches in self.validation.items()}
+        for number, learner in enumerate(self.learners):
+            total: dict[str, float] = {}
+            learner.validation = {}
+            for source, sums in by_source.items():
+                total = add_sums(total, sums[number])
+                if len(by_source) > 1:
+                    learner.validation |= _validated(sums[number], f"{source}_")
+            learner.validation |= _validated(total)
 
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Token-weighted quality on held-out batches, keys as metrics.QUALITY_COLUMNS with `validation_` in front."""
-        sums: dict[str, float] = {}
-        for batch in self.validation:
-            sums = add_sums(sums, quality_sums(*self._rows(batch), self.args.kl_temperature))
-        means = quality_means(sums)
-        return {f"validation_{name}": means[name] for name in ("kl", "ce", "ppl", "top1", "agreement", "overlap")}
+    def _held_out_sums(self, batches: list[dict]) -> list[dict[str, float]]:
+        """Each exit's quality_sums over `batches`, which the processes share out."""
+        sums: list[dict[str, float]] = [dict.fromkeys(QUALITY_SUMS, 0.0) for _ in self.learners]
+        for batch in batches[self.processes.rank :: self.processes.count]:
+            for chunk in self.model.chunks(self._on_device(batch)):
+                for number, (exit_, draft) in enumerate(zip(self.model.exits, chunk.drafts, strict=True)):
+                    found = quality_sums(chunk.teacher, exit_.over_vocabulary(draft), chunk.tokens, self.args.kl_temperature)
+                    sums[number] = add_sums(sums[number], found)
+        totals = iter(self.processes.totals([torch.tensor(value, dtype=torch.float64) for each in sums for value in each.values()]).tolist())
+        return [{name: next(totals) for name in each} for each in sums]
 
-    def save(self, step: int, losses: dict[str, float]) -> Path:
-        path = self.folder / f"model_{step:06d}.safetensors"
-        save_exit(path, self.exit, self.info(step, losses))
-        return path
+    def forecast(self) -> str:
+        """What each exit promises where reading weights takes the time: overlap on held-out text as α, c by bytes, the best γ and its speedup."""
+        rows = []
+        for learner, exit_ in zip(self.learners, self.model.exits, strict=True):
+            alpha, cost = learner.validation["validation_overlap"], exit_.cost_ratio(self.target.model)
+            best = max(range(1, LONGEST_FORECAST + 1), key=lambda gamma: predicted_speedup(alpha, gamma, cost))
+            rows.append({"exit": learner.name or str(next(iter(self.variants.values())).kind), "overlap": alpha, "c": cost, "best γ": best,
+                         "predicted speedup": predicted_speedup(alpha, best, cost)})
+        return pd.DataFrame(rows).to_string(index=False, float_format="%.3f")
 
     def task(self) -> TrainingTask:
-        trained = [p for p in self.exit.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.args.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
-        return TrainingTask(self.exit, optimizer, self.batches, self.count, self.loss, self.validate, self.save)
+        sources = ["", *(f"{name}_" for name in self.validation if len(self.validation) > 1)]
+        columns = ("overlap", "lost_mass", *(f"validation_{source}{name}" for source in sources for name in VALIDATED))
+        return TrainingTask(self.learners, self.batches, self.count, self.learn, self.validate, columns)
+
+
+def _validated(sums: dict[str, float], source: str = "") -> dict[str, float]:
+    """The VALIDATED means of one data set."""
+    means = quality_means(sums)
+    return {f"validation_{source}{name}": means[name] for name in VALIDATED if name in means}
+
+
+def on_the_cpu(args: Args) -> Args:
+    """These flags, but for where the target is loaded."""
+    dtype = args.resolve()[1]
+    return replace(args, device="cpu", torch_dtype=next(name for name, known in DTYPES.items() if known == dtype))
 
 
 def main() -> int:
     args = parse_args(Args)
     args.check()
     folder = make_output_dir(args.output_dir)
-    start = {"checkpoint_hash": file_hash(args.checkpoint_path) if args.checkpoint_path else None}
+    processes = Processes(args.resolve()[0])
+    with only_writer(folder) if processes.is_main else nullcontext():
+        return train(args, folder, processes)
+
+
+def train(args: Args, folder: Path, processes: Processes) -> int:
+    """The run in `folder`: begun, continued, or finished already."""
+    start = {"checkpoint_hashes": [file_hash(path) for path in args.checkpoint_path]}
     check_same_run(folder, args, start)
     if print_if_finished(folder):
         return 0
-    streams = {split: open_stream(args.dataset, split, args.dataset_path, args.seed) for split in ("train", "validation")}
-    target = load_target(args.model_path, args)
+    streams = {split: open_mixture(args.dataset, args.mix, split, args.dataset_path, args.seed) for split in ("train", "validation")}
+    target = load_target(args.model_path, on_the_cpu(args) if processes.shards_target else args)
     facts = {**start, "data": fingerprint(streams["train"]), "target_hash": weights_hash(target.model)}
     check_same_run(folder, args, facts)
-    distillation = Distillation(args, target, streams, folder)
-    record_run(folder, args, facts)
-    status = run_training(distillation.task(), args, folder)
-    print(f"{args.dataset}: {describe_skipped(streams['train'].skipped)}", file=sys.stderr)
+    distillation = Distillation(args, target, streams, folder, processes)
+    processes.wait()  # all have checked what the folder holds
+    if processes.is_main:
+        record_run(folder, args, facts)
+    status = run_training(distillation.task(), args, folder, processes)
+    distillation.batches.close()
+    if processes.is_main:
+        print(f"forecast, if a pass takes what reading its weights takes:\n{distillation.forecast()}", file=sys.stderr)
+        print(f"{streams['train'].dataset.name}: {describe_skipped(streams['train'].skipped)}", file=sys.stderr)
+    processes.leave()
     return status
 
 

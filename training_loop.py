@@ -1,20 +1,20 @@
 """The one training loop: accumulation, schedule, clipping, logging, validation, saving, stopping and exact resuming.
 
-A command describes what it trains as a `TrainingTask`; `run_training` does the rest. Losses are sums over tokens,
-divided by the number of learned tokens of the whole accumulated batch, so a step does not depend on how the batch
-was cut into micro-batches.
+A command describes what it trains as a `TrainingTask` of one or several learners, which share the data and nothing else; `run_training` does the
+rest. Losses are sums over tokens, divided by the number of learned tokens of the whole accumulated batch of all processes, so a step does
+not depend on how the batch was cut.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
 import math
-import os
 import pickle
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,12 +22,15 @@ from typing import Literal, Protocol
 from command_line import UserError, first_line, import_optional
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from results import append_jsonl, read_config, read_jsonl, write_json, write_text
+from processes import Processes
+from results import append_csv, drop_later_rows, read_config, write_json, write_text
 
-LOG_NAME, STATE_NAME, FINAL_NAME = "train_log.jsonl", "state.pt", "final_checkpoint.txt"
+LOG_NAME, STATE_NAME, FINAL_NAME, LOCK_NAME = "train_log.csv", "state.pt", "final_checkpoint.txt", ".lock"
+LOG_COLUMNS = ("step", "learning_rate", "loss", "tokens", "grad_norm", "tokens_per_s")  # and those of the task
 FREE_ON_RESUME = {"resume", "output_dir", "run_name", "notes", "eval_every_steps", "save_every_steps", "tracker", "num_threads"}
 LOG_EVERY_STEPS = 10
 MAX_GRAD_NORM = 1.0
@@ -43,7 +46,6 @@ class TrainingArgs:
     max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=8, metadata={"help": "examples per micro-batch"})
     grad_accumulate_steps: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of AdamW"})
     lr_schedule: Literal["linear", "constant", "cosine"] = field(default="cosine", metadata={"help": "after the warm-up"})
     warmup_ratio: float = field(default=0.03, metadata={"help": "share of max_steps with a rising learning rate"})
     max_length: int = field(default=512, metadata={"help": "longest kept sequence, in tokens"})
@@ -63,8 +65,6 @@ class TrainingArgs:
             raise UserError(f"--max_length {self.max_length}: must be at least 2")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: must lie between 0 and 1")
-        if self.learning_rate <= 0:
-            raise UserError(f"--learning_rate {self.learning_rate}: must be positive")
         if self.tracker != "none":
             import_optional(self.tracker, self.tracker, f"--tracker {self.tracker}")
 
@@ -78,21 +78,66 @@ class Batches(Protocol):
 
 
 @dataclass
+class Learner:
+    """What is trained as one: `parameters` under an `optimizer` whose peak rate is `learning_rate`, logged and saved in `folder`.
+
+    `write(step, validation)` writes a checkpoint and returns its path. `name` tells it from the others ("" if it is alone).
+    """
+
+    name: str
+    folder: Path
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    learning_rate: float
+    write: Callable[[int, dict[str, float]], Path]
+    validation: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+
+    @property
+    def current_rate(self) -> float:
+        """The rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self, factor: float) -> None:
+        """Update the parameters at `factor` of the peak rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint."""
+        return self.write(step, self.validation)
+
+    def state_dict(self) -> dict:
+        """Parameters, optimizer and last validation."""
+        return {"parameters": [p.detach() for p in self.parameters], "optimizer": self.optimizer.state_dict(), "validation": self.validation, "steps": self.steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Take over a `state_dict`."""
+        for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.validation, self.steps = state["validation"], state["steps"]
+
+
+@dataclass
 class TrainingTask:
     """What one command trains.
 
-    `count(batch)` is the batch's number of learned tokens; `loss(batch)` its loss summed over them, with further
-    sums to log; `validate()` a dictionary of validation figures; `save(step, losses)` writes a checkpoint and
-    returns its path.
+    `count(batch)` is the number of learned tokens of the batch, those of other processes included. `learn(batch, scale)` adds the gradients of scale × loss and
+    returns, for each learner, its "loss" and further sums over the batch's tokens. `validate()` fills in every learner's `validation`. `columns` are what the log
+    has beside LOG_COLUMNS: the further sums, as token means, and the validation figures.
     """
 
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
+    learners: list[Learner]
     batches: Batches
     count: Callable[[dict], int]
-    loss: Callable[[dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-    validate: Callable[[], dict[str, float]]
-    save: Callable[[int, dict[str, float]], Path]
+    learn: Callable[[dict, float], list[dict[str, torch.Tensor]]]
+    validate: Callable[[], None]
+    columns: tuple[str, ...]
 
 
 def lr_factor(step: int, args: TrainingArgs) -> float:
@@ -105,9 +150,14 @@ def lr_factor(step: int, args: TrainingArgs) -> float:
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `signal` and lets the step finish; a second one interrupts."""
+    """While entered, the first SIGINT or SIGTERM sets `signal` and lets the step finish; a second one interrupts.
 
-    def __init__(self) -> None:
+    `launched` processes pass over the second one, as theirs is the first once more: a scheduler signals the launcher and
+    them, and the launcher hands its own on. They are killed by the launcher if they take too long.
+    """
+
+    def __init__(self, launched: bool = False) -> None:
+        self.launched = launched
         self.signal: int | None = None
 
     def __enter__(self) -> StopRequest:
@@ -120,12 +170,26 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: object) -> None:
         if self.signal is not None:
+            if self.launched:
+                return
             raise KeyboardInterrupt
         self.signal = number
-        print(f"\n{signal.Signals(number).name}: finishing this step and saving; send it again to stop at once", file=sys.stderr)
+        at_once = "" if self.launched else "; send it again to stop at once"
+        print(f"\n{signal.Signals(number).name}: finishing this step and saving{at_once}", file=sys.stderr)
 
 
 # ---- the run's folder: new, continued or finished ----
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes from training into `folder` meanwhile. Raises UserError where one does already."""
+    with (folder / LOCK_NAME).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process trains into {folder}; wait for it, or choose another --output_dir") from error
+        yield
+
 
 def check_same_run(folder: Path, args: TrainingArgs, facts: dict) -> None:
     """Raise UserError when `folder` holds a run and --resume is not given, or one with other flags or recorded `facts`."""
@@ -141,106 +205,135 @@ def check_same_run(folder: Path, args: TrainingArgs, facts: dict) -> None:
 
 
 def print_if_finished(folder: Path) -> bool:
-    """Whether the run in `folder` needs no more work; then its final checkpoint is printed, as a fresh run would."""
+    """Whether the run in `folder` needs no more work; then its final checkpoints are printed, as a fresh run would."""
     marker = folder / FINAL_NAME
     if marker.exists():
-        print(f"finished already\n{folder / marker.read_text().strip()}")
+        print("\n".join(["finished already", *(str(folder / line) for line in marker.read_text().splitlines())]))
     return marker.exists()
 
 
-def save_state(folder: Path, step: int, losses: dict[str, float], task: TrainingTask) -> None:
-    """Everything that resuming after `step` needs, `losses` being the last validation's; replaced atomically."""
-    partial = folder / f"{STATE_NAME}.{os.getpid()}.partial"
-    state = {"step": step, "losses": losses, "module": task.module.state_dict(), "optimizer": task.optimizer.state_dict(), "batches": task.batches.state_dict()}
-    torch.save(state, partial)
-    partial.replace(folder / STATE_NAME)
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn what a full disk raises into a UserError: what was saved before stays as it is, so that the run can go on from there."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot save {path} ({first_line(error)}); make room, and continue from the last save with the same command and --resume") from error
 
 
-def load_state(folder: Path, task: TrainingTask) -> tuple[int, dict[str, float]]:
-    """Restore the last saved state into `task`; returns its step and last validation, (0, {}) where nothing was saved."""
+def save_state(folder: Path, progress: dict, task: TrainingTask) -> None:
+    """Everything that resuming needs: `progress`, which is "step", "batches" (their state) and "processes" (how many), and the learners; replaced atomically."""
+    partial = folder / f"{STATE_NAME}.partial"  # of the one writer: what a killed one left is written over
+    state = {**progress, "rng": torch.get_rng_state(), "learners": {learner.name: learner.state_dict() for learner in task.learners}}
+    try:
+        with saving(folder / STATE_NAME):
+            torch.save(state, partial)
+            partial.replace(folder / STATE_NAME)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_state(folder: Path, task: TrainingTask, num_processes: int) -> int:
+    """Restore the last saved state into `task`; returns its step, 0 where nothing was saved. Raises UserError for a state of more or fewer processes."""
     path = folder / STATE_NAME
     if not path.exists():
-        return 0, {}
+        return 0
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is broken ({first_line(error)}); start the run again in another --output_dir") from error
-    task.module.load_state_dict(state["module"])
-    task.optimizer.load_state_dict(state["optimizer"])
+    if state["processes"] != num_processes:  # a step would have more or fewer examples
+        raise UserError(f"{folder} was started with other settings (processes {state['processes']} -> {num_processes}); use those, or another --output_dir")
+    for learner in task.learners:
+        learner.load_state_dict(state["learners"][learner.name])
     task.batches.load_state_dict(state["batches"])
-    return state["step"], state["losses"]
-
-
-def drop_later_rows(folder: Path, step: int) -> None:
-    """Cut the log back to `step`: what a killed run logged after its last save will be logged again."""
-    rows = [row for row in read_jsonl(folder / LOG_NAME) if 0 < step and row["step"] <= step]
-    write_text(folder / LOG_NAME, "".join(json.dumps(row) + "\n" for row in rows))
+    torch.set_rng_state(state["rng"])
+    return state["step"]
 
 
 # ---- the loop ----
 
-def train_step(task: TrainingTask, batches: list[dict], learning_rate: float) -> dict[str, float]:
-    """One optimizer step over `batches`; returns the token-mean loss and further token means."""
+def train_step(task: TrainingTask, batches: list[dict], args: TrainingArgs, step: int, processes: Processes) -> list[dict[str, float]]:
+    """One optimizer step of every learner over `batches`; returns the token means of each. Raises Diverged, before any weight has changed."""
     tokens = sum(task.count(batch) for batch in batches)
-    sums: dict[str, float] = {}
+    sums = [dict[str, torch.Tensor]() for _ in task.learners]
     for batch in batches:
-        loss, further = task.loss(batch)
-        (loss / tokens).backward()
-        for name, value in {"loss": loss, **further}.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
-    parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-    for group in task.optimizer.param_groups:
-        group["lr"] = learning_rate
-    task.optimizer.step()
-    task.optimizer.zero_grad(set_to_none=True)
-    return {**{name: float(value) / tokens for name, value in sums.items()}, "tokens": tokens, "grad_norm": float(grad_norm)}
+        for total, further in zip(sums, task.learn(batch, 1 / tokens), strict=True):
+            total |= {name: total.get(name, 0.0) + value.detach() for name, value in further.items()}
+    processes.add_up([p.grad for learner in task.learners for p in learner.parameters])
+    norms = [nn.utils.clip_grad_norm_(learner.parameters, MAX_GRAD_NORM) for learner in task.learners]
+    totals = processes.totals([value for total in sums for value in total.values()])
+    means = iter((totals / tokens).tolist())
+    figures = [{**{name: next(means) for name in total}, "tokens": tokens, "grad_norm": norm}
+               for total, norm in zip(sums, torch.stack(norms).tolist(), strict=True)]
+    for learner, figure in zip(task.learners, figures, strict=True):
+        if not math.isfinite(figure["loss"] + figure["grad_norm"]):
+            raise Diverged(f"{learner.name or 'the run'} at step {step + 1}: loss {figure['loss']}, gradient norm {figure['grad_norm']}")
+    for learner in task.learners:
+        learner.step(lr_factor(step, args))
+    return figures
+
+
+class Diverged(ArithmeticError):
+    """A loss or gradient that is no number."""
 
 
 class RunLog:
-    """train_log.jsonl, the progress bar (on a terminal) or a line per interval, and the tracker if one was asked for."""
+    """Each learner's train_log.csv, the progress bar (on a terminal) or a line per interval, and the tracker if one was asked for."""
 
-    def __init__(self, folder: Path, args: TrainingArgs, start: int) -> None:
-        self.folder, self.args = folder, args
+    def __init__(self, folder: Path, args: TrainingArgs, task: TrainingTask, start: int) -> None:
+        self.args, self.learners = args, task.learners
+        self.columns = [*LOG_COLUMNS, *task.columns]
+        for learner in task.learners:
+            drop_later_rows(learner.folder / LOG_NAME, start)
         self.bar = tqdm(total=args.max_steps, initial=start, desc=args.run_name or folder.name, disable=not sys.stderr.isatty())
         self.clock, self.tokens_since, self.steps_since = time.perf_counter(), 0, 0
-        self.tracker = self._open_tracker()
+        self.tracker = self._open_tracker(folder)
 
-    def _open_tracker(self) -> object | None:
+    def _open_tracker(self, folder: Path) -> object | None:
         if self.args.tracker == "none":
             return None
         from accelerate import Accelerator
 
-        accelerator = Accelerator(log_with=self.args.tracker, project_dir=str(self.folder))
+        accelerator = Accelerator(log_with=self.args.tracker, project_dir=str(folder))
         flat = {name: value for name, value in vars(self.args).items() if isinstance(value, int | float | str | bool)}
-        accelerator.init_trackers(self.args.run_name or self.folder.name, config=flat)
+        accelerator.init_trackers(self.args.run_name or folder.name, config=flat)
         return accelerator
 
-    def write(self, row: dict) -> None:
-        append_jsonl(self.folder / LOG_NAME, row)
+    def write(self, learner: Learner, row: dict) -> None:
+        with saving(learner.folder / LOG_NAME):
+            append_csv(learner.folder / LOG_NAME, row, self.columns)
         if self.tracker is not None:
-            self.tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+            self.tracker.log({f"{learner.name}/{name}".lstrip("/"): value for name, value in row.items() if name != "step"}, step=row["step"])
 
-    def step(self, step: int, learning_rate: float, figures: dict[str, float]) -> None:
+    def step(self, step: int, figures: list[dict[str, float]]) -> None:
         """Log one optimizer step; the rate is written at every LOG_EVERY_STEPS-th."""
-        self.tokens_since += figures["tokens"]
+        self.tokens_since += figures[0]["tokens"]
         self.steps_since += 1
-        row = {"step": step, "learning_rate": learning_rate, **figures}
+        pace = {}
         if step % LOG_EVERY_STEPS == 0 or step == self.args.max_steps:
             elapsed = time.perf_counter() - self.clock
-            row["tokens_per_s"] = self.tokens_since / elapsed
+            pace["tokens_per_s"] = self.tokens_since / elapsed
             if self.bar.disable:
                 eta = (self.args.max_steps - step) * elapsed / self.steps_since
-                print(f"step {step}/{self.args.max_steps} loss {row['loss']:.4f} {row['tokens_per_s']:.0f} tokens/s, {eta:.0f} s left", flush=True)
+                print(f"step {step}/{self.args.max_steps} {self._described(figures)} {pace['tokens_per_s']:.0f} tokens/s, {eta:.0f} s left", flush=True)
             self.restart_clock()
-        self.write(row)
-        self.bar.set_postfix(loss=f"{figures['loss']:.4f}")
+        for learner, figure in zip(self.learners, figures, strict=True):
+            self.write(learner, {"step": step, "learning_rate": learner.current_rate, **figure, **pace})
+        self.bar.set_postfix_str(self._described(figures))
         self.bar.update()
 
-    def validation(self, step: int, figures: dict[str, float]) -> None:
-        self.write({"step": step, **figures})
-        described = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        self.bar.write(f"step {step} validation: {described}", file=sys.stdout)
+    def _described(self, figures: list[dict[str, float]]) -> str:
+        """The losses, and overlaps where there are some, of all learners."""
+        shown = [name for name in ("loss", "overlap") if name in figures[0]]
+        return ", ".join(f"{name} " + " ".join(f"{figure[name]:.4f}" for figure in figures) for name in shown)
+
+    def validation(self, step: int) -> None:
+        """Log every learner's last validation."""
+        for learner in self.learners:
+            self.write(learner, {"step": step, **learner.validation})
+            described = ", ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in learner.validation.items())
+            self.bar.write(f"step {step} validation{f' of {learner.name}' if learner.name else ''}: {described}", file=sys.stdout)
         sys.stdout.flush()
         self.restart_clock()
 
@@ -253,39 +346,73 @@ class RunLog:
             self.tracker.end_training()
 
 
-def run_training(task: TrainingTask, args: TrainingArgs, folder: Path) -> int:
-    """Train from the last saved step to max_steps. Returns the exit status: 0 done, 128 + signal when stopped.
+class NoLog:
+    """What processes log that are not the main one: nothing."""
 
-    The last line printed on success is the path of the final checkpoint, which `final_checkpoint.txt` names too.
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def run_training(task: TrainingTask, args: TrainingArgs, folder: Path, processes: Processes) -> int:
+    """Train from the last saved step to max_steps. Returns the exit status: 0 done, 1 diverged, 128 + signal when stopped.
+
+    The last lines printed on success are the paths of the final checkpoints, which `final_checkpoint.txt` names too. Only the main process writes.
     """
-    step, losses = load_state(folder, task)
-    drop_later_rows(folder, step)
-    log = RunLog(folder, args, step)
+    step = load_state(folder, task, processes.count)
+    log = RunLog(folder, args, task, step) if processes.is_main else NoLog()
     if step == 0:
-        losses = task.validate()
-        log.validation(0, losses)
-    batches, checkpoint = iter(task.batches), None
-    with StopRequest() as stop:
-        while step < args.max_steps and stop.signal is None:
-            learning_rate = args.learning_rate * lr_factor(step, args)
-            figures = train_step(task, [next(batches) for _ in range(args.grad_accumulate_steps)], learning_rate)
-            step += 1
-            log.step(step, learning_rate, figures)
+        task.validate()
+        log.validation(0)
+    batches, position, paths, trouble = iter(task.batches), task.batches.state_dict(), [], None
+    with StopRequest(launched=processes.count > 1) as stop:
+        while step < args.max_steps and not (stopped := processes.any(stop.signal)):
+            try:
+                figures = train_step(task, [next(batches) for _ in range(args.grad_accumulate_steps)], args, step, processes)
+            except Diverged as error:
+                trouble = error
+                break
+            step, position = step + 1, task.batches.state_dict()
+            log.step(step, figures)
             if _is_due(step, args.eval_every_steps) or step == args.max_steps:
-                losses = task.validate()
-                log.validation(step, losses)
-            if _is_due(step, args.save_every_steps) or step == args.max_steps or stop.signal is not None:
-                checkpoint = task.save(step, losses)
-                save_state(folder, step, losses, task)
+                task.validate()
+                log.validation(step)
+            if _is_due(step, args.save_every_steps) and step < args.max_steps:
+                save_all(task, folder, step, position, processes)
+        paths = save_all(task, folder, step, position, processes)
         log.close()
-        if step < args.max_steps:
-            print(f"stopped at step {step}; continue with the same command and --resume", file=sys.stderr)
-            return 128 + stop.signal
-    checkpoint = checkpoint or task.save(step, losses)
-    write_json(folder / "final_metrics.json", {"step": step, **losses})
-    write_text(folder / FINAL_NAME, checkpoint.name + "\n")
-    print(checkpoint)
+        processes.wait()  # a launcher ends all soon after one has left with an error
+    if trouble is not None:
+        print(f"stopped, as training diverged: {trouble}; the weights of step {step} are saved. Lower --learning_rate, in another --output_dir", file=sys.stderr)
+        return 1
+    if step < args.max_steps:
+        print(f"stopped at step {step}; continue with the same command and --resume", file=sys.stderr)
+        return 128 + stopped
+    if processes.is_main:
+        finish(task, folder, paths)
     return 0
+
+
+def save_all(task: TrainingTask, folder: Path, step: int, position: dict, processes: Processes) -> list[Path]:
+    """Every learner's checkpoint, then the state to resume from, the batches at `position`; the checkpoints' paths ([] but in the main process)."""
+    if not processes.is_main:
+        return []
+    paths = []
+    for learner in task.learners:
+        with saving(learner.folder):
+            paths.append(learner.save(step))
+    save_state(folder, {"step": step, "batches": position, "processes": processes.count}, task)
+    return paths
+
+
+def finish(task: TrainingTask, folder: Path, paths: list[Path]) -> None:
+    """Mark the run, and each learner's folder, as finished, and print the checkpoints."""
+    for learner, path in zip(task.learners, paths, strict=True):
+        with saving(learner.folder / FINAL_NAME):
+            write_json(learner.folder / "final_metrics.json", {"step": learner.steps, **learner.validation})
+            write_text(learner.folder / FINAL_NAME, path.name + "\n")
+    with saving(folder / FINAL_NAME):
+        write_text(folder / FINAL_NAME, "".join(f"{path.relative_to(folder)}\n" for path in paths))
+    print("\n".join(map(str, paths)))
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import copy
 import glob
 import json
+import re
 import struct
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from command_line import UserError, first_line
 
@@ -20,15 +23,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Cache, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from decoding.static_llama import Parts
 from target_model import Target, tokenizer_hash, weights_hash
 
-FORMAT = "early-exit-1"
+FORMAT, FIRST_FORMAT = "early-exit-2", "early-exit-1"
+BLOCK_PARTS = {"last_block": "last", "full_block": "full", "attention_block": "attention"}  # a kind's word for a block -> ExitForm's
 
 
 def prepare_pass(
@@ -57,61 +61,204 @@ def run_blocks(blocks: Iterable[nn.Module], hidden: torch.Tensor, pass_inputs: d
     return hidden
 
 
+@dataclass(frozen=True)
+class ExitForm:
+    """What an exit at layer ℓ is made of, beside the target's norm.
+
+    `block`: "none"; "last", a copy of block ℓ in its place (so that only ℓ blocks are shared); "full" or "attention", one more block behind it, whole or without
+    its feed-forward half (Kangaroo 2404.18911), which begins as the identity. Head: the target's matrix; with `head_rank` r its best approximation
+    of rank r, which a step reads r·(D + V) instead of D·V numbers of; with `translator` an affine map behind the norm, which begins as the identity, and the
+    target's matrix (the tuned lens, 2303.08112, has it before the norm: behind it, it can also set how sure the draft is).
+    """
+
+    block: Literal["none", "last", "full", "attention"] = "none"
+    head_rank: int | None = None
+    translator: bool = False
+
+    def new_block(self, target: LlamaForCausalLM, target_layer: int) -> LlamaDecoderLayer | None:
+        """The exit's own block, untrained."""
+        if self.block == "none":
+            return None
+        block = copy.deepcopy(target.model.layers[target_layer])
+        if self.block == "attention":
+            config = copy.deepcopy(target.config)
+            config.intermediate_size, config.mlp_bias = 0, False
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says that there is nothing to initialise
+                block.mlp = LlamaMLP(config).to(target.device, target.dtype)
+        if self.block != "last":
+            block.self_attn.layer_idx = target_layer + 1  # its place in a cache
+            for last in (block.self_attn.o_proj, block.mlp.down_proj):
+                for parameter in last.parameters():
+                    nn.init.zeros_(parameter)
+        return block
+
+    def new_head(self, head: nn.Linear) -> nn.Linear | nn.Sequential:
+        """The exit's own head, untrained, from the target's `head`."""
+        whole = copy.deepcopy(head)  # untied by the copy
+        if self.translator:
+            affine = nn.Linear(head.in_features, head.in_features, device=head.weight.device, dtype=head.weight.dtype)
+            nn.init.eye_(affine.weight)
+            nn.init.zeros_(affine.bias)
+            return nn.Sequential(affine, whole)
+        if self.head_rank is not None:
+            return _low_rank(whole, self.head_rank)
+        return whole
+
+
+def _low_rank(head: nn.Linear, rank: int) -> nn.Sequential:
+    """D → rank → V with the product nearest to `head`'s weight in the least-squares sense (Eckart and Young)."""
+    # The right singular vectors are the eigenvectors of WᵀW (D, D): V is too large for a decomposition of W itself.
+    weight = head.weight.detach().double()
+    directions = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, -rank:]  # (D, rank)
+    into, out = (nn.Linear(*shape, bias=bias, device=weight.device, dtype=head.weight.dtype)
+                 for *shape, bias in ((head.in_features, rank, False), (rank, head.out_features, head.bias is not None)))
+    with torch.no_grad():
+        into.weight.copy_(directions.T)
+        out.weight.copy_(weight @ directions)
+        if head.bias is not None:
+            out.bias.copy_(head.bias)
+    return nn.Sequential(into, out)
+
+
+@dataclass(frozen=True)
+class ExitKind:
+    """An exit's form, which of its parts are tuned, and how many tokens its head knows (None: all).
+
+    `tuned`: "head" (norm and output matrix), "rank<r>" (norm and both factors), "translator" or none of these, which leave the target's norm and output matrix as
+    they are; and "last_block", "full_block" or "attention_block".
+    """
+
+    form: ExitForm = ExitForm()
+    tuned: tuple[str, ...] = ()
+    draft_vocab: int | None = None
+
+    def __str__(self) -> str:
+        """The parts in one word, such as "head+last_block" or "rank64+vocab4096"; "untuned" where there are none."""
+        return "+".join([*self.tuned, *([] if self.draft_vocab is None else [f"vocab{self.draft_vocab}"])]) or "untuned"
+
+    @classmethod
+    def parse(cls, name: str) -> ExitKind:
+        """The kind that `str` gives this name. Raises UserError for parts that are unknown or do not go together."""
+        parts = name.split("+")
+        numbers = {word: int(digits) for part in parts for word, digits in re.findall(r"^(rank|vocab)(\d+)$", part)}
+        blocks, heads = ([part for part in parts if part in known] for known in (BLOCK_PARTS, ("head", "translator", f"rank{numbers.get('rank')}")))
+        unknown = set(parts) - {*blocks, *heads, f"vocab{numbers.get('vocab')}"}
+        if unknown or len(parts) > len(set(parts)):
+            raise UserError(f"exit kind {name}: {'+'.join(sorted(unknown)) or 'a part stands twice'}; its parts are head, rank<r>, translator, {', '.join(BLOCK_PARTS)} and vocab<N>")
+        for those in (blocks, heads):
+            if len(those) > 1:
+                raise UserError(f"exit kind {name}: {' and '.join(those)} exclude each other; give one of them")
+        if not blocks and not heads:
+            raise UserError(f"exit kind {name}: nothing to train; add head, rank<r>, translator or a block")
+        form = ExitForm(BLOCK_PARTS[blocks[0]] if blocks else "none", numbers.get("rank"), "translator" in heads)
+        return cls(form, (*heads, *blocks), numbers.get("vocab"))
+
+    def check(self, target: LlamaConfig) -> None:
+        """Raise UserError for a kind that no exit of `target` can have."""
+        for size, most, what in ((self.form.head_rank, target.hidden_size - 1, "rank"), (self.draft_vocab, target.vocab_size, "vocabulary")):
+            if size is not None and not 1 <= size <= most:
+                raise UserError(f"exit kind {self}: its head's {what} must lie between 1 and {most} for this target")
+
+    @property
+    def shares_output(self) -> bool:
+        """Whether norm and output matrix stay the target's."""
+        return not self.tuned or self.tuned[0] in ("translator", *BLOCK_PARTS)
+
+
 class Exit(nn.Module):
     """What turns the hidden state behind `prefix` blocks into logits: an optional block of its own, norm and head.
 
-    Head only at target layer ℓ: prefix ℓ+1, no block. Tuned last block at ℓ: prefix ℓ, `block` a copy of block ℓ with
-    its own keys and values. All tensors are the exit's own, the head too where the target ties it to its embeddings.
+    A block in place of block ℓ (ExitForm.block "last") has prefix ℓ, all others ℓ+1. All tensors are the exit's own, the head too where the target
+    ties it to its embeddings, until `share_output`.
     """
 
-    def __init__(self, target: LlamaForCausalLM, target_layer: int, own_block: bool = False) -> None:
+    def __init__(self, target: LlamaForCausalLM, target_layer: int, form: ExitForm = ExitForm()) -> None:  # noqa: B008
         """An untuned exit: copies of the target's tensors. Raises UserError for a layer that the target lacks."""
         super().__init__()
         num_blocks = target.config.num_hidden_layers
         if not 0 <= target_layer < num_blocks:
             raise UserError(f"target layer {target_layer}: this target has {num_blocks} blocks, so choose 0 to {num_blocks - 1}")
-        self.target_layer = target_layer
-        self.prefix = target_layer if own_block else target_layer + 1
-        self.block: LlamaDecoderLayer | None = copy.deepcopy(target.model.layers[target_layer]) if own_block else None
+        self.target_layer, self.form = target_layer, form
+        self.prefix = target_layer if form.block == "last" else target_layer + 1
+        self.block = form.new_block(target, target_layer)
         self.norm = copy.deepcopy(target.model.norm)
-        self.head = copy.deepcopy(target.lm_head)  # untied by the copy
-        self.vocab_size = len(self.head.weight)
+        self.head = form.new_head(target.lm_head)
+        self.vocab_size = target.lm_head.out_features
+        self.shared: tuple[str, ...] = ()  # parts that are the target's own
         self.register_buffer("token_ids", None, persistent=False)
 
     def forward(self, hidden: torch.Tensor, pass_inputs: dict, logits_to_keep: int = 0) -> torch.Tensor:
         """Logits (B, T, V) from `hidden` (B, T, D) behind the prefix; with `logits_to_keep`, of the last positions only."""
-        hidden = hidden.to(self.norm.weight.dtype)
-        if self.block is not None:
-            hidden = self.block(hidden, **pass_inputs)
-        logits = self.head(self.norm(hidden[:, -logits_to_keep:]))
+        return self.over_vocabulary(self.logits(self.through_block(hidden, pass_inputs)[:, -logits_to_keep:]))
+
+    def over_vocabulary(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) from those of the known tokens (..., V_d): −inf where the head knows nothing."""
         if self.token_ids is None:
             return logits
         whole = torch.full((*logits.shape[:-1], self.vocab_size), -torch.inf, dtype=logits.dtype, device=logits.device)
         return whole.index_copy_(-1, self.token_ids, logits)
 
+    def through_block(self, hidden: torch.Tensor, pass_inputs: dict) -> torch.Tensor:
+        """`hidden` (B, T, D) behind the exit's own block, if it has one, in the dtype of its tensors."""
+        hidden = hidden.to(next(self.parameters()).dtype)
+        return hidden if self.block is None else self.block(hidden, **pass_inputs)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V_d) of the tokens that the head knows, from `hidden` (..., D) behind the own block."""
+        return self.head(self.norm(hidden))
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last matrix of the head: a row per token."""
+        return self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
+
+    def _set_output(self, linear: nn.Linear) -> None:
+        if isinstance(self.head, nn.Sequential):
+            self.head[-1] = linear
+        else:
+            self.head = linear
+
     def trimmed(self, token_ids: torch.Tensor) -> Exit:
         """This exit with the head's rows of `token_ids` (N,) only: q is 0 for all other tokens, which changes no output.
 
-        A smaller head is a cheaper draft step (FR-Spec 2502.14856). Raises UserError for ids that are not distinct and sorted.
+        A smaller head is a cheaper draft step (FR-Spec 2502.14856). Raises UserError for ids that are not distinct and sorted, or that the head lacks.
         """
         if len(token_ids) == 0 or not bool((token_ids.diff() > 0).all()):
             raise UserError("a trimmed draft vocabulary needs distinct token ids in ascending order")
-        head, self.head = self.head, None
-        smaller = copy.deepcopy(self)
-        self.head = head
-        smaller.head = nn.Linear(head.in_features, len(token_ids), bias=head.bias is not None, device=head.weight.device, dtype=head.weight.dtype)
-        smaller.head.load_state_dict({name: tensor[token_ids] for name, tensor in head.state_dict().items()})
+        rows = token_ids
+        if self.token_ids is not None:
+            rows = torch.searchsorted(self.token_ids, token_ids)
+            if not torch.equal(self.token_ids[rows.clamp(max=len(self.token_ids) - 1)], token_ids):
+                raise UserError(f"the exit knows {len(self.token_ids)} tokens already, and not all of those asked for; trim an exit with the full head")
+        whole = self.output
+        smaller = copy.deepcopy(self, {id(whole): None})
+        linear = nn.Linear(whole.in_features, len(rows), bias=whole.bias is not None, device=whole.weight.device, dtype=whole.weight.dtype)
+        linear.load_state_dict({name: tensor[rows] for name, tensor in whole.state_dict().items()})
+        smaller._set_output(linear)
         smaller.token_ids = token_ids
         return smaller.requires_grad_(False)
 
+    def share_output(self, target: LlamaForCausalLM) -> Exit:
+        """This exit with the target's own norm and, if all its rows are known, output matrix instead of copies."""
+        self.norm, self.shared = target.model.norm, ("norm.",)
+        if self.token_ids is None:
+            self._set_output(target.lm_head)
+            self.shared += ("head.1." if self.form.translator else "head.",)
+        return self
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Tensors that are not the target's, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if not name.startswith(self.shared)}
+
     def own_bytes(self) -> int:
         """Bytes of the exit's own tensors."""
-        return module_bytes(self)
+        return sum(parameter.nbytes for parameter in self.own_parameters().values())
 
     def cost_ratio(self, target: LlamaForCausalLM) -> float:
-        """c = (E·l + h_d) / (L·l + h): bytes that a draft step reads, over those of a target step."""
-        itemsize = target.lm_head.weight.element_size() / self.head.weight.element_size()
-        draft = sum(module_bytes(block) for block in target.model.layers[: self.prefix]) + self.own_bytes() * itemsize
+        """c = (E·l + h_d) / (L·l + h): bytes that a draft step reads, over those of a target step, all in the target's dtype."""
+        itemsize = target.lm_head.weight.element_size()
+        draft = sum(module_bytes(block) for block in target.model.layers[: self.prefix]) + itemsize * sum(p.numel() for p in self.parameters())
         return draft / step_bytes(target)
 
 
@@ -134,7 +281,8 @@ class TruncatedLlama(nn.Module):
     def __init__(self, target: LlamaForCausalLM, exit_: Exit) -> None:
         super().__init__()
         fits = all(parameter.dtype == target.dtype and parameter.device == target.device for parameter in exit_.parameters())
-        self.target, self.exit = target, exit_ if fits else copy.deepcopy(exit_).to(target.device, target.dtype)
+        shared = {id(module): module for module in (target.model.norm, target.lm_head)}  # is not copied
+        self.target, self.exit = target, exit_ if fits else copy.deepcopy(exit_, shared).to(target.device, target.dtype)
         self.config = target.config
 
     @property
@@ -170,11 +318,10 @@ class TruncatedLlama(nn.Module):
 
 @dataclass(frozen=True)
 class ExitInfo:
-    """The header of an exit's checkpoint. `tuned` names the trained parts, a subset of ("head", "last_block")."""
+    """The header of an exit's checkpoint."""
 
     target_layer: int
-    own_block: bool
-    tuned: tuple[str, ...]
+    kind: ExitKind
     target_name: str
     target_hash: str
     tokenizer_hash: str
@@ -182,15 +329,12 @@ class ExitInfo:
     losses: dict[str, float] = field(default_factory=dict)
     flags: dict = field(default_factory=dict)
 
-    @property
-    def kind(self) -> str:
-        """"untuned", "head", "last_block" or "head+last_block"."""
-        return "+".join(self.tuned) or "untuned"
-
 
 def save_exit(path: Path, exit_: Exit, info: ExitInfo) -> None:
-    """Write the exit's tensors (fp32 as trained) and `info` to a .safetensors file, complete or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exit_.state_dict().items()}
+    """Write the exit's own tensors (fp32 as trained), the tokens that its head knows and `info` to a .safetensors file, complete or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exit_.own_parameters().items()}
+    if exit_.token_ids is not None:
+        tensors["token_ids"] = exit_.token_ids.cpu()
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"format": FORMAT, "info": json.dumps(asdict(info))})
     partial.replace(path)
@@ -213,11 +357,14 @@ def read_exit_info(path: str | Path) -> ExitInfo:
         raise UserError(f"no checkpoint at {path}; give the path that train.py printed last") from error
     except (SafetensorError, OSError, struct.error) as error:
         raise UserError(f"{path} is broken or no .safetensors file ({error}); train it again, or give an earlier checkpoint") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, FIRST_FORMAT):
         raise UserError(f"{path} is not an exit's checkpoint of this suite (format {metadata.get('format')!r}, expected {FORMAT!r})")
     try:
         info = json.loads(metadata["info"])
-        return ExitInfo(**{**info, "tuned": tuple(info["tuned"])})
+        if metadata["format"] == FIRST_FORMAT:
+            info["kind"] = {"form": {"block": "last" if info.pop("own_block") else "none"}, "tuned": info.pop("tuned"), "draft_vocab": None}
+        kind = info["kind"]
+        return ExitInfo(**{**info, "kind": ExitKind(ExitForm(**kind["form"]), tuple(kind["tuned"]), kind["draft_vocab"])})
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is broken: its header cannot be read ({first_line(error)}); train it again, or give an earlier checkpoint") from error
 
@@ -236,10 +383,24 @@ def load_exit(path: str | Path, target: Target) -> tuple[Exit, ExitInfo]:
     """The exit stored at `path`, fp32, on the target's device. Raises UserError when it does not fit `target`."""
     info = read_exit_info(path)
     check_exit_fits(path, info, target)
-    exit_ = Exit(target.model, info.target_layer, info.own_block).float()
+    exit_ = Exit(target.model, info.target_layer, info.kind.form)
     try:
         with safe_open(path, framework="pt") as file:
-            exit_.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, RuntimeError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if info.kind.draft_vocab is not None:
+            exit_ = exit_.trimmed(tensors.pop("token_ids").to(target.model.device))
+        return restored(exit_, target, tensors), info
+    except (SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(f"{path} is broken ({first_line(error)}); train it again, or give an earlier checkpoint") from error
-    return exit_.to(target.model.device), info
+
+
+def restored(exit_: Exit, target: Target, tensors: dict[str, torch.Tensor]) -> Exit:
+    """`exit_` with its own `tensors` in fp32, sharing the target's where there are none. Raises RuntimeError for tensors that do not fit."""
+    if "norm.weight" not in tensors:
+        exit_.share_output(target.model)
+    for parameter in exit_.own_parameters().values():
+        parameter.data = parameter.data.float()
+    missing, unexpected = exit_.load_state_dict(tensors, strict=False)
+    if unexpected or set(missing) & set(exit_.own_parameters()):
+        raise RuntimeError(f"tensors {sorted(unexpected)} too many, {sorted(set(missing) & set(exit_.own_parameters()))} missing")
+    return exit_

@@ -95,7 +95,7 @@ def candidate_row(candidate: Candidate, target: Target) -> dict:
     """A candidate's figures: α, c and t(n)/t(0) of its rounds, bytes, best γ and predicted speedup."""
     exit_, costs = candidate.draft.exit, candidate.costs
     return {
-        "draft": candidate.name, "target_layer": exit_.target_layer, "own_block": exit_.block is not None, "head_tokens": candidate.vocab,
+        "draft": candidate.name, "target_layer": exit_.target_layer, "block": exit_.form.block, "head_tokens": candidate.vocab,
         "alpha": candidate.alpha, "cost_ratio_bytes": exit_.cost_ratio(target.model), "best_gamma": candidate.best_gamma,
         "predicted_speedup": candidate.speedup(candidate.best_gamma),
         **{f"round_cost_{n}": cost / costs[0] for n, cost in enumerate(costs)}, **{f"tokens_per_round_{n}": t for n, t in enumerate(candidate.tokens)},

@@ -1,35 +1,121 @@
-"""The frozen full model with exits trained beside it: one pass gives the teacher's logits and every exit's."""
+"""The frozen full model with exits trained beside it: one pass gives the teacher's hidden states and every exit's.
+
+Logits are V numbers a position, 128k in Llama 3: those of a whole batch would be most of what training holds. They are made, compared and forgotten
+some rows at a time, forward and backward, teacher's and drafts' together; between the chunks there are only hidden states.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from losses import Graded, LossType, grade, learned_rows, learned_tokens
 from truncated_llama import Exit, prepare_pass
+
+CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of logits in fp32: on the CPU what its caches hold, on a GPU enough for its units
+
+
+class States(NamedTuple):
+    """What a frozen pass leaves: the teacher's normed last hidden state (B, T, D), hidden states behind prefixes, and what blocks get beside them."""
+
+    teacher: torch.Tensor
+    at_prefix: dict[int, torch.Tensor]
+    pass_inputs: dict
+
+
+class Chunk(NamedTuple):
+    """Logits of some learned positions: the teacher's (N, V) and each exit's (N, V_d), and the tokens (N,) that they predict."""
+
+    teacher: torch.Tensor
+    drafts: list[torch.Tensor]
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an exit is trained for: see losses.grade."""
+
+    loss_type: LossType = "kl_divergence"
+    temperature: float = 1.0
 
 
 class TunedLlama(nn.Module):
-    """The frozen target and the exits that read its hidden states. Only the exits are parameters of this module."""
+    """The frozen target and the exits that read its hidden states. Only the exits are parameters of this module.
 
-    def __init__(self, target: LlamaForCausalLM, exits: list[Exit]) -> None:
+    Under a bf16 target the exits' products run in bf16, their tensors stay in fp32. `grade` may be a compiled losses.grade.
+    """
+
+    def __init__(self, target: LlamaForCausalLM, exits: list[Exit], grade: Callable[..., Graded] = grade) -> None:
         super().__init__()
         self.exits = nn.ModuleList(exits)
         self._frozen = (target.requires_grad_(False).eval(),)  # in a tuple, so that it is not registered as a submodule
+        self._grade = grade
 
     @property
     def target(self) -> LlamaForCausalLM:
         return self._frozen[0]
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Teacher logits (B, T, V) and one draft logits (B, T, V) per exit, in their own dtypes."""
-        with torch.no_grad():
-            hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask)
-            wanted = {exit_.prefix for exit_ in self.exits}
-            at_prefix = {0: hidden}
-            for count, block in enumerate(self.target.model.layers, start=1):
-                hidden = block(hidden, **pass_inputs)
-                if count in wanted:
-                    at_prefix[count] = hidden
-            teacher = self.target.lm_head(self.target.model.norm(hidden))
-        return teacher, [exit_(at_prefix[exit_.prefix], pass_inputs) for exit_ in self.exits]
+    def learn(self, batch: dict[str, torch.Tensor], objectives: list[Objective], scale: float) -> list[dict[str, torch.Tensor]]:
+        """Add the gradients of scale × loss over the batch's learned tokens to every exit's parameters.
+
+        Returns, for each exit, its loss, Σ min(p, q) and the mass of p that it cannot know, summed over these tokens.
+        """
+        with self._autocast():
+            states, hidden = self._hidden(batch)
+            pieces = [[piece.detach().requires_grad_(rows.requires_grad) for piece in rows.split(self._rows)] for rows in hidden]
+            sums: list[dict[str, torch.Tensor]] = [{} for _ in self.exits]
+            for number, chunk in enumerate(self._chunks(batch, states, pieces)):
+                for exit_, objective, draft, total in zip(self.exits, objectives, chunk.drafts, sums, strict=True):
+                    graded = self._grade(objective.loss_type, chunk.teacher, draft.detach(), chunk.tokens, objective.temperature, exit_.token_ids)
+                    draft.backward((scale * graded.gradient).to(draft.dtype))
+                    found = {"loss": graded.loss, "overlap": graded.overlap, "lost_mass": graded.lost_mass}
+                    total |= {name: value if number == 0 else total[name] + value for name, value in found.items()}
+            for rows, parts in zip(hidden, pieces, strict=True):
+                if rows.requires_grad:
+                    rows.backward(torch.cat([part.grad for part in parts]))
+        return sums
+
+    @torch.no_grad()
+    def chunks(self, batch: dict[str, torch.Tensor]) -> Iterator[Chunk]:
+        """The logits of all learned positions, some rows at a time."""
+        with self._autocast():
+            states, hidden = self._hidden(batch)
+            yield from self._chunks(batch, states, [rows.split(self._rows) for rows in hidden])
+
+    def _autocast(self) -> torch.autocast:
+        in_bf16 = self.target.dtype == torch.bfloat16  # under fp16, gradients would underflow: the exit stays in fp32
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=in_bf16)
+
+    @property
+    def _rows(self) -> int:
+        """Positions of a chunk."""
+        return max(1, CHUNK_BYTES[self.target.device.type] // (4 * self.target.config.vocab_size))
+
+    def _hidden(self, batch: dict[str, torch.Tensor]) -> tuple[States, list[torch.Tensor]]:
+        """A frozen pass, and the hidden states (N, D) of learned positions behind each exit's own block."""
+        states = self.frozen_pass(batch["input_ids"], batch["attention_mask"])
+        return states, [learned_rows(exit_.through_block(states.at_prefix[exit_.prefix], states.pass_inputs), batch["loss_mask"]) for exit_ in self.exits]
+
+    def _chunks(self, batch: dict[str, torch.Tensor], states: States, pieces: list[tuple[torch.Tensor, ...]]) -> Iterator[Chunk]:
+        teacher = learned_rows(states.teacher, batch["loss_mask"]).split(self._rows)
+        tokens = learned_tokens(batch["input_ids"], batch["loss_mask"]).split(self._rows)
+        for number, (rows, predicted) in enumerate(zip(teacher, tokens, strict=True)):
+            drafts = [exit_.logits(parts[number]) for exit_, parts in zip(self.exits, pieces, strict=True)]
+            yield Chunk(self.target.lm_head(rows).detach(), drafts, predicted)
+
+    @torch.no_grad()
+    def frozen_pass(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> States:
+        """`input_ids` (B, T) through all of the target's blocks."""
+        hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask)
+        wanted = {exit_.prefix for exit_ in self.exits}
+        at_prefix = {0: hidden}
+        for count, block in enumerate(self.target.model.layers, start=1):
+            hidden = block(hidden, **pass_inputs)
+            if count in wanted:
+                at_prefix[count] = hidden
+        return States(self.target.model.norm(hidden), at_prefix, pass_inputs)

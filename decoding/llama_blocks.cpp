@@ -142,7 +142,7 @@ static inline void products(const W* w, const float* x, floats* out, floats* spa
 
 template <typename W>
 struct Block {
-    const W *qkv, *qkv_bias, *out, *out_bias, *gate_up, *gate_up_bias, *down, *down_bias, *attention_norm, *mlp_norm;
+    const W *qkv, *qkv_bias, *out, *out_bias, *gate_up, *gate_up_bias, *down, *down_bias, *attention_norm, *mlp_norm;  // no gate_up: no MLP
     W *keys, *values;  // of the first text (kv_heads, capacity, head_dim)
 };
 
@@ -175,6 +175,14 @@ struct Pass {
     int64_t number;
     W *x, *kept;
     int64_t kept_at;
+};
+
+// RMS norm, then `inner` (k, hidden) where there is one (else k = hidden), then w (n, k).
+template <typename W>
+struct Head {
+    const W *norm, *inner, *inner_bias, *w, *bias;
+    int64_t hidden, k, n;
+    float eps;
 };
 
 template <typename W>
@@ -269,6 +277,18 @@ static void attend(const Block<W>& block, const Shape& shape, const Rows<W>& row
     }
 }
 
+// out (T, n) = in (T, k) times w (n, k) transposed, rounded to W; for the threads of a parallel region.
+template <typename W, typename To>
+static void put_product(const W* w, const W* bias, const float* in, int64_t k, To* out, int64_t n, int64_t rows, Scratch& own) {
+    own.sums.resize(rows);
+    own.space.resize(4 * rows);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; i += LANES) {
+        products(w + i * k, in, own.sums.data(), own.space.data(), k, rows);
+        for (int64_t t = 0; t < rows; t++) store(rounded<W>(own.sums[t] + load_or_zero(bias, i)), out + t * n + i);
+    }
+}
+
 // x (T, hidden) += in (T, inner) times w (hidden, inner) transposed; for the threads of a parallel region.
 template <typename W>
 static void add_product(const W* w, const W* bias, const float* in, int64_t inner, float* x, int64_t hidden, int64_t rows, Scratch& own) {
@@ -295,20 +315,15 @@ template <typename W>
 static void run_block(const Block<W>& block, const Shape& shape, const Rows<W>& rows, float* x, float* qkv, float* attended, float* gated, Scratch& own) {
     const int64_t count = rows.count, width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     float* normed = room(own.normed, count * shape.hidden);
-    own.sums.resize(2 * count);
-    own.space.resize(4 * count);
     norm(x, block.attention_norm, normed, count, shape.hidden, shape.eps);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < width; n += LANES) {
-        products(block.qkv + n * shape.hidden, normed, own.sums.data(), own.space.data(), shape.hidden, count);
-        for (int64_t t = 0; t < count; t++) store(rounded<W>(own.sums[t] + load_or_zero(block.qkv_bias, n)), qkv + t * width + n);
-    }
+    put_product(block.qkv, block.qkv_bias, normed, shape.hidden, qkv, width, count, own);
 #pragma omp for schedule(static)
     for (int64_t kv = 0; kv < shape.kv_heads; kv++) place(block, shape, rows, kv, qkv);
 #pragma omp for schedule(static) collapse(2)
     for (int64_t t = 0; t < count; t++)
         for (int64_t kv = 0; kv < shape.kv_heads; kv++) attend(block, shape, rows, kv, t, qkv, attended, own);
     add_product(block.out, block.out_bias, attended, shape.heads * shape.head_dim, x, shape.hidden, count, own);
+    if (!block.gate_up) return;
     norm(x, block.mlp_norm, normed, count, shape.hidden, shape.eps);
     own.sums.resize(2 * count);
     own.space.resize(4 * count);
@@ -355,23 +370,19 @@ static void run_blocks(const Pass<W>& pass, const Shape& shape, const Rows<W>& r
     for (int64_t i = 0; i < size; i++) store(x[i], pass.x + i);
 }
 
-// out (T, n) = RMS norm of x (T, k) times w (n, k) transposed.
+// out (T, n) = what `head` makes of x (T, hidden).
 template <typename W>
-static void run_head(const W* weight, const W* w, const W* bias, const W* x, W* out, int64_t n, int64_t k, int64_t rows, float eps, int threads) {
-    static thread_local std::vector<floats> store_x, store_normed;
-    float *wide = room(store_x, rows * k), *normed = room(store_normed, rows * k);
-    for (int64_t i = 0; i < rows * k; i++) wide[i] = to_float(x[i]);
-    norm(wide, weight, normed, rows, k, eps);
+static void run_head(const Head<W>& head, const W* x, W* out, int64_t rows, int threads) {
+    static thread_local std::vector<floats> store_x, store_normed, store_middle;
+    const int64_t size = rows * head.hidden;
+    float *wide = room(store_x, size), *normed = room(store_normed, size), *middle = head.inner ? room(store_middle, rows * head.k) : normed;
+    for (int64_t i = 0; i < size; i++) wide[i] = to_float(x[i]);
+    norm(wide, head.norm, normed, rows, head.hidden, head.eps);
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch own;
-        own.sums.resize(rows);
-        own.space.resize(4 * rows);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < n; i += LANES) {
-            products(w + i * k, normed, own.sums.data(), own.space.data(), k, rows);
-            for (int64_t t = 0; t < rows; t++) store(own.sums[t] + load_or_zero(bias, i), out + t * n + i);
-        }
+        if (head.inner) put_product(head.inner, head.inner_bias, normed, head.hidden, middle, head.k, rows, own);
+        put_product(head.w, head.bias, middle, head.k, out, head.n, rows, own);
     }
 }
 
@@ -380,8 +391,8 @@ static void run_head(const W* weight, const W* w, const W* bias, const W* x, W* 
     extern "C" void run_blocks_##name(const Pass<W>* pass, const Shape* shape, const Rows<W>* rows, int threads) {               \
         run_blocks(*pass, *shape, *rows, threads);                                                                               \
     }                                                                                                                            \
-    extern "C" void run_head_##name(const W* weight, const W* w, const W* bias, const W* x, W* out, int64_t n, int64_t k, int64_t rows, float eps, int threads) { \
-        run_head(weight, w, bias, x, out, n, k, rows, eps, threads);                                                             \
+    extern "C" void run_head_##name(const Head<W>* head, const W* x, W* out, int64_t rows, int threads) {                        \
+        run_head(*head, x, out, rows, threads);                                                                                  \
     }
 EXPORT(float, fp32)
 EXPORT(uint16_t, bf16)

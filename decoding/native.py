@@ -55,6 +55,13 @@ class Pass(ctypes.Structure):
     _fields_ = [("blocks", ctypes.c_void_p), ("number", ctypes.c_int64), ("x", ctypes.c_void_p), ("kept", ctypes.c_void_p), ("kept_at", ctypes.c_int64)]
 
 
+class Head(ctypes.Structure):
+    """struct Head of the source."""
+
+    _fields_ = [*[(name, ctypes.c_void_p) for name in ("norm", "inner", "inner_bias", "w", "bias")],
+                *[(name, ctypes.c_int64) for name in ("hidden", "k", "n")], ("eps", ctypes.c_float)]
+
+
 class Noise(ctypes.Structure):
     """struct Noise of the source."""
 
@@ -91,7 +98,7 @@ def _without(reason: str) -> None:
 _POINTER, _NUMBER, _NOISE, _PLACES = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Noise), ctypes.POINTER(Places)
 ARGUMENTS = {
     "run_blocks": [ctypes.POINTER(Pass), ctypes.POINTER(Shape), ctypes.POINTER(Rows), ctypes.c_int],
-    "run_head": [*[_POINTER] * 5, *[_NUMBER] * 3, ctypes.c_float, ctypes.c_int],
+    "run_head": [ctypes.POINTER(Head), *[_POINTER] * 2, _NUMBER, ctypes.c_int],
     "policy_probs": [_POINTER, _POINTER, _NUMBER, _NUMBER, ctypes.c_float, _NUMBER, ctypes.c_float, ctypes.c_int],
     "draw": [_POINTER, _NOISE, _PLACES, *[_POINTER] * 2, *[_NUMBER] * 2, *[_POINTER] * 2],
     "verify_coupled": [*[_POINTER] * 2, _NOISE, _PLACES, _POINTER, *[_NUMBER] * 3, *[_POINTER] * 2],

@@ -47,7 +47,10 @@ REACH_STEP = 256  # where positions lie on the device, attention reads this many
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The blocks, norm and head that a pass goes through, and the tokens (V_d,) that the head knows where these are not all."""
+    """The blocks, norm and head that a pass goes through, and the tokens (V_d,) that the head knows where these are not all.
+
+    A head is a linear map, or two in a row: a low-rank one, or a translator before a frozen one. A block whose MLP has width 0 is attention alone.
+    """
 
     layers: tuple[nn.Module, ...]
     norm: nn.Module
@@ -78,12 +81,23 @@ def why_unsupported(model: nn.Module, parts: Parts | None = None) -> str | None:
     whole = (model,) if parts is None else (model, *parts.modules())
     if len({(parameter.device, parameter.dtype) for part in whole for parameter in part.parameters()}) > 1:
         return "weights on several devices or of several dtypes"
-    for module in chain.from_iterable(part.modules() for part in whole):
-        if type(module) not in PLAIN:
+    modules = list(chain.from_iterable(part.modules() for part in whole))
+    head = model.lm_head if parts is None else parts.head
+    in_two_parts = type(head) is nn.Sequential and [type(part) for part in head] == [nn.Linear] * 2
+    for module in modules:
+        if type(module) not in PLAIN and not (module is head and in_two_parts):
             return f"quantised or adapted layers: a {type(module).__name__}"
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             return f"hooks: on a {type(module).__name__}"
-    return None
+    return next(filter(None, (_mlp_complaint(module, config) for module in modules if type(module) is LlamaMLP)), None)
+
+
+def _mlp_complaint(mlp: LlamaMLP, config: PretrainedConfig) -> str | None:
+    """Blocks share their buffers, so an MLP is as wide as the config's or is skipped."""
+    width = len(mlp.gate_proj.weight)
+    if width not in (0, config.intermediate_size):
+        return f"an MLP of width {width} beside those of {config.intermediate_size}"
+    return "an MLP of width 0 with a bias" if width == 0 and mlp.down_proj.bias is not None else None
 
 
 def linears(layer: nn.Module) -> tuple[nn.Module, ...]:
@@ -114,6 +128,11 @@ def join(linears: list[nn.Linear]) -> Projection:
     return Projection(joined["weight"], joined.get("bias"))
 
 
+def single(linear: nn.Linear) -> Projection:
+    """A linear map, where it lies."""
+    return Projection(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+
+
 def _joined(parameters: list[nn.Parameter]) -> torch.Tensor:
     """The parameters' values in one tensor that they are views of; the tensor that is there where they are such views already."""
     first = parameters[0]
@@ -129,19 +148,24 @@ def _joined(parameters: list[nn.Parameter]) -> torch.Tensor:
     return whole
 
 
+def _tensors(projection: Projection | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias."""
+    return (None, None) if projection is None else (projection.weight, projection.bias)
+
+
 class Block:
-    """The weights of one decoder block, joined."""
+    """The weights of one decoder block, joined; `gate_up` and `down` are None where it has no MLP."""
 
     def __init__(self, layer: nn.Module) -> None:
         q, k, v, out, gate, up, down = linears(layer)
-        self.qkv, self.gate_up = join([q, k, v]), join([gate, up])
-        self.out, self.down = (Projection(linear.weight.detach(), None if linear.bias is None else linear.bias.detach()) for linear in (out, down))
+        self.qkv, self.out = join([q, k, v]), single(out)
+        self.gate_up, self.down = (join([gate, up]), single(down)) if len(gate.weight) else (None, None)
         self.attention_norm, self.mlp_norm = (norm.weight.detach() for norm in (layer.input_layernorm, layer.post_attention_layernorm))
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Weights and biases, in the order of llama_blocks.cpp."""
-        products = [tensor for linear in (self.qkv, self.out, self.gate_up, self.down) for tensor in (linear.weight, linear.bias)]
-        return [*products, self.attention_norm, self.mlp_norm]
+        products = (self.qkv, self.out, self.gate_up, self.down)
+        return [*chain.from_iterable(map(_tensors, products)), self.attention_norm, self.mlp_norm]
 
 
 class Rotary:
@@ -429,6 +453,8 @@ def run_block(block: Block, x: torch.Tensor, view: SpanView | ScatterView, index
     view.write(index, space.new_keys, space.new_values)
     space.attend(view.keys[index], view.values[index], view.causal, view.mask)
     x.add_(space.out(block.out))
+    if block.gate_up is None:
+        return
     space.norm(x, block.mlp_norm)
     space.gate_up(block.gate_up)
     torch.mul(silu(space.gate, inplace=True), space.up, out=space.gated)
@@ -502,37 +528,49 @@ def _pointers(block: Block, cache: KeyValues, index: int) -> native.BlockPointer
 
 
 class Head:
-    """Final norm and output matrix: hidden states (R, D) -> logits (R, V)."""
+    """Final norm and output matrix, or two of them in a row: hidden states (R, D) -> logits (R, V)."""
 
-    def __init__(self, norm: nn.Module, linear: nn.Linear, eps: float, cpp: bool = True) -> None:
-        bias = None if linear.bias is None else linear.bias.detach()
-        self._norm, self._eps, self._projection = norm.weight.detach(), eps, Projection(linear.weight.detach(), bias)
-        self._spaces: dict[int, tuple[Norm, Product]] = {}
-        dense = all(tensor is None or tensor.is_contiguous() for tensor in (linear.weight, bias, norm.weight))
-        self._native = cpp and dense and native.serves(linear.weight.dtype, linear.weight.device, *linear.weight.shape)
+    def __init__(self, norm: nn.Module, head: nn.Linear | nn.Sequential, eps: float, cpp: bool = True) -> None:
+        self._norm, self._eps = norm.weight.detach(), eps
+        self._projections = [single(linear) for linear in (head if isinstance(head, nn.Sequential) else [head])]
+        self._spaces: dict[int, tuple[Norm, list[Product]]] = {}
+        self._native = self._pointers() if cpp and self._fits_cpp() else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (R, V); valid until the next call with as many rows."""
-        if self._native and len(x) <= native.UP_TO[x.dtype]:
+        if self._native is not None and len(x) <= native.UP_TO[x.dtype]:
             return self._run_native(x)
-        norm, product = self._spaces.get(len(x)) or self._new_space(x)
+        norm, products = self._spaces.get(len(x)) or self._new_space(x)
         norm(x, self._norm)
-        return product(self._projection).contiguous()
+        for product, projection in zip(products, self._projections, strict=True):
+            logits = product(projection)  # each product reads the one before
+        return logits.contiguous()
+
+    def _fits_cpp(self) -> bool:
+        tensors = [self._norm, *chain.from_iterable(map(_tensors, self._projections))]
+        sizes = chain.from_iterable(projection.weight.shape for projection in self._projections)
+        return all(tensor is None or tensor.is_contiguous() for tensor in tensors) and native.serves(self._norm.dtype, self._norm.device, *sizes)
+
+    def _pointers(self) -> native.Head:
+        *inner, last = self._projections
+        tensors = [self._norm, *_tensors(inner[0] if inner else None), *_tensors(last)]
+        n, k = last.weight.shape
+        return native.Head(*map(native.address, tensors), len(self._norm), k, n, self._eps)
 
     def _run_native(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
-        weight, bias = self._projection.weight, self._projection.bias
-        out = x.new_empty(len(x), len(weight))
-        native.function("run_head", x.dtype)(
-            *map(native.address, (self._norm, weight, bias, x, out)), *weight.shape, len(x), self._eps, torch.get_num_threads())
+        out = x.new_empty(len(x), self._native.n)
+        native.function("run_head", x.dtype)(self._native, native.address(x), native.address(out), len(x), torch.get_num_threads())
         return out
 
-    def _new_space(self, x: torch.Tensor) -> tuple[Norm, Product]:
+    def _new_space(self, x: torch.Tensor) -> tuple[Norm, list[Product]]:
         norm = Norm(len(x), self._eps, x)
-        space = norm, Product(norm.normed, len(self._projection.weight))
+        products: list[Product] = []
+        for projection in self._projections:
+            products.append(Product(products[-1].result if products else norm.normed, len(projection.weight)))
         if len(x) <= KEPT_WIDTHS:
-            self._spaces[len(x)] = space
-        return space
+            self._spaces[len(x)] = (norm, products)
+        return norm, products
 
 
 # ---- the model ----

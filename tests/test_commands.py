@@ -17,6 +17,7 @@ import plots
 import pretrain_draft_model
 import prove
 import train
+from results import read_csv_log
 from toy_models import tiny_llama
 
 EVALUATION = ["--quality_datasets", "arithmetic", "--quality_max_batches", "2", "--spec_num_prompts", "3", "--spec_prompt_length", "8",
@@ -95,9 +96,8 @@ def test_pretraining_makes_a_loadable_model(tmp_path, monkeypatch):
                "--num_attention_heads", 2, "--num_key_value_heads", 1, "--tie_word_embeddings", "--rope_scaling_factor", 4, "--max_steps", 8,
                "--batch_size", 2, "--max_length", 32, "--learning_rate", "1e-2", "--num_threads", 1]
     assert run_main(pretrain_draft_model, command, monkeypatch) == 0
-    log = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
-    validation = [row["validation_loss"] for row in log if "validation_loss" in row]
-    assert validation[-1] < validation[0] - 0.1
+    validation = read_csv_log(tmp_path / "run" / "train_log.csv")["validation_loss"].dropna()
+    assert validation.iloc[-1] < validation.iloc[0] - 0.1
     path = tmp_path / "run" / "model_000008"
     model = AutoModelForCausalLM.from_pretrained(path)
     assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 2
@@ -112,7 +112,7 @@ def test_pretraining_makes_a_loadable_model(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_layer": 4}, "--target_layer 4: .* choose 0 to 3"),
+        ({"target_layer": 4}, "--target_layers 4: .* choose 0 to 3"),
         ({"target_layer": -1}, "choose 0 to 3"),
         ({"dataset": "ultrachatt"}, "unknown data set 'ultrachatt': choose one of arithmetic"),
         ({"dataset_path": "/no/such/file.jsonl"}, "--dataset_path /no/such/file.jsonl"),
@@ -124,7 +124,7 @@ def test_pretraining_makes_a_loadable_model(tmp_path, monkeypatch):
         ({"max_steps": 0}, "--max_steps 0: must be at least 1"),
         ({"learning_rate": -1}, "--learning_rate -1.0: must be positive"),
         ({"kl_temperature": 0}, "--kl_temperature 0.0: must be positive"),
-        ({"loss_type": "kl"}, "invalid choice: 'kl'"),
+        ({"loss_type": "kl"}, "--loss_type kl: choose from kl_divergence"),
         ({"max_steps": "many"}, "invalid int value: 'many'"),
         ({"num_threads": 0}, "--num_threads 0: must be at least 1"),
         ({"tracker": "wandb"}, "--tracker wandb needs wandb, which is not installed; run: pip install wandb"),

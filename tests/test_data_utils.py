@@ -105,7 +105,10 @@ def test_collate_pads_on_the_right(tokenizer):
 # ---- batches ----
 
 def equal(left: list[dict], right: list[dict]) -> bool:
-    return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(left, right, strict=True))
+    def same(a: object, b: object) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    return all(a.keys() == b.keys() and all(same(a[key], b[key]) for key in a) for a, b in zip(left, right, strict=True))
 
 
 @pytest.fixture(params=["padded", "packed", "packed_two"])
@@ -141,6 +144,8 @@ def test_padded_batches_hold_every_example_once_per_epoch(tokenizer):
     expected = {tuple(options.encode({"text": row["text"]}).input_ids) for row in stream.rows}
     assert len(rows) == 64 and set(rows) == expected
     assert stream.position == {"epoch": 0, "row": 64}
+    assert all(batch["source"].tolist() == [0] * 4 for batch in batches)
+    assert all(batch["global_tokens"] == int(batch["loss_mask"][:, 1:].sum()) for batch in batches)
 
 
 def test_examples_with_nothing_to_learn_are_counted_and_end_in_an_error(tokenizer):

@@ -28,7 +28,24 @@ ULTRACHAT = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}, {"r
 SHARE_GPT = {"id": "a_0", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
 QUESTION = {"question": "What is 1 + 1?", "answer": "1 + 1 = 2.\n#### 2"}
 TEXT = {"text": "The quick brown fox.", "id": "<urn:uuid:1>"}
+LMSYS = {
+    "conversation_id": "33f741fed8fc4ef2a7d6a3ad4ed8e9d0", "model": "vicuna-33b", "turn": 1, "language": "English", "redacted": False,
+    "conversation": [{"content": "Hi", "role": "user"}, {"content": "Hello.", "role": "assistant"}],
+    "openai_moderation": [{"categories": {"hate": False}, "category_scores": {"hate": 1e-05}, "flagged": False}] * 2,
+}
+
+
+def message(id_: str, parent: str | None, text: str, rank: int | None = None, **changes: object) -> dict:
+    """One row of OpenAssistant: a prompter's where `id_` has an odd number of letters ("r", "rab"), else an assistant's."""
+    return {
+        "message_id": id_, "parent_id": parent, "user_id": "u", "text": text, "role": "prompter" if len(id_) % 2 else "assistant", "lang": "en",
+        "review_count": 3, "review_result": True, "deleted": False, "rank": rank, "message_tree_id": id_[0], "tree_state": "ready_for_export",
+        "labels": {"name": ["spam"], "value": [0.0], "count": [3]}, **changes,
+    }
+
+
 FORMS = {
+    "oasst": message("r", None, "Hi"), "lmsys": LMSYS,
     "ultrachat": ULTRACHAT, "pydoc": ULTRACHAT, "share_gpt": SHARE_GPT, "gsm8k": QUESTION, "arithmetic": QUESTION, "slim_pj": TEXT, "fineweb": TEXT,
     "xsum": {"document": "It rained. It rained more.", "summary": "It rained.", "id": "1"},
     "cnn": {"article": "LONDON, England (CNN) -- It rained. It rained more.", "highlights": "It rained .\nMore rain is due .", "id": "42c027e4"},
@@ -36,6 +53,14 @@ FORMS = {
     "c4": {"text": "The quick brown fox.\nIt jumped.", "timestamp": "2019-04-25T12:57:54Z", "url": "https://fox.com/quick/"},
     "mt_bench": {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Now a shorter one."]},
 }
+
+
+def form_rows(name: str, count: int) -> list[dict]:
+    """Rows of `count` examples of the data set's form."""
+    if name != "oasst":
+        return [FORMS[name]] * count
+    trees = [[message(f"{i:03}", None, "Hi"), message(f"{i:03}a", f"{i:03}", "Hello.")] for i in range(count)]
+    return [row for tree in trees for row in tree]
 
 
 def write_arrow(path: Path, rows: list[dict]) -> None:
@@ -71,7 +96,7 @@ def test_every_data_set_has_a_form_here():
 @pytest.mark.parametrize("file_name", WRITERS)
 @pytest.mark.parametrize("name", FORMS)
 def test_form_loads_from_every_file_type(name, file_name, tmp_path, tokenizer):
-    WRITERS[file_name](tmp_path / file_name, [FORMS[name]] * 20)
+    WRITERS[file_name](tmp_path / file_name, form_rows(name, 20))
     stream = open_stream(name, "train", str(tmp_path / file_name))
     examples = list(stream.rest_of_epoch())
     assert len(examples) == (20 if name == "mt_bench" else 18) and not stream.skipped
@@ -138,6 +163,99 @@ def test_dirty_share_gpt_rows_are_counted_by_reason(tmp_path):
     expected["without a list of turns"] += 1
     assert stream.skipped == {**expected, "that are not objects": 3}
     assert describe_skipped(stream.skipped).startswith("22 rows skipped (5 ")
+
+
+def test_lmsys_skips_what_is_flagged_or_redacted_and_keeps_every_language():
+    flagged = [{"flagged": False}, {"flagged": True}]
+    bad = [{"openai_moderation": flagged}, {"redacted": True}, {"openai_moderation": flagged, "redacted": True}, {"conversation": []},
+           {"conversation": [{"role": "tool", "content": "{}"}]}]
+    odd = [{"openai_moderation": None}, {"openai_moderation": [None]}, {"language": "German"}]
+    stream = ExampleStream(DATASETS["lmsys"], [{**LMSYS, **change} for change in [*bad, *odd]] + [None], seed=0)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    assert list(stream.rest_of_epoch()) == [{"messages": chat}] * len(odd)
+    assert stream.skipped == {
+        "flagged by the moderation": 2, "that are redacted": 1, "without a list of turns": 1, "with a turn of role 'tool'": 1, "that are not objects": 1,
+    }
+
+
+# ---- trees of messages ----
+
+TREE = [  # a reply's name is its parent's and one more letter
+    message("r", None, "Hi"),
+    message("ra", "r", "Second best.", rank=1), message("rb", "r", "Best.", rank=0), message("rc", "r", "Nobody ranked this."),
+    message("rax", "ra", "On a branch that is not followed"), message("raxy", "rax", "Nor is this"),
+    message("rbx", "rb", "Liked most, but unanswered", rank=0), message("rby", "rb", "And?", rank=2), message("rbz", "rb", "Oh?", rank=1),
+    message("rbya", "rby", "Less liked question"), message("rbza", "rbz", "First of equals."), message("rbzb", "rbz", "Second of equals."),
+    message("rbzaq", "rbza", "A last word"),
+]
+
+
+def assembled_chats(rows: list) -> tuple[list[list[str]], dict]:
+    """The texts of the dialogues in the message rows `rows`, in order, and what was skipped."""
+    stream = ExampleStream(DATASETS["oasst"], DATASETS["oasst"].assemble(rows), seed=0, shuffle=False)
+    examples = list(stream.rest_of_epoch())
+    assert all([m["role"] for m in e["messages"]] == ["user", "assistant"] * (len(e["messages"]) // 2) for e in examples)
+    return [[m["content"] for m in example["messages"]] for example in examples], dict(stream.skipped)
+
+
+def test_tree_gives_its_best_dialogue_in_whatever_order_its_rows_come():
+    best = ["Hi", "Best.", "Oh?", "First of equals."]
+    assert assembled_chats(TREE) == ([best], {})
+    others = [message("s", None, "Hallo", lang="de"), message("sa", "s", "Guten Tag.", lang="de")]
+    for rows in ([others[1], *TREE[5:], others[0], *TREE[:5]], [*others, *TREE]):
+        chats, skipped = assembled_chats(rows)
+        assert sorted(chats) == [["Hallo", "Guten Tag."], best] and not skipped
+    equals_first = assembled_chats(sorted(TREE, key=lambda row: row["message_id"], reverse=True))[0]
+    assert equals_first == [[*best[:3], "Second of equals."]]  # neither is ranked: the order of the rows decides
+
+
+def test_rows_without_their_empty_keys_are_whole():
+    lean = [{name: value for name, value in row.items() if value is not None and name not in ("deleted", "review_result", "tree_state")} for row in TREE]
+    assert assembled_chats(lean) == assembled_chats(TREE)
+
+
+@pytest.mark.parametrize(("changed", "expected", "skipped"), [
+    ({"rb": {"deleted": True}}, ["Hi", "Second best.", "On a branch that is not followed", "Nor is this"],
+     {"that are deleted": 1, "whose parent is missing or cut": 3}),
+    ({"rb": {"review_result": False}, "ra": {"review_result": False}}, ["Hi", "Nobody ranked this."],
+     {"that review rejected": 2, "whose parent is missing or cut": 4}),
+    ({"rb": {"review_result": None}}, ["Hi", "Best.", "Oh?", "First of equals."], {}),
+    ({"rbza": {"deleted": True}, "rbzb": {"deleted": True}}, ["Hi", "Best.", "And?", "Less liked question"],
+     {"that are deleted": 2, "whose parent is missing or cut": 1}),
+    ({"r": {"deleted": True}}, None, {"that are deleted": 1, "whose parent is missing or cut": 3}),
+    ({row["message_id"]: {"tree_state": "halted_by_moderator"} for row in TREE}, None, {"in a tree that is halted_by_moderator": 13}),
+    ({"rb": {"text": None}}, ["Hi", "Second best.", "On a branch that is not followed", "Nor is this"],
+     {"without message_id, role and text": 1, "whose parent is missing or cut": 3}),
+    ({"rb": {"role": "prompter"}}, None, {"whose turns do not alternate": 1}),
+    ({"rb": {"role": "oracle"}}, None, {"with a turn of role 'oracle'": 1}),
+])
+def test_cut_messages_end_their_branch_and_are_counted_by_reason(changed, expected, skipped):
+    chats, found = assembled_chats([{**row, **changed.get(row["message_id"], {})} for row in TREE])
+    assert (chats, found) == ([] if expected is None else [expected], skipped)
+
+
+def test_broken_message_rows_are_counted():
+    rows = [None, [1], {"prompt": {}}, TREE[0], *TREE, message("t", "t", "Its own parent"), message("uv", "u", "Without a parent")]
+    chats, skipped = assembled_chats(rows)
+    assert len(chats) == 1
+    assert skipped == {"that are not objects": 2, "without message_id, role and text": 1, "that came before": 1, "whose parent is missing or cut": 1}
+
+
+def test_trees_are_never_torn_between_splits(tmp_path, monkeypatch):
+    rows = form_rows("oasst", 40)
+    apart = rows[::2] + rows[1::2]  # all roots, then all answers
+    path = write_jsonl(tmp_path / "rows.jsonl", apart)
+    served = {"train": apart, "validation": [{**row, "text": "held out"} for row in apart]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, streaming, **__: datasets.Dataset.from_list(served[split]))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "README.md")
+    for place, sizes in ((path, (36, 2, 2)), (None, (40, 20, 20))):
+        streams = {split: open_stream("oasst1", split, place) for split in SPLITS}
+        found = {split: list(stream.rest_of_epoch()) for split, stream in streams.items()}
+        assert tuple(map(len, found.values())) == sizes and not any(stream.skipped for stream in streams.values())
+        assert all(len(example["messages"]) == 2 for examples in found.values() for example in examples)
+    assert {example["messages"][0]["content"] for split in ("validation", "test") for example in found[split]} == {"held out"}
+    ids = [row["thread"][0]["message_id"] for split in ("validation", "test") for row in open_rows(DATASETS["oasst"], split)]
+    assert len(set(ids)) == 40
 
 
 # ---- files and splits ----
@@ -249,6 +367,27 @@ def test_stream_resumes_exactly_at_any_position(hub, shuffle):
     assert (epoch == [row["text"] for row in rows if row["text"]]) is not shuffle
 
 
+def test_finished_epochs_are_told_once_and_not_again_by_a_stream_that_goes_on_after_them(capsys):
+    rows = [{"text": str(i) if i % 4 else ""} for i in range(1200)]  # 900 usable
+
+    def make_stream() -> ExampleStream:
+        return ExampleStream(DATASETS["slim_pj"], rows, seed=0)
+
+    stream = make_stream()
+    list(islice(iter(stream), 900))
+    assert not capsys.readouterr().err
+    list(islice(iter(stream), 1801))
+    told = [f"slim_pj: epoch {epoch} ends after 1,200 rows; the data begin anew" for epoch in (1, 2, 3)]
+    assert capsys.readouterr().err.splitlines() == told
+    resumed = make_stream()
+    resumed.position = dict(stream.position)
+    list(islice(iter(resumed), 10))
+    assert stream.position["epoch"] == 3 and not capsys.readouterr().err
+    resumed.quiet = True
+    list(islice(iter(resumed), 1000))
+    assert resumed.position["epoch"] == 4 and not capsys.readouterr().err
+
+
 def test_epochs_are_shuffled_differently():
     examples = [example["text"] for example in islice(ExampleStream(DATASETS["slim_pj"], [{"text": str(i)} for i in range(30)], seed=0), 60)]
     assert sorted(examples[:30]) == sorted(examples[30:]) and examples[:30] != examples[30:]
@@ -309,6 +448,25 @@ def test_what_the_hub_raises_becomes_a_user_error(error, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match="could not be read from the hub"):
         open_rows(DATASETS["ultrachat"], "train")
+
+
+@pytest.mark.parametrize("seen", ["error", "cause"])
+def test_gated_data_set_says_what_to_do(seen, monkeypatch):
+    gated = datasets.exceptions.DatasetNotFoundError("Dataset 'lmsys/lmsys-chat-1m' is a gated dataset on the Hub. You must be authenticated.")
+
+    def fail(*_, **__):
+        if seen == "error":
+            raise gated
+        raise ConnectionError("Couldn't reach it") from OSError("403 Client Error.\nCannot access gated repo for url https://huggingface.co/...")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "README.md")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError) as error:
+        open_stream("lmsys-chat-1m", "train")
+    assert str(error.value) == (
+        "--dataset lmsys: lmsys/lmsys-chat-1m is gated on the hub; agree to its conditions at https://huggingface.co/datasets/lmsys/lmsys-chat-1m "
+        "and run: hf auth login, or give local files of the same form with --dataset_path"
+    )
 
 
 def test_missing_package_is_named(monkeypatch):

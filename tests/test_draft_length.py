@@ -21,7 +21,7 @@ from decoding.static_llama import Stack
 from metrics import expected_tokens
 from speculative import DecodeOptions, generate, generate_batch
 from toy_models import PeekingLength, bigram_pair, check_same_text, decode, native_llama, noisy_exit, tiny_llama, transition_p
-from truncated_llama import Exit, TruncatedLlama
+from truncated_llama import Exit, ExitForm, TruncatedLlama
 
 GREEDY = SamplingPolicy(0.0)
 SAMPLED = [SamplingPolicy(1.0), SamplingPolicy(0.7, top_p=0.95), SamplingPolicy(1.0, top_k=5)]
@@ -435,7 +435,7 @@ def check_drafts_after_pauses(target, method: str, every: int) -> None:
 
     Texts are exact without, whatever it has missed.
     """
-    draft = TruncatedLlama(target, Exit(target, 3, own_block=True))
+    draft = TruncatedLlama(target, Exit(target, 3, ExitForm("last")))
     _, stats = decode(target, draft, [1, 2, 3], policy=SAMPLED[0], gamma=LongPauses(every), max_new_tokens=2 * (every + 3), method=method)
     drafted = [r for r in stats.rounds if r.proposed]
     assert len(drafted) >= 2 and all(r.accepted == r.proposed == 3 for r in drafted), "draft"

@@ -19,7 +19,7 @@ from plain_llama import as_llama, why_not_a_llama
 from target_model import DeviceArgs, Target, load_target, tokenizer_hash, weights_hash
 from test_commands import check_one_line, run_main
 from toy_models import decode, noisy_exit, some_prompts, tiny_llama
-from truncated_llama import Exit, ExitInfo, TruncatedLlama, save_exit
+from truncated_llama import Exit, ExitForm, ExitInfo, ExitKind, TruncatedLlama, save_exit
 
 GAMMA = 4
 LAYER = 1
@@ -46,7 +46,7 @@ def save_target(folder: Path, tokenizer, **overrides) -> Target:
 
 
 def save_checkpoint(path: Path, target: Target, exit_: Exit) -> Path:
-    info = ExitInfo(target_layer=exit_.target_layer, own_block=exit_.block is not None, tuned=("head",), target_name=target.name,
+    info = ExitInfo(target_layer=exit_.target_layer, kind=ExitKind(exit_.form, ("head",)), target_name=target.name,
                     target_hash=weights_hash(target.model), tokenizer_hash=tokenizer_hash(target.tokenizer))
     save_exit(path, exit_, info)
     return path
@@ -134,7 +134,7 @@ def test_tensors_that_share_storage_in_memory_are_copied(tmp_path):
         joined = torch.cat([projection.weight for projection in projections])
         for projection, part in zip(projections, joined.split([len(p.weight) for p in projections]), strict=True):
             projection.weight = nn.Parameter(part, requires_grad=False)
-    exit_ = Exit(target, LAYER, own_block=True)
+    exit_ = Exit(target, LAYER, ExitForm("last"))
     draft = as_llama(target, exit_)
     draft.save_pretrained(tmp_path)
     tokens = torch.tensor([some_prompts(2)[1]])

@@ -9,15 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # The tens are the tiers, from what everything stands on to what a user starts; the ones order a tier within itself.
 LEVELS = {
-    0: "command_line machine_speed decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap",
+    0: "command_line machine_speed processes decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap",
     1: "row_files results decoding.sampling decoding.kv_cache decoding.static_llama",
     2: "data_utils decoding.verify decoding.shared_exit decoding.common_sense",
     3: "decoding.state decoding.children",
     4: "decoding.draft_length decoding.vanilla",
     5: "decoding.drafting decoding.tree_drafting",
     6: "decoding.best_first",
-    10: "target_model training_loop losses plots arithmetic_dataset c4_dataset cnn_dataset fineweb_dataset gsm8k_dataset mt_bench_dataset"
-        " openwebtext_dataset pydoc_dataset share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
+    10: "target_model training_loop losses plots arithmetic_dataset c4_dataset cnn_dataset fineweb_dataset gsm8k_dataset lmsys_dataset"
+        " mt_bench_dataset oasst_dataset openwebtext_dataset pydoc_dataset share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
     11: "metrics tree_plots",
     20: "text_datasets truncated_llama followers decoding.chain decoding.self_speculation decoding.static_tree decoding.dynamic_tree"
         " decoding.specexec decoding.hf_peers",
@@ -26,7 +26,8 @@ LEVELS = {
     31: "tuning tree_tuning",
     32: "potential tree_args",
     40: "evaluation",
-    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark benchmark_torch_compile tune build_followers build_growmap",
+    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark benchmark_torch_compile tune build_followers build_growmap"
+        " generate_dataset benchmark_training",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

@@ -29,7 +29,7 @@ from toy_models import (
     noisy_exit,
     tiny_llama,
 )
-from truncated_llama import Exit, TruncatedLlama
+from truncated_llama import Exit, ExitForm, TruncatedLlama
 
 SAMPLED, GREEDY = SamplingPolicy(0.7, top_p=0.95), SamplingPolicy(0.0)
 DTYPES = [torch.float32, torch.float64]  # sampling and verification through C++, and through torch
@@ -244,7 +244,7 @@ def test_hidden_states_that_are_not_kept(monkeypatch, llama):
 def test_own_block_of_the_exit_skips_a_token(monkeypatch, llama):
     """The last drafted token, when it was kept, is known to the target's blocks only. Texts stay exact without it."""
     target = llama()
-    draft = TruncatedLlama(target, Exit(target, 3, own_block=True))
+    draft = TruncatedLlama(target, Exit(target, 3, ExitForm("last")))
     check_all_accepted(target, draft, SAMPLED, "coupled", method="self_speculative")
     exact = SharedExit.draft
     monkeypatch.setattr(SharedExit, "draft", lambda self, tokens, starts, index, behind: exact(self, tokens, starts, index, 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +58,9 @@ def write_synthetic_log(folder: Path) -> Path:
     folder.mkdir(parents=True)
     rows = [{"step": step, "loss": 5 - 0.1 * step, "learning_rate": 1e-4, "tokens": 100} for step in range(1, 11)]
     rows += [{"step": step, "validation_kl": 2 - 0.1 * step, "validation_overlap": 0.05 * step} for step in (0, 10)]
-    (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 11, "lo')
-    return folder / "train_log.jsonl"
+    log = folder / "train_log.csv"
+    log.write_text(pd.DataFrame(rows).to_csv(index=False) + "11,4.")
+    return log
 
 
 def drawn(table: pd.DataFrame) -> set[str]:
@@ -261,7 +261,7 @@ def test_training_curves_skip_a_torn_line_and_repeat_no_step(tmp_path: Path) -> 
     log = write_synthetic_log(tmp_path / "run")
     assert plots.read_train_log(log)["step"].max() == 10
     text = log.read_text()
-    log.write_text(text[: text.rfind("\n") + 1] + json.dumps({"step": 10, "loss": 1.5}) + "\n")
+    log.write_text(text[: text.rfind("\n") + 1] + "10,1.5,,,,\n")
     figure = plots.training_curves([log])
     assert [axis.get_title(loc="left") or axis.get_title() for axis in figure.axes] == ["training loss", "validation KL(p‖q)", "validation overlap"]
     raw = figure.axes[0].lines[0].get_xydata()

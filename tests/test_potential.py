@@ -20,7 +20,7 @@ from target_model import EMBEDDED_TARGET, DeviceArgs, Target, load_target, token
 from test_commands import check_one_line, run_main
 from text_datasets import find_dataset
 from toy_models import bigram_pair, context_free_pair, native_llama, noisy_exit, tiny_llama
-from truncated_llama import Exit, ExitInfo, save_exit
+from truncated_llama import Exit, ExitInfo, ExitKind, save_exit
 from tuning import tokens_per_round
 
 TEXTS = [[0, 3, 1, 1, 7, 2, 5], [4, 4], [6, 0, 2, 2, 1]]
@@ -123,7 +123,7 @@ def command(draft: list, out, *more) -> list:
 def exit_path(tmp_path_factory):
     """An untuned exit at layer 7 of the embedded target."""
     target = load_target(str(EMBEDDED_TARGET), DeviceArgs(device="cpu"))
-    info = ExitInfo(7, False, (), target.name, weights_hash(target.model), tokenizer_hash(target.tokenizer))
+    info = ExitInfo(7, ExitKind(), target.name, weights_hash(target.model), tokenizer_hash(target.tokenizer))
     path = tmp_path_factory.mktemp("exit") / "exit.safetensors"
     save_exit(path, Exit(target.model, 7), info)
     return path

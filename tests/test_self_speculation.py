@@ -16,7 +16,7 @@ from decoding.state import DecodeState, RoundResult
 from decoding.static_llama import KEPT_WIDTHS, PREFILL_CHUNK, REACH_STEP, Span, Stack, StaticLlama
 from speculative import DecodeOptions, generate, generate_batch
 from toy_models import check_batch, chi_square_p, decode, native_llama, noisy_exit, random_text, same_layers, some_prompts, tiny_llama
-from truncated_llama import Exit, TruncatedLlama
+from truncated_llama import Exit, ExitForm, TruncatedLlama
 
 GREEDY, SAMPLED, NUCLEUS = SamplingPolicy(0.0), SamplingPolicy(1.0), SamplingPolicy(0.7, top_p=0.95)
 LLAMAS = {"cpp": native_llama, "torch": tiny_llama}  # in fp32 through C++, in fp64 through torch
@@ -31,7 +31,7 @@ def target(request):
 
 def exit_like_the_target(target, own_block: bool = False) -> TruncatedLlama:
     """An exit that drafts what the target would say."""
-    return TruncatedLlama(target, Exit(target, BLOCKS - 1, own_block))
+    return TruncatedLlama(target, Exit(target, BLOCKS - 1, ExitForm("last" if own_block else "none")))
 
 
 # ---- texts ----

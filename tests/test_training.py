@@ -1,19 +1,22 @@
 """One step is one step however the batch is cut; an interrupted run continues to the last bit."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from training_loop import StopRequest, TrainingArgs, TrainingTask, lr_factor, train_step
+from processes import Processes
+from results import read_csv_log
+from training_loop import Learner, StopRequest, TrainingArgs, TrainingTask, lr_factor, run_training, train_step
 from truncated_llama import read_exit_info
 
 ROOT = Path(__file__).parent.parent
@@ -31,18 +34,23 @@ def start(command: list[str]) -> subprocess.Popen:
 
 
 def steps_logged(folder: Path) -> list[dict]:
-    log = folder / "train_log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}") and '"loss"' in line]
+    log = folder / "train_log.csv"
+    rows = read_csv_log(log) if log.exists() and log.stat().st_size else pd.DataFrame({"loss": []})
+    return rows.dropna(subset="loss").to_dict("records")
+
+
+def wait_for_step(folder: Path, step: int, ended: Callable[[], object]) -> None:
+    """Until the run in `folder` has logged `step`; fails where it has `ended` before."""
+    while max((row["step"] for row in steps_logged(folder)), default=0) < step:
+        if ended():
+            pytest.fail(f"ended before step {step}: {ended()}")
+        time.sleep(0.005)
 
 
 def interrupt(command: list[str], folder: Path, after_step: int, number: int) -> int:
     """Start `command`, send it the signal once it has logged `after_step`, and return its exit status."""
     process = start(command)
-    while max((row["step"] for row in steps_logged(folder)), default=0) < after_step:
-        if process.poll() is not None:
-            pytest.fail(f"ended early: {process.stdout.read()}")
-        time.sleep(0.005)
+    wait_for_step(folder, after_step, lambda: process.poll() is not None and process.stdout.read())
     process.send_signal(number)
     process.communicate()
     return process.returncode
@@ -74,11 +82,17 @@ class OneWeight(nn.Module):
 
 def step_on(batches: list[torch.Tensor]) -> tuple[dict, torch.Tensor]:
     module = OneWeight()
-    task = TrainingTask(
-        module, torch.optim.SGD(module.parameters(), lr=1.0), batches=None, count=lambda b: len(b["x"]),
-        loss=lambda b: ((b["x"] @ module.weight).square().sum(), {}), validate=dict, save=None,
-    )
-    return train_step(task, [{"x": x} for x in batches], 0.01), module.weight.detach()
+
+    def learn(batch: dict, scale: float) -> list[dict]:
+        loss = (batch["x"] @ module.weight).square().sum()
+        (scale * loss).backward()
+        return [{"loss": loss}]
+
+    learner = Learner("", Path(), [module.weight], torch.optim.SGD([module.weight], lr=1.0), 0.01, write=None)
+    task = TrainingTask([learner], batches=None, count=lambda b: len(b["x"]), learn=learn, validate=None, columns=())
+    args = TrainingArgs(output_dir="unused", warmup_ratio=0.0)
+    figures, = train_step(task, [{"x": x} for x in batches], args, 0, Processes(torch.device("cpu")))
+    return figures, module.weight.detach()
 
 
 def test_step_does_not_depend_on_how_the_batch_is_cut():
@@ -101,3 +115,35 @@ def test_second_signal_interrupts_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_launched_process_passes_over_what_its_launcher_hands_on():
+    """A scheduler signals the launcher and its processes, which so get the signal twice: the second one used to cut off the saving."""
+    with StopRequest(launched=True) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+
+
+def test_nobody_leaves_before_all_is_saved(tmp_path, monkeypatch):
+    """A launcher ends the other processes when one leaves with an error, as all do that were stopped: so they wait for the one that writes."""
+    module, events = OneWeight(), []
+
+    def write(step: int, _: dict) -> Path:
+        events.append("saved")
+        return tmp_path / f"model_{step}"
+
+    learner = Learner("", tmp_path, [module.weight], torch.optim.SGD([module.weight], lr=1.0), 0.01, write)
+    monkeypatch.setattr(Processes, "any", lambda *_: signal.SIGTERM)
+    monkeypatch.setattr(Processes, "wait", lambda _: events.append("waited"))
+    task = TrainingTask([learner], NoBatches(), count=len, learn=None, validate=lambda: None, columns=())
+    assert run_training(task, TrainingArgs(output_dir="unused"), tmp_path, Processes(torch.device("cpu"))) == 128 + signal.SIGTERM
+    assert events == ["saved", "waited"]
+
+
+class NoBatches:
+    def __iter__(self) -> Iterator[dict]:
+        yield from ()
+
+    def state_dict(self) -> dict:
+        return {}

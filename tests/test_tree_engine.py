@@ -46,7 +46,7 @@ from toy_models import (
     some_prompts,
     tiny_llama,
 )
-from truncated_llama import Exit, TruncatedLlama
+from truncated_llama import Exit, ExitForm, TruncatedLlama
 
 GREEDY, NUCLEUS, TEMPERED, SAMPLED = SamplingPolicy(0.0), SamplingPolicy(0.7, top_p=0.95), SamplingPolicy(0.7), SamplingPolicy(1.0)
 LLAMAS = {"cpp": native_llama, "torch": tiny_llama}  # in fp32 through C++, in fp64 through torch
@@ -58,7 +58,7 @@ DRAFTS: dict[str, Callable] = {
 }
 PERFECT_DRAFTS: dict[str, Callable] = {
     "head": lambda target: TruncatedLlama(target, Exit(target, BLOCKS - 1)),
-    "own block": lambda target: TruncatedLlama(target, Exit(target, BLOCKS - 1, own_block=True)),
+    "own block": lambda target: TruncatedLlama(target, Exit(target, BLOCKS - 1, ExitForm("last"))),
     "model": copy.deepcopy,
 }
 SURE = Coupling(30.0, 30.0)  # in the same order, but nearly certain of the first child: trees as deep as they may be

@@ -19,7 +19,7 @@ from decoding.state import DecodeStats, RoundResult
 from decoding.static_llama import StaticLlama
 from decoding.static_tree import StaticTree
 from speculative import DecodeOptions, generate, generate_batch
-from truncated_llama import Exit, TruncatedLlama
+from truncated_llama import Exit, ExitForm, TruncatedLlama
 
 TOY_VOCAB = 8
 
@@ -68,7 +68,7 @@ def native_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
 
 def noisy_exit(target: LlamaForCausalLM, layer: int, own_block: bool = False, scale: float = 0.05) -> TruncatedLlama:
     """A truncated draft whose exit was disturbed, so that it differs from the target in every tensor that it owns."""
-    exit_ = Exit(target, layer, own_block)
+    exit_ = Exit(target, layer, ExitForm("last" if own_block else "none"))
     generator = torch.Generator().manual_seed(layer)
     for parameter in exit_.parameters():
         parameter.data += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -271,3 +271,12 @@ def near_copy(target: LlamaForCausalLM, scale: float = 0.02) -> LlamaForCausalLM
     for parameter in model.parameters():
         parameter.data += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return model
+
+
+def some_batch(rows: int = 3, width: int = 24, vocab_size: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Padded text of which some tokens are learned, as data_utils.collate makes it."""
+    generator = torch.Generator().manual_seed(seed)
+    attention_mask = torch.ones(rows, width, dtype=torch.int64)
+    attention_mask[-1, width // 2 :] = 0
+    loss_mask = (torch.rand(rows, width, generator=generator) < 0.7) & attention_mask.bool()
+    return {"input_ids": torch.randint(0, vocab_size, (rows, width), generator=generator), "attention_mask": attention_mask, "loss_mask": loss_mask}
