@@ -114,7 +114,7 @@ def choose(found: Measurement, args: Args) -> tuple[Growmap, pd.DataFrame]:
     expected |= {"tokens_per_call": growmap.tokens_per_call, "tokens_per_call_if_independent": trees.tokens(size, depth)}
     facts = {
         "model": args.model_path, "draft": args.checkpoint or args.draft_model_path, "dataset": args.dataset_names()[0], "policy": asdict(args.policy()),
-        "verification": args.verification, "coupling": [found.coupling.draft, found.coupling.noise], "acceptance_in_rounds": found.in_rounds,
+        "verification": args.verification, "coupling": asdict(found.coupling), "acceptance_in_rounds": found.in_rounds,
         "seconds": {"vanilla": costs.vanilla_s, "draft": costs.draft_s, "target": {str(n): s for n, s in costs.target_s.items()}}, "expected": expected,
     }
     return replace(growmap, provenance=facts), table

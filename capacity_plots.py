@@ -46,7 +46,7 @@ GAMMAS = np.arange(1, 65)  # drafted tokens per round among which the best is ch
 SPEEDUPS = (1, 1.1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 20)  # of the lines of equal speedup
 SPEEDUP_GAPS = (8, 22)  # points between two of their names at the right, and at the top
 BEST = "weight_bound_speedup"
-BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "bytes"))
+BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 ROW_INCHES = 0.165
 MAX_NAMED_POINTS = 9  # with more, the series move from the labels to a legend
 MAX_POINTS_IN_WIDE = 24  # a figure of more is as wide as a page
@@ -77,7 +77,7 @@ def capacity_pareto(table: pd.DataFrame) -> Figure | None:
     draw_steps_up(axis, front[COST], front[ALPHA])
     axis.plot(front[COST], front[ALPHA], "o", markersize=8, markerfacecolor="none", markeredgecolor="black", markeredgewidth=0.8)
     axis.margins(0.08)
-    axis.set(xlim=(max(0, axis.get_xlim()[0]), axis.get_xlim()[1]), ylim=(max(0, axis.get_ylim()[0]), min(1, axis.get_ylim()[1])))
+    axis.set(xlim=(max(0, axis.get_xlim()[0]), axis.get_xlim()[1]), ylim=(max(0, axis.get_ylim()[0]), min(1.02, axis.get_ylim()[1])))
     axis.set(xlabel="cost ratio c: bytes that a draft step reads / bytes that a target step reads")
     label_y(axis, "accept rate α per token (%)")
     note = "ringed: no exit is both cheaper and better; light lines: equal S, the weight-bound speedup E[τ]/(1+γc) at the best γ"
@@ -93,7 +93,7 @@ def capacity_pareto(table: pd.DataFrame) -> Figure | None:
 def draw_speedups(axis: Axes) -> None:
     """Lines of equal weight-bound speedup across the whole of `axis`, named where they leave it. Settles the figure."""
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    costs, alphas = np.linspace(left, right, 300), np.linspace(bottom, top, 400)
+    costs, alphas = np.linspace(left, right, 300), np.linspace(bottom, min(top, 1), 400)
     speedups = weight_bound_speedup(alphas[:, None], costs)  # (400, 300), rising with alpha
     names: dict[str, list] = {"right": [], "top": []}
     for speedup in SPEEDUPS:
@@ -113,11 +113,12 @@ def draw_speedups(axis: Axes) -> None:
 
 
 def move_apart(axis: Axes, texts: list[Text], along: str, points: float) -> None:
-    """Move `texts`, which lie at data coordinates `along` "x" or "y", to lie `points` apart within `axis`. Needs a settled figure."""
-    box, index, data = axis.get_window_extent(), "xy".index(along), axis.transData
-    places = [data.transform([text.get_position()] * 2)[0][index] for text in texts]
-    for text, place in zip(texts, spread(places, points * pixels_per_point(axis.figure), box.min[index], box.max[index]), strict=True):
-        text.set(**{along: data.inverted().transform([place, place])[index]})
+    """Move `texts`, which lie at data coordinates `along` "x" or "y", to lie `points` apart beside `axis`, clear of its corners. Needs a settled figure."""
+    index, gap = "xy".index(along), points * pixels_per_point(axis.figure)
+    low, high = (edge[index] for edge in (axis.get_window_extent().min + gap / 2, axis.get_window_extent().max - gap / 2))
+    places = [axis.transData.transform(text.get_position())[index] for text in texts]
+    for text, place in zip(texts, spread(places, gap, low, high), strict=True):
+        text.set(**{along: axis.transData.inverted().transform([place, place])[index]})
 
 
 # ---- all figures side by side ----
@@ -139,9 +140,9 @@ def kinds_side_by_side(table: pd.DataFrame) -> Figure | None:
         print("plots: kinds_side_by_side: left out, as exits of fewer than two kinds or runs are nothing to compare")
         return None
     rows = rows.assign(**{BEST: weight_bound_speedup(rows[ALPHA], rows[COST])}).sort_values(BEST, ascending=False, kind="stable", ignore_index=True)
-    scale, unit = next((scale, unit) for scale, unit in BYTE_UNITS if rows.get("exit_bytes", pd.Series([0])).max() >= scale)
+    scale, unit = next((scale, unit) for scale, unit in BYTE_UNITS if rows.get("exit_bytes", pd.Series(dtype=float)).fillna(0).max() >= scale or scale == 1)
     panels = [
-        Dots("exit_bytes", f"exit's own\n{unit}", 1 / max(scale, 1)), Dots(COST, "cost ratio c\n(bytes)"), Dots(ALPHA, "accept rate α\n(%)", 100),
+        Dots("exit_bytes", f"exit's own\n{unit}", 1 / scale), Dots(COST, "cost ratio c\n(bytes)"), Dots(ALPHA, "accept rate α\n(%)", 100),
         Dots(MEASURED_TAU, "tokens per\ncall τ"), Dots(BEST, "weight-bound\nspeedup S (×)"), Dots("spec_speedup", "measured\nspeedup (×)", other="spec_predicted_speedup"),
     ]
     panels = [panel for panel in panels if not rows_with(rows, [panel.column], "kinds_side_by_side").empty]

@@ -30,6 +30,7 @@ from matplotlib.lines import Line2D
 
 from capacity_plots import capacity_pareto, kinds_side_by_side
 from plot_parts import (
+    COLUMN_INCHES,  # noqa: F401 (tree_plots.py takes it from here)
     DASHES,
     GREY,
     MEASURED_TAU,
@@ -39,12 +40,14 @@ from plot_parts import (
     WIDE_INCHES,
     Look,
     Panel,
+    beside,  # noqa: F401 (tree_plots.py takes it from here)
     by_series,
     distinct_names,
     drafts_of,
     draw_points,
     draw_steps_up,
     head_line,
+    interval_lengths,  # noqa: F401 (tree_plots.py takes it from here)
     interval_note,
     kind_parts,
     kind_place,
@@ -59,6 +62,7 @@ from plot_parts import (
     new_look,
     panel_grid,
     pareto_front,
+    pixels_per_point,  # noqa: F401 (tree_plots.py takes it from here)
     point_names,
     row_counts,
     rows_with,

@@ -10,8 +10,8 @@
 # KINDS it is also the study of head only against head and last block. The same command continues an interrupted sweep and
 # skips what is finished; other LAYERS or KINDS need another OUTPUT_DIR.
 #
-# An exit of Llama-3.2-1B with its own head takes 4 GB while it is trained (weights, gradients and moments in fp32), so that
-# the two kinds at all 16 layers together would take 140 GB; in passes of 4 layers they take 36 GB.
+# An own head of Llama-3.2-1B takes 4.2 GB while it is trained (weights, gradients and moments in fp32), an own block 1 GB:
+# the two kinds at all 16 layers together would take 150 GB, in passes of 4 layers 38 GB, beside the target.
 #
 #   $OUTPUT_DIR/exits/layers4_5_6_7/layer7-head+last_block/  $OUTPUT_DIR/logs/  $EVAL_DIR/results.csv
 #   (with all layers in one pass without the folder layers4_5_6_7/)

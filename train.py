@@ -199,21 +199,20 @@ class Distillation:
         self.validation = held_out_by_source(streams["validation"].streams, options, VALIDATION_BATCHES * processes.count)
         self.variants = variants_of(args)
         self.target_hash = weights_hash(target.model)
-        started = [starting_exit(variant, args, target, self._draft_vocab(variant.kind)) for variant in self.variants.values()]
+        vocabularies = {} if args.checkpoint_path else {size: self._frequent_tokens(size) for size in {kind.draft_vocab for kind in args.exit_kinds()} - {None}}
+        started = [starting_exit(variant, args, target, vocabularies.get(variant.kind.draft_vocab)) for variant in self.variants.values()]
         exits = [exit_ for exit_, _ in started]
         if processes.shards_target:
             processes.place(target.model, exits)
         self.learners = [self._learner(name, variant, *start, folder) for (name, variant), start in zip(self.variants.items(), started, strict=True)]
         self.model = TunedLlama(target.model, exits, torch.compile(grade, dynamic=True) if args.torch_compile else grade)
 
-    def _draft_vocab(self, kind: ExitKind) -> torch.Tensor | None:
+    def _frequent_tokens(self, count: int) -> torch.Tensor:
         """The tokens that a trimmed head will know."""
-        if kind.draft_vocab is None or self.args.checkpoint_path:
-            return None
         streams = [open_stream(name, "train", self.args.dataset_path, self.args.seed) for name in self.args.dataset]
         examples = (example for stream in streams for example in islice(stream.rest_of_epoch(), FREQUENCY_EXAMPLES))
         texts = (encode_example(self.target.tokenizer, example).input_ids for example in examples)
-        return frequent_tokens(texts, kind.draft_vocab, self.target.model.config.vocab_size).to(self.target.model.device)
+        return frequent_tokens(texts, count, self.target.model.config.vocab_size).to(self.target.model.device)
 
     def _learner(self, name: str, variant: Variant, exit_: Exit, kind: ExitKind, folder: Path) -> Learner:
         parameters = [parameter for parameter in exit_.parameters() if parameter.requires_grad]

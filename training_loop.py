@@ -343,7 +343,8 @@ class RunLog:
     def close(self) -> None:
         self.bar.close()
         if self.tracker is not None:
-            self.tracker.end_training()
+            for tracker in self.tracker.trackers:  # Accelerator.end_training would part this process from the others, too
+                tracker.finish()
 
 
 class NoLog:

@@ -27,10 +27,11 @@ from followers import load_followers
 from results import file_hash, write_json
 from speculative import METHODS, DecodeOptions, TreePlan
 from target_model import Target, weights_hash
-from tree_tuning import fit_coupling, own_texts, tree_costs
+from tree_tuning import fit_coupling, fit_trust, own_texts, tree_costs
 
 TREE_METHODS = tuple(name for name, method in METHODS.items() if method.plan is not None)
 FIT_SEED = 1  # of the texts that are fitted to: not the noise of the texts that are measured
+FIT = "draft, noise, trust"  # what is fitted: weights of another fit are not taken
 FIT_TOKENS = 64  # new tokens of each of them, at most
 GROWING = ("dynamic_tree", "specexec")
 METHODS_OF = {  # flags that not every tree method has
@@ -176,14 +177,16 @@ def coupling_for(target: Target, draft: nn.Module, options: DecodeOptions, fitte
     """The weights kept beside the draft for this target, data set and policy, or fitted now and kept there."""
     path = None if fitted.path is None or not Path(fitted.path).exists() else Path(fitted.path)
     kept = None if path is None else _beside(path)
-    identity = {"target": weights_hash(target.model), "data": fitted.data, **asdict(options.policy)}
+    identity = {"fit": FIT, "target": weights_hash(target.model), "data": fitted.data, **asdict(options.policy)}
     if path is not None:
         identity["draft"] = file_hash(path) if path.is_file() else weights_hash(draft)
         for entry in _entries(kept):
             if entry["made_for"] == identity:
                 return Coupling(**entry["coupling"])
-    coupling = fit_coupling(draft, own_texts(target.model, fitted.prompts(), fitting_options(options)), options.policy.temperature)
-    print(f"weights of coupled values: draft {coupling.draft:.3f}, noise {coupling.noise:.3f}", flush=True)
+    fitting = fitting_options(options)
+    coupling = fit_coupling(draft, own_texts(target.model, fitted.prompts(), fitting), options.policy.temperature)
+    coupling = fit_trust(target.model, draft, fitted.prompts(), fitting, coupling)
+    print(f"weights of coupled values: draft {coupling.draft:.3f}, noise {coupling.noise:.3f}, trust {coupling.trust:.3f}", flush=True)
     if kept is not None:
         _keep(kept, [*_entries(kept), {"made_for": identity, "coupling": asdict(coupling)}])
     return coupling

@@ -6,6 +6,7 @@ drafts behind accepted nodes is drafted behind such text.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from decoding.children import Chooser, Coupling, Nodes
+from decoding.dynamic_tree import DynamicTree
 from decoding.growmap import Growmap
 from decoding.sampling import Noise, Purpose, policy_probs
 from decoding.static_tree import StaticTree
@@ -27,6 +29,7 @@ NEWTON_STEPS, CONVERGED = 50, 1e-6
 LEAST_WEIGHT = 0.01  # of Coupling
 UNKNOWN = -1e4  # log q of tokens that the draft does not know
 KEPT_TOKENS = 4096  # of a position: the others have no weight to speak of, and 128k of them would fill the memory
+TYPICAL_DEPTH = 3  # of an accepted node, to guess a first trust by
 REPEATS = 3  # generations that are timed
 METHOD_OF = {method.plan: name for name, method in METHODS.items() if method.plan is not None}
 
@@ -107,6 +110,24 @@ def _gradient(weights: torch.Tensor, features: torch.Tensor, drawn: torch.Tensor
     found = features.gather(-1, drawn.expand(len(features), -1)[..., None])[..., 0]
     second = torch.einsum("rv,frv,grv->fg", chances, features, features) - mean @ mean.T
     return (found - mean).sum(-1).cpu(), second.cpu()
+
+
+def fit_trust(target: nn.Module, draft: nn.Module, prompts: Sequence[list[int]], options: DecodeOptions, coupling: Coupling) -> Coupling:
+    """`coupling` with the trust for which a dynamic tree brings in rounds behind `prompts` what it promises; at most 1."""
+    def excess(trust: float) -> float:
+        """log of the promised over the found tokens, the round's last draw apart: nearly linear in log trust."""
+        plan = DynamicTree(coupling=replace(coupling, trust=trust))
+        runs = [generate(target, prompt, replace(options, method="dynamic_tree", tree=plan), draft, prompt_id=i).stats for i, prompt in enumerate(prompts)]
+        rounds = [r for run in runs for r in run.rounds if r.tree is not None]
+        promised, found = sum(r.tree.expected for r in rounds) - len(rounds), sum(r.accepted for r in rounds)
+        return math.log(promised / found) if promised > 0 and found > 0 else 0.0
+
+    first = excess(1.0)
+    guess = math.exp(-first / TYPICAL_DEPTH)
+    if guess >= 1:
+        return coupling
+    slope = (excess(guess) - first) / math.log(guess)
+    return replace(coupling, trust=min(1.0, math.exp(-first / slope))) if slope > 0 else replace(coupling, trust=guess)
 
 
 # ---- acceptance by rank ----

@@ -72,7 +72,7 @@ class TunedLlama(nn.Module):
             for number, chunk in enumerate(self._chunks(batch, states, pieces)):
                 for exit_, objective, draft, total in zip(self.exits, objectives, chunk.drafts, sums, strict=True):
                     graded = self._grade(objective.loss_type, chunk.teacher, draft.detach(), chunk.tokens, objective.temperature, exit_.token_ids)
-                    draft.backward((scale * graded.gradient).to(draft.dtype))
+                    draft.backward(graded.gradient.mul_(scale).to(draft.dtype))
                     found = {"loss": graded.loss, "overlap": graded.overlap, "lost_mass": graded.lost_mass}
                     total |= {name: value if number == 0 else total[name] + value for name, value in found.items()}
             for rows, parts in zip(hidden, pieces, strict=True):

@@ -6,6 +6,7 @@ target's. Shapes: M nodes, K children each, V_d tokens that the draft knows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,14 +41,16 @@ class Nodes(NamedTuple):
 
 @dataclass(frozen=True)
 class Coupling:
-    """What the target's draw, argmax(log p + g), is expected to be from q and its noise g: softmax(draft·log q + noise·g).
+    """What the target's draw, argmax(log p + g), is expected to be from q and its noise g: trust·softmax(draft·log q + noise·g).
 
-    log p is log q and an error, so that both count less the worse the draft is; a draft that is too unsure of itself counts more than the noise.
-    Fitted on data (tree_tuning.fit_coupling). At T = 0 there is no noise, and q is taken at temperature 1.
+    log p is log q and an error, so that both count less the worse the draft is; a draft that is too unsure of itself counts more than the noise. `trust`: rounds
+    begin where drafts have just failed, and expect less of a level than positions of any text do. Fitted on data (tree_tuning.fit_coupling,
+    fit_trust). At T = 0 there is no noise, and q is taken at temperature 1.
     """
 
     draft: float = 1.0
     noise: float = 1.0
+    trust: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +77,13 @@ class Chooser:
         positions = nodes.starts + 1 + nodes.depths
         if native.samples(logits):
             tokens, values = self._gumbel_natively(logits, count, nodes.noise, positions)
+            values += math.log(self.coupling.trust)
             return Children(tokens, values, values, logits[:, :0])
         z = logits.double() * self._sharpness
         if self.policy.temperature > 0:
             tokens = logits.shape[-1] if self.token_ids is None else self.token_ids
             z = z - self.coupling.noise * nodes.noise.exponential(positions[None], tokens, Purpose.TOKEN)[0].log()
-        values, columns = z.log_softmax(-1).topk(count, -1)
+        values, columns = (z.log_softmax(-1) + math.log(self.coupling.trust)).topk(count, -1)
         return Children(self._named(columns), values, values, logits[:, :0])
 
     @property

@@ -359,11 +359,11 @@ def test_interrupted_layer_sweep_goes_on_where_it_was(shell: Shell, tiny_target_
 
 def test_capacity_study_for_real(shell: Shell, tiny_target_path: Path):
     shell.train_for_real(tiny_target_path)
-    settings = {"LAYERS": "1", "KINDS": "head last_block", "OBJECTIVES": "kl_divergence lk", "MAX_STEPS": "2"}
+    settings = {"LAYERS": "1", "KINDS": "rank8 translator+attention_block+vocab64", "OBJECTIVES": "kl_divergence lk", "MAX_STEPS": "2"}
     status, output = shell.run(CAPACITY, **settings)
     assert status == 0, output
     kinds, objectives = (pd.read_csv(shell.out / "evaluation" / name) for name in ("results.csv", "objectives/results.csv"))
-    assert list(kinds["kind"]) == ["target", "untuned", "head", "last_block"]
+    assert list(kinds["kind"]) == ["target", "untuned", "rank8", "translator+attention_block+vocab64"]
     assert list(objectives["kind"][2:]) == [kinds["kind"][kinds["spec_predicted_speedup"][2:].idxmax()]] * 2
     assert [Path(path).parent.name for path in objectives["checkpoint"][2:]] == ["kl_divergence", "lk"]
     assert list((shell.out / "evaluation/objectives/plots").glob("*.png"))

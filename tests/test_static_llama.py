@@ -29,8 +29,8 @@ from toy_models import (
     noisy_exit,
     pass_logits,
     random_text,
-    some_batch,
     same_layers,
+    some_batch,
     some_prompts,
     tiny_llama,
 )

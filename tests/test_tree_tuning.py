@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from decoding.children import Chooser
+from decoding.children import Chooser, Coupling
+from decoding.dynamic_tree import DynamicTree
 from decoding.growmap import Growmap
 from decoding.sampling import SamplingPolicy
 from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES
 from speculative import DecodeOptions, generate
 from toy_models import bigram_pair, noisy_exit, some_prompts, tiny_llama
-from tree_tuning import OwnText, acceptance_by_rank, fit_coupling, mean_acceptance, own_texts, replayed
+from tree_tuning import OwnText, acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed
 
 POLICY = SamplingPolicy(0.8)
 OPTIONS = DecodeOptions(policy=POLICY, max_new_tokens=40, seed=3)
@@ -78,6 +79,23 @@ def test_acceptance_sums_to_at_most_one_and_falls_with_rank():
     for verification in ("coupled", "match", "swor"):
         v = mean_acceptance(chances_of(verification, target, draft, texts))
         assert 0 < v[0] and sum(v) <= 1 + 1e-9 and v[0] == max(v)
+
+
+def test_trust_makes_trees_promise_what_rounds_bring():
+    """In the very rounds that it is fitted to, without changing a token; weights that expect too much are found."""
+    target = tiny_llama()
+    draft, prompts = noisy_exit(target, 1, own_block=True, scale=0.02), some_prompts(10)
+
+    def promised_over_found(coupling: Coupling) -> float:
+        options = replace(OPTIONS, method="dynamic_tree", tree=DynamicTree(coupling=coupling))
+        rounds = [r for i, prompt in enumerate(prompts) for r in generate(target, prompt, options, draft, prompt_id=i).stats.rounds]
+        return sum(r.tree.expected for r in rounds) / sum(1 + r.accepted for r in rounds)
+
+    too_sure = Coupling(3.0, 3.0)
+    trusted = fit_trust(target, draft, prompts, OPTIONS, too_sure)
+    assert promised_over_found(too_sure) > 1.1 and trusted.trust < 0.97
+    assert promised_over_found(trusted) == pytest.approx(1, abs=0.03)
+    assert fit_trust(target, draft, prompts, OPTIONS, Coupling(0.1, 0.1)) == Coupling(0.1, 0.1)  # what expects too little is not trusted more than 1
 
 
 def test_a_perfect_draft_has_children_that_are_all_accepted():
