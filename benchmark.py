@@ -382,7 +382,7 @@ def drafting_columns(costs: list[float], runs: list[DecodeStats], args: Args) ->
 def tree_columns(runs: list[DecodeStats], args: Args) -> dict:
     """Acceptance, tokens per call, what the trees promised, calls and sizes."""
     figures = speculation_metrics(runs, 0, args.seed)
-    kept = ("spec_token_accept_rate", "spec_tokens_per_call", "tree_expected_tokens", "tree_nodes", "tree_passes", "draft_calls_per_token", "spec_target_calls_per_token")
+    kept = ("spec_token_accept_rate", "spec_tokens_per_call", "tree_expected_tokens", "tree_found_tokens", "tree_nodes", "tree_passes", "draft_calls_per_token", "spec_target_calls_per_token")
     intervals = [f"{name}_ci_{end}" for name in kept for end in ("low", "high")]
     return {name: figures[name] for name in (*kept, *intervals) if name in figures}
 
@@ -405,7 +405,7 @@ def table(rows: list[dict]) -> str:
     shown = {
         "method": "method", "γ": "gamma", "nodes": "tree_budget", "verification": "verification", "batch": "batch", "tokens/s": "tokens_per_s", "speedup": "speedup",
         "low": "speedup_ci_low", "high": "speedup_ci_high", "predicted": "predicted", "of it": "measured_over_predicted", "over hf": "over_hf_generate",
-        "α": "spec_token_accept_rate", "τ": "spec_tokens_per_call", "promised": "tree_expected_tokens", "weight-bound": "weight_bound_speedup", "ms/round": "ms_per_round", "draft": "draft_ms", "verify": "verify_ms",
+        "α": "spec_token_accept_rate", "τ": "spec_tokens_per_call", "promised": "tree_expected_tokens", "found": "tree_found_tokens", "weight-bound": "weight_bound_speedup", "ms/round": "ms_per_round", "draft": "draft_ms", "verify": "verify_ms",
         "Python": "host_ms", "roofline": "roofline_share",
     }
     frame = pd.DataFrame([{title: row.get(column) for title, column in shown.items()} for row in rows])

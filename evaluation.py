@@ -43,6 +43,7 @@ from truncated_llama import ExitInfo, TruncatedLlama, load_exit, module_bytes, r
 from tuning import LONGEST, round_costs, step_seconds
 
 FREQUENCY_TEXTS = 500
+TRAINED_WITH = ("loss_type", "learning_rate")  # flags of train.py that tell exits of one layer and kind apart
 NOT_SETTINGS = {"out_dir", "checkpoint_glob", "checkpoint", "draft_model_path", "model_path", "dataset_path", "growmap", "followers"}
 
 
@@ -253,7 +254,7 @@ def exit_draft(target: Target, draft: TruncatedLlama, info: ExitInfo | None, che
     exit_ = draft.exit
     columns = {
         "checkpoint": checkpoint, "kind": kind, "target_layer": exit_.target_layer, "blocks": exit_.target_layer + 1,
-        "step": info.step if info else 0, "exit_bytes": exit_.own_bytes(), "cost_ratio_bytes": exit_.cost_ratio(target.model),
+        "step": info.step if info else 0, **{name: info.flags[name] for name in TRAINED_WITH if info and name in info.flags}, "exit_bytes": exit_.own_bytes(), "cost_ratio_bytes": exit_.cost_ratio(target.model),
     }
     return Draft(draft, columns, info.flags.get("kl_temperature", 1.0) if info else 1.0)
 

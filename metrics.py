@@ -17,9 +17,10 @@ from decoding.verify import overlap
 
 DRAFT_COLUMNS = {
     "checkpoint, checkpoint_hash": "path of the draft (`untuned@<layer>`, `target@<layer>`: made on the spot) and hash of its bytes",
-    "kind": "which parts were tuned: untuned, head, last_block, head+last_block; target: the last layer; model: an independent one",
+    "kind": "which parts were tuned, joined by + (truncated_llama.ExitKind); untuned; target: the last layer; model: an independent one",
+    "loss_type, learning_rate": "what it was trained with in the last stage",
     "target_layer, blocks, step": "ℓ, 0-based and inclusive; E = ℓ + 1; training steps of the last stage",
-    "exit_bytes": "bytes of the draft's own tensors",
+    "exit_bytes": "bytes of the draft's own tensors: an exit's without those that stay the target's",
     "cost_ratio_bytes": "bytes that a draft step reads / bytes that a target step reads",
     "method, lossless, gamma, verification, tree_budget, commonsense, temperature, top_p, top_k, settings_hash": "how speculation was measured; hash of all "
         "settings, target and data",
@@ -61,6 +62,8 @@ SPECULATION_COLUMNS = {
     "tree_nodes, tree_depth_offered, tree_passes": "means over rounds: nodes of the verified tree, root included; its levels; draft passes",
     "tree_expected_tokens": "mean tokens per round that the trees promised: Σ of node values (a growmap's: from its acceptance vector); fitted for coupled trees and "
         "growmaps, else as q says",
+    "tree_found_tokens": "what tree_expected_tokens promises: mean tokens per round that drafted, before the cuts at the end of a text, which take "
+        "some of a text's last round from spec_tokens_per_call",
     "tree_level_cost": "a draft pass in target passes, by which dynamic trees stop early; 0: they do not",
     "draft_calls_per_token": "draft passes / emitted tokens",
     "acceptance_rate": "trees: accepted nodes / levels offered",
@@ -164,7 +167,7 @@ def speculation_metrics(runs: list[DecodeStats], longest: int, seed: int = 0) ->
     row |= {"spec_expected_accept": expected.sum() / tested.sum()} if recorded.any() else {}
     z = acceptance_z(runs)
     row |= {} if z is None else {"spec_accept_z": z}
-    row |= tree_metrics(runs)
+    row |= tree_metrics(runs, seed)
     for name, numerator, denominator in (
         ("spec_mean_accepted", accepted, num_rounds),
         ("spec_mean_proposed", proposed, num_rounds),
@@ -203,7 +206,7 @@ def acceptance_z(runs: list[DecodeStats]) -> float | None:
     return None if abs(difference) < ROUNDING else math.copysign(math.inf, difference)
 
 
-def tree_metrics(runs: list[DecodeStats]) -> dict[str, float]:
+def tree_metrics(runs: list[DecodeStats], seed: int = 0) -> dict[str, float]:
     """Tree columns of SPECULATION_COLUMNS; none where no trees were drafted."""
     trees = [r.tree for run in runs for r in run.rounds if r.tree is not None]
     if not trees:
@@ -212,7 +215,9 @@ def tree_metrics(runs: list[DecodeStats]) -> dict[str, float]:
     accepted = sum(r.accepted for run in runs for r in run.rounds)
     fed, kept, considered = sum(tree.fed for tree in trees), sum(tree.nodes - 1 for tree in trees), sum(tree.considered for tree in trees)
     expected = sum(tree.expected for tree in trees) / len(trees)
+    found, tree_rounds = (np.array([sum(count(r) for r in run.rounds if r.tree is not None) for run in runs]) for count in (lambda r: 1 + r.accepted, lambda r: 1))
     return {
+        **with_interval("tree_found_tokens", found, tree_rounds, seed),
         "tree_nodes": sum(tree.nodes for tree in trees) / len(trees), "tree_depth_offered": sum(tree.depth for tree in trees) / len(trees),
         "tree_passes": sum(tree.passes for tree in trees) / len(trees),
         "draft_calls_per_token": sum(run.draft_calls for run in runs) / emitted,

@@ -36,7 +36,7 @@ from data_utils import EncodeOptions, LossOn, PaddedBatches, Prefetched, encode_
 from losses import LOSS_TYPES, grade
 from metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
 from processes import Processes
-from results import file_hash, make_output_dir, record_run
+from results import file_hash, make_output_dir, read_config, record_run
 from row_files import ExampleStream, MixedStream, describe_skipped
 from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, load_config, load_target, tokenizer_hash, weights_hash
 from text_datasets import check_mixture, fingerprint, open_mixture, open_stream
@@ -218,11 +218,15 @@ class Distillation:
         parameters = [parameter for parameter in exit_.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=variant.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
         own_folder = make_output_dir(str(folder / name))
+        if name and read_config(own_folder) is not None:
+            raise UserError(f"{own_folder} holds a run of its own; choose another --output_dir")
+        flags = {**asdict(self.args), "target_layers": [variant.layer], "kinds": [str(variant.kind)], "loss_type": variant.objective.loss_type,
+                 "learning_rate": variant.learning_rate}
 
         def write(step: int, losses: dict[str, float]) -> Path:
             path = own_folder / f"model_{step:06d}.safetensors"
             save_exit(path, exit_, ExitInfo(
-                variant.layer, kind, self.target.name, self.target_hash, tokenizer_hash(self.target.tokenizer), step, losses, asdict(self.args)))
+                variant.layer, kind, self.target.name, self.target_hash, tokenizer_hash(self.target.tokenizer), step, losses, flags))
             return path
 
         return Learner(name, own_folder, parameters, optimizer, variant.learning_rate, write)

@@ -195,6 +195,8 @@ def check_same_run(folder: Path, args: TrainingArgs, facts: dict) -> None:
     """Raise UserError when `folder` holds a run and --resume is not given, or one with other flags or recorded `facts`."""
     previous = read_config(folder)
     if previous is None:
+        if (folder / LOG_NAME).exists():
+            raise UserError(f"{folder} holds an exit of the run in {folder.parent}; choose another --output_dir")
         return
     if not args.resume:
         raise UserError(f"{folder} holds a run already; choose another --output_dir, or continue it with --resume")

@@ -64,7 +64,7 @@ VERIFICATIONS = {  # the colours of stages, which do not appear here
     "coupled": STAGES["head"], "match": STAGES["last_block"], "swor": STAGES["head+last_block"], "rejection": STAGES["untuned"],
 }
 DODGE = 0.055  # octaves between two lines at one size, so that intervals stay apart
-PROMISED, BAND = "tree_expected_tokens", 0.05
+PROMISED, FOUND, BAND = "tree_expected_tokens", "tree_found_tokens", 0.05
 MOST_NARROW = 14  # a tree of more nodes side by side is as wide as a page
 COUSINS_APART = 1.2  # in distances of siblings
 LEVEL_INCHES, WIDEST_NODE, NARROWEST_WITH_TEXT = 0.42, 15, 11  # of a growmap's levels; the others in points
@@ -236,20 +236,20 @@ def padded(keys: list[Line2D], length: int) -> list[Line2D]:
 # ---- what trees promised ----
 
 def promised_tokens(table: pd.DataFrame, about: str) -> Figure | None:
-    """Tokens per round that the trees promised against those measured: a marker per entry, larger for larger trees."""
-    rows = rows_with(table, [PROMISED, MEASURED_TAU], "promised_tokens")
+    """Tokens per round that the trees promised against those found: a marker per entry, larger for larger trees."""
+    rows = rows_with(table, [PROMISED, FOUND], "promised_tokens")
     if rows.empty:
         return None
     figure, [[axis]] = panel_grid([1], 4.1)
     octaves = np.log2(rows["tree_budget"] / rows["tree_budget"].min())
     for method, verification, entries in by_line(rows):
-        draw_intervals(axis, entries, entries[PROMISED], MEASURED_TAU)
+        draw_intervals(axis, entries, entries[PROMISED], FOUND)
         areas = (3.5 + 0.7 * octaves[entries.index]) ** 2
         style = {"color": VERIFICATIONS[verification].color, "marker": METHOD_STYLES[method]["marker"], "edgecolors": "white", "linewidths": 0.4}
-        axis.scatter(entries[PROMISED], entries[MEASURED_TAU], s=areas, zorder=2, **style)
+        axis.scatter(entries[PROMISED], entries[FOUND], s=areas, zorder=2, **style)
     draw_equality(axis, rows)
     sizes = "larger markers: larger trees, {:g} to {:g} nodes".format(rows["tree_budget"].min(), rows["tree_budget"].max())
-    head(figure, about, rows, "; ".join(filter(None, [interval_note(rows, MEASURED_TAU, "promised_tokens"), sizes])))
+    head(figure, about, rows, "; ".join(filter(None, [interval_note(rows, FOUND, "promised_tokens"), sizes])))
     colors, styles = legend_keys(rows)
     for key in styles:
         key.set_linestyle("none")
@@ -259,13 +259,13 @@ def promised_tokens(table: pd.DataFrame, about: str) -> Figure | None:
 
 def draw_equality(axis: Axes, rows: pd.DataFrame) -> None:
     """Equal axes, the line on which trees keep what they promised, and a band around it."""
-    values = rows.reindex(columns=[PROMISED, MEASURED_TAU, f"{MEASURED_TAU}_ci_low", f"{MEASURED_TAU}_ci_high"]).astype(float)
+    values = rows.reindex(columns=[PROMISED, FOUND, f"{FOUND}_ci_low", f"{FOUND}_ci_high"]).astype(float)
     low, high = values.min(axis=None), values.max(axis=None)
     limits = np.array([low, high]) + (0.06 * (high - low) + 0.05) * np.array([-1, 1])
     axis.fill_between(limits, (1 - BAND) * limits, (1 + BAND) * limits, color="#EFEFEF", zorder=0)
     axis.axline((1, 1), slope=1, color="black", linewidth=0.7, linestyle=DASHED, zorder=1)
-    axis.set(xlim=limits, ylim=limits, aspect="equal", xlabel="tokens per round that the trees promised", ylabel="tokens per target call τ")
-    axis.set_title(f"dashed: measured = promised; band: ±{100 * BAND:g} %", fontsize=7, color=GREY)
+    axis.set(xlim=limits, ylim=limits, aspect="equal", xlabel="tokens per round that the trees promised", ylabel="tokens per round that drafted")
+    axis.set_title(f"dashed: found = promised; band: ±{100 * BAND:g} %", fontsize=7, color=GREY)
 
 
 # ---- a growmap ----

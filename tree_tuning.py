@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from decoding.children import Chooser, Coupling, Nodes
@@ -155,17 +156,20 @@ def mean_acceptance(by_text: Sequence[torch.Tensor]) -> list[float]:
 def replayed(growmap: Growmap, by_text: Sequence[torch.Tensor]) -> Growmap:
     """`growmap` with the share of rounds that reach each of its nodes when rounds follow one another through acceptance_by_rank's texts.
 
-    Unlike the product of v it knows that rounds begin where drafts have just failed, and that easy and hard places come in rows.
+    Unlike the product of v it knows that rounds begin where drafts have just failed, and that easy and hard places come in rows. No round begins so late that
+    the text's end might cut it.
     """
     parents, ranks = torch.tensor(growmap.parents[1:]), torch.tensor(growmap.ranks[1:])
-    chances, ends = pad_sequence(list(by_text), batch_first=True), torch.tensor([len(text) for text in by_text])
+    chances, ends = pad(pad_sequence(list(by_text), batch_first=True), (0, 0, 0, 1)), torch.tensor([len(text) for text in by_text])
     at = torch.eye(growmap.size, dtype=torch.float64)[0].repeat(len(ends), 1)  # the chance that a walk stands at each node, text by text
     visits = torch.zeros_like(at[0])
     for position in range(chances.shape[1]):
-        at = at * (position < ends)[:, None]
+        at[:, 0] *= position + growmap.depth <= ends  # at[:, 0]: rounds that would begin
         visits += at.sum(0)
         kept = at[:, parents] * chances[:, position, ranks]
         at = torch.cat([at.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True), kept], -1)
+    if visits[0] == 0:
+        return growmap  # no text is as long as the tree is deep
     return replace(growmap, replayed=tuple((visits / visits[0]).tolist()))
 
 

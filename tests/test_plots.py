@@ -7,7 +7,6 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 
 from command_line import UserError
@@ -571,12 +570,34 @@ def test_efficient_exits_are_ringed_and_no_others() -> None:
     assert {text.get_text() for text in axis.texts if text.get_fontweight() == "bold"} == {"ℓ0 head", "ℓ2 head", "ℓ3 head"}
 
 
-def test_efficient_exits_are_labelled_where_there_is_room_for_few() -> None:
-    with mpl.rc_context(plot_parts.STYLE), redirect_stdout(io.StringIO()) as said:
-        figure = capacity_plots.capacity_pareto(synthetic_table(TWELVE, tuple(range(0, 12, 2))))
-    [rings] = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none"]
-    assert len([text for text in figure.axes[0].texts if text.get_fontweight() == "bold"]) == len(rings.get_xdata())
-    assert "points without a label" in said.getvalue()
+def test_labels_in_bold_are_placed_first(capsys: pytest.CaptureFixture) -> None:
+    """Of forty exits at one place the last is efficient; from the top down it would find no room."""
+    table = synthetic_table(("head",), tuple(range(40))).assign(cost_ratio_bytes=0.5, spec_token_accept_rate=0.6)
+    with mpl.rc_context(plot_parts.STYLE):
+        figure, [[axis]] = plot_parts.panel_grid([1], 2)
+        axis.plot(table["cost_ratio_bytes"], table["spec_token_accept_rate"], "o")
+        plot_parts.settle(figure)
+        texts = [f"exit {number}" for number in range(41)]
+        plot_parts.label_points(axis, table, ("cost_ratio_bytes", "spec_token_accept_rate"), texts, bold=table.index == 40)
+    assert "exit 40" in {text.get_text() for text in axis.texts} and "exit 39" in capsys.readouterr().out
+
+
+def test_names_of_lines_of_equal_speedup_move_apart() -> None:
+    """On a wide axis those of 20×, 15×, 10×, 7× and 5× would lie on one another."""
+    table = synthetic_table(TWELVE[:3]).assign(cost_ratio_bytes=np.linspace(0.05, 1.4, 10), spec_token_accept_rate=np.linspace(0.5, 0.99, 10))
+    with mpl.rc_context(plot_parts.STYLE):
+        figure = capacity_plots.capacity_pareto(table)
+    assert {"20×", "15×", "10×", "7×", "5×"} <= {text.get_text() for text in figure.axes[0].texts}
+    assert overlaps(figure) == []
+
+
+def test_a_legend_takes_no_room_from_the_panels() -> None:
+    with mpl.rc_context(plot_parts.STYLE):
+        figures = [plots.acceptance_by_layer(synthetic_table(kinds)) for kinds in (TWELVE[:4], TWELVE)]
+        for figure in figures:
+            figure.draw_without_rendering()
+    heights = [figure.axes[0].get_window_extent().height for figure in figures]
+    assert not figures[0].legends and figures[1].legends and heights[1] > 0.95 * heights[0]
 
 
 def test_exits_side_by_side_are_sorted_and_each_value_stands_in_its_row() -> None:

@@ -117,27 +117,27 @@ def test_second_signal_interrupts_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_launched_process_passes_over_what_its_launcher_hands_on():
-    """A scheduler signals the launcher and its processes, which so get the signal twice: the second one used to cut off the saving."""
-    with StopRequest(launched=True) as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
-
-
-def test_nobody_leaves_before_all_is_saved(tmp_path, monkeypatch):
-    """A launcher ends the other processes when one leaves with an error, as all do that were stopped: so they wait for the one that writes."""
+def test_launched_processes_save_before_they_leave(tmp_path, monkeypatch):
+    """A scheduler signals the launcher and its processes, which so get the signal twice: the second one used to cut off the saving. And a launcher ends the
+    others when one leaves with an error, as all do that were stopped: so they wait for the one that writes."""
     module, events = OneWeight(), []
 
     def write(step: int, _: dict) -> Path:
         events.append("saved")
         return tmp_path / f"model_{step}"
 
+    def signalled_twice(*_: object) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return signal.SIGTERM
+
+    processes = Processes(torch.device("cpu"))
+    processes.count = 2
+    monkeypatch.setattr(processes, "any", signalled_twice)
+    monkeypatch.setattr(processes, "wait", lambda: events.append("waited"))
     learner = Learner("", tmp_path, [module.weight], torch.optim.SGD([module.weight], lr=1.0), 0.01, write)
-    monkeypatch.setattr(Processes, "any", lambda *_: signal.SIGTERM)
-    monkeypatch.setattr(Processes, "wait", lambda _: events.append("waited"))
     task = TrainingTask([learner], NoBatches(), count=len, learn=None, validate=lambda: None, columns=())
-    assert run_training(task, TrainingArgs(output_dir="unused"), tmp_path, Processes(torch.device("cpu"))) == 128 + signal.SIGTERM
+    assert run_training(task, TrainingArgs(output_dir="unused"), tmp_path, processes) == 128 + signal.SIGTERM
     assert events == ["saved", "waited"]
 
 

@@ -49,7 +49,7 @@ def synthetic_table(sizes: tuple[int, ...] = (8, 32)) -> pd.DataFrame:
     rows.append(synthetic_row("speculative", 2.2, verification="rejection", gamma="4", speedup=1.9))
     for (number, method), verification, size in itertools.product(enumerate(tree_plots.METHOD_STYLES), TREE_RULES, sizes):
         tau = 1.5 + 0.3 * np.log2(size) + 0.2 * number + 0.1 * len(verification)
-        rows.append(synthetic_row(method, tau, verification=verification, tree_budget=size, tree_expected_tokens=0.97 * tau))
+        rows.append(synthetic_row(method, tau, verification=verification, tree_budget=size, tree_expected_tokens=0.97 * tau, **with_interval("tree_found_tokens", tau)))
     return pd.DataFrame(rows)
 
 
@@ -119,7 +119,7 @@ def test_promised_tokens_has_a_marker_per_entry_the_diagonal_and_the_band(tmp_pa
     markers = [found for found in axis.collections if isinstance(found, PathCollection)]
     points = np.vstack([marker.get_offsets() for marker in markers])
     trees = table.dropna(subset=["tree_budget"])
-    assert sorted(map(tuple, points)) == sorted(zip(trees["tree_expected_tokens"], trees["spec_tokens_per_call"], strict=True))
+    assert sorted(map(tuple, points)) == sorted(zip(trees["tree_expected_tokens"], trees["tree_found_tokens"], strict=True))
     assert all((np.diff(marker.get_sizes()) > 0).all() for marker in markers)  # larger trees, larger markers
     [band] = [found for found in axis.collections if isinstance(found, PolyCollection)]
     (x, y) = band.get_paths()[0].vertices.T
@@ -129,7 +129,8 @@ def test_promised_tokens_has_a_marker_per_entry_the_diagonal_and_the_band(tmp_pa
 
 @pytest.mark.parametrize("column, gone, panel_gone", [
     ("tree_expected_tokens", {"promised_tokens"}, False),
-    ("spec_tokens_per_call", {"promised_tokens"}, True),
+    ("tree_found_tokens", {"promised_tokens"}, False),
+    ("spec_tokens_per_call", set(), True),
     ("weight_bound_speedup", set(), True),
     ("tree_budget", set(NAMES), False),
 ])

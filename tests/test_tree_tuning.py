@@ -15,7 +15,7 @@ from decoding.sampling import SamplingPolicy
 from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES
 from speculative import DecodeOptions, generate
-from toy_models import bigram_pair, noisy_exit, some_prompts, tiny_llama
+from toy_models import bigram_pair, native_llama, noisy_exit, some_prompts, tiny_llama
 from tree_tuning import OwnText, acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed
 
 POLICY = SamplingPolicy(0.8)
@@ -36,22 +36,26 @@ def test_replaying_a_tree_over_texts_finds_the_rounds_that_decode_them(verificat
     by_text = chances_of(verification, target, draft, own_texts(target, prompts, OPTIONS))
     growmap = replayed(replace(SHAPE, acceptance=tuple(mean_acceptance(by_text))), by_text)
     plan = StaticTree(SHAPE, verification)
-    stats = [generate(target, prompt, replace(OPTIONS, method="static_tree", tree=plan), draft, prompt_id=i).stats for i, prompt in enumerate(prompts)]
-    rounds = sum(len(one.rounds) for one in stats)
-    assert growmap.tokens_per_call == pytest.approx(sum(one.emitted for one in stats) / rounds, abs=1e-12)
-    first = sum(bool(r.tree and r.accepted and r.tree.rank == 0) for one in stats for r in one.rounds)
-    assert growmap.replayed[1] == pytest.approx(first / rounds, abs=1 / rounds * len(prompts))  # but for last rounds, which are cut
-    assert abs(replace(growmap, replayed=()).tokens_per_call - growmap.tokens_per_call) > 1e-3
+    whole = []  # rounds that begin early enough to end
+    for i, prompt in enumerate(prompts):
+        begins = 0
+        for one in generate(target, prompt, replace(OPTIONS, method="static_tree", tree=plan), draft, prompt_id=i).stats.rounds:
+            whole += [one] if begins + SHAPE.depth <= OPTIONS.max_new_tokens else []
+            begins += 1 + one.accepted
+    assert growmap.tokens_per_call == pytest.approx(sum(1 + one.accepted for one in whole) / len(whole), abs=1e-12)
+    assert growmap.replayed[1] == pytest.approx(sum(one.tree.rank == 0 for one in whole) / len(whole), abs=1e-12)
+    independent = replace(growmap, replayed=()).reach
+    assert max(abs(one - other) for one, other in zip(growmap.reach, independent, strict=True)) > 0.01
 
 
 def test_replaying_drawn_children_weighs_every_way_through_the_texts():
-    """Against all walks of one text of three positions, one by one."""
-    chances = torch.tensor([[0.5, 0.25], [0.6, 0.1], [0.3, 0.7]], dtype=torch.float64)
+    """Against all walks of one text of four positions, one by one, which begin no round behind the third."""
+    chances = torch.tensor([[0.5, 0.25], [0.6, 0.1], [0.3, 0.7], [0.2, 0.2]], dtype=torch.float64)
     growmap = Growmap((-1, 0, 0, 1))  # the first child has a child
     visits = {node: 0.0 for node in range(4)}
 
     def walk(position: int, node: int, chance: float) -> None:
-        if position == 3:
+        if node == 0 and position + growmap.depth > len(chances):
             return
         visits[node] += chance
         kept = 0.0
@@ -63,7 +67,7 @@ def test_replaying_drawn_children_weighs_every_way_through_the_texts():
     walk(0, 0, 1.0)
     found = replayed(growmap, [chances]).replayed
     assert found == pytest.approx([visits[node] / visits[0] for node in range(4)], abs=1e-12)
-    alone, beside = replayed(growmap, [chances]).replayed, replayed(growmap, [chances, chances[:1]]).replayed
+    alone, beside = replayed(growmap, [chances]).replayed, replayed(growmap, [chances, chances[:3]]).replayed
     assert beside[0] == 1 and beside != alone  # a shorter text counts as far as it goes
 
 
@@ -83,8 +87,8 @@ def test_acceptance_sums_to_at_most_one_and_falls_with_rank():
 
 def test_trust_makes_trees_promise_what_rounds_bring():
     """In the very rounds that it is fitted to, without changing a token; weights that expect too much are found."""
-    target = tiny_llama()
-    draft, prompts = noisy_exit(target, 1, own_block=True, scale=0.02), some_prompts(10)
+    target = native_llama()
+    draft, prompts = noisy_exit(target, 1, own_block=True, scale=0.02), some_prompts(16)
 
     def promised_over_found(coupling: Coupling) -> float:
         options = replace(OPTIONS, method="dynamic_tree", tree=DynamicTree(coupling=coupling))
