@@ -165,12 +165,12 @@ def starting_exit(variant: Variant, args: Args, target: Target, token_ids: torch
         kind = replace(kind, tuned=(*info.kind.tuned, *(part for part in kind.tuned if part not in info.kind.tuned)))
     if kind.draft_vocab is not None:
         exit_ = exit_.trimmed(token_ids)
-    exit_.load_state_dict(learned, strict=False)
     if kind.shares_output and target.model.dtype != torch.float16:  # an fp16 matrix cannot follow an fp32 exit
         exit_.share_output(target.model)
     own = exit_.own_parameters()
     for parameter in own.values():
         parameter.data = parameter.data.float()
+    exit_.load_state_dict({name: tensor for name, tensor in learned.items() if name in own}, strict=False)
     exit_.requires_grad_(False)
     for name in trained_parts(variant.kind, own):
         own[name].requires_grad_(True)
@@ -316,8 +316,9 @@ def train(args: Args, folder: Path, processes: Processes) -> int:
         record_run(folder, args, facts)
     status = run_training(distillation.task(), args, folder, processes)
     distillation.batches.close()
-    if processes.is_main:
+    if processes.is_main and status == 0:
         print(f"forecast, if a pass takes what reading its weights takes:\n{distillation.forecast()}", file=sys.stderr)
+    if processes.is_main:
         print(f"{streams['train'].dataset.name}: {describe_skipped(streams['train'].skipped)}", file=sys.stderr)
     processes.leave()
     return status

@@ -163,7 +163,7 @@ class ExitKind:
     @property
     def shares_output(self) -> bool:
         """Whether norm and output matrix stay the target's."""
-        return not self.tuned or self.tuned[0] in ("translator", *BLOCK_PARTS)
+        return set(self.tuned) <= {"translator", *BLOCK_PARTS}
 
 
 class Exit(nn.Module):
@@ -336,8 +336,11 @@ def save_exit(path: Path, exit_: Exit, info: ExitInfo) -> None:
     if exit_.token_ids is not None:
         tensors["token_ids"] = exit_.token_ids.cpu()
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": FORMAT, "info": json.dumps(asdict(info))})
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata={"format": FORMAT, "info": json.dumps(asdict(info))})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def find_checkpoints(patterns: list[str]) -> list[str]:
