@@ -73,13 +73,20 @@ def log_of(folder: Path) -> pd.DataFrame:
     return read_csv_log(folder / "train_log.csv").drop(columns="tokens_per_s")
 
 
+def final_of(folder: Path) -> Path:
+    """The final checkpoint."""
+    return folder / (folder / "final_checkpoint.txt").read_text().strip()
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """The final checkpoint's."""
-    return load_file(folder / (folder / "final_checkpoint.txt").read_text().strip())
+    return load_file(final_of(folder))
 
 
 def check_same(found: Path, wanted: Path, tolerance: float = 0.0) -> None:
-    """Two finished exits have equal logs and tensors, up to `tolerance` relative to the largest number of each tensor."""
+    """Two finished exits are of one kind and target, and have equal logs and tensors, up to `tolerance` relative to the largest number of each tensor."""
+    infos = [read_exit_info(final_of(folder)) for folder in (found, wanted)]
+    assert len({(info.target_layer, info.kind, info.target_hash, info.tokenizer_hash, info.step) for info in infos}) == 1
     pd.testing.assert_frame_equal(log_of(found), log_of(wanted), check_exact=tolerance == 0, rtol=tolerance, atol=0)
     tensors = tensors_of(wanted)
     assert tensors_of(found).keys() == tensors.keys()
