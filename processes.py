@@ -39,9 +39,15 @@ class Processes:
         """
         mesh = init_device_mesh(self.device.type, (self.count,))
         for block in target.model.layers:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)  # else it would stay whole behind its first pass, as an outermost module does
         for part in (target.model.embed_tokens, target.model.norm, target.model.rotary_emb, target.lm_head, *exits):
             part.to(self.device)
+
+    def share(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """This process's `batches`; one without learned tokens where there are too few, as all must pass the blocks of a target in parts equally often."""
+        missing = -len(batches) % self.count
+        empty = [batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])} for batch in batches[:1] * missing]
+        return (batches + empty)[self.rank :: self.count]
 
     def add_up(self, tensors: list[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""

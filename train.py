@@ -255,7 +255,7 @@ class Distillation:
     def _held_out_sums(self, batches: list[dict]) -> list[dict[str, float]]:
         """Each exit's quality_sums over `batches`, which the processes share out."""
         sums: list[dict[str, float]] = [dict.fromkeys(QUALITY_SUMS, 0.0) for _ in self.learners]
-        for batch in batches[self.processes.rank :: self.processes.count]:
+        for batch in self.processes.share(batches):
             for chunk in self.model.chunks(self._on_device(batch)):
                 for number, (exit_, draft) in enumerate(zip(self.model.exits, chunk.drafts, strict=True)):
                     found = quality_sums(chunk.teacher, exit_.over_vocabulary(draft), chunk.tokens, self.args.kl_temperature)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 import evaluate
@@ -186,8 +187,16 @@ def train_there(words: list[str], log: Path, environment: dict[str, str]) -> Non
     if environment.get("RANK", "0") != "0":
         sys.addaudithook(refuse_writing)
     training_loop.RunLog._open_tracker = lambda *_: Accelerator()  # as --tracker does; it reports to nobody
+    if "ACCELERATE_USE_FSDP" in environment:
+        train.Distillation.validate = validated_in_parts
     sys.argv = ["train.py", *words]
     command_line.run(train.main)
+
+
+def validated_in_parts(self: train.Distillation, exact: Callable = train.Distillation.validate) -> None:
+    """Validation, behind which no block of the target is whole here."""
+    exact(self)
+    assert all(isinstance(parameter, DTensor) for parameter in self.target.model.model.layers.parameters())
 
 
 def refuse_writing(event: str, details: tuple) -> None:
