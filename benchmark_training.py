@@ -1,6 +1,7 @@
 """What training an exit costs: tokens per second and memory, beside a plain trainer with a second model.
 
     python benchmark_training.py --model_path assets/pydoc-llama-7m --num_threads 2 --out_dir runs/training-speed
+    python benchmark_training.py --model_path assets/pydoc-llama-7m --num_threads 2 --torch_compile --out_dir runs/training-speed-compiled
     python benchmark_training.py --random_init llama-3.2-1b --torch_dtype bf16 --batch_size 1 --length 512 --steps 3 --only_ours --out_dir runs/training-1b
 
 The plain trainer is what one writes first: the teacher's forward pass and that of a second, truncated model, logits of all positions at once, KL, backward.
@@ -53,6 +54,7 @@ class Args(DeviceArgs):
     batch_size: int = field(default=8, metadata={"help": "rows of a batch"})
     length: int = field(default=256, metadata={"help": "tokens of a row"})
     steps: int = field(default=15, metadata={"help": "measured steps of each trainer"})
+    torch_compile: bool = field(default=False, metadata={"help": "time this suite's trainer with its --torch_compile"})
     only_ours: bool = field(default=False, metadata={"help": "leave the plain trainer out, where a second model and all logits do not fit"})
     seed: int = field(default=0, metadata={"help": "seed of weights, tokens, order and bootstrap"})
     memory_of: str | None = field(default=None, metadata={"help": "print the memory of this trainer alone, in JSON (for the command's own use)"})
@@ -86,7 +88,7 @@ Step = Callable[[dict[str, torch.Tensor]], None]  # one optimizer step on a batc
 
 # ---- the trainers ----
 
-def ours(target: LlamaForCausalLM, layers: list[int], kind: ExitKind) -> Step:
+def ours(target: LlamaForCausalLM, layers: list[int], kind: ExitKind, compiled: bool) -> Step:
     """All `layers` in one pass, as train.py does it."""
     exits = []
     for layer in layers:
@@ -96,7 +98,7 @@ def ours(target: LlamaForCausalLM, layers: list[int], kind: ExitKind) -> Step:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         exits.append(exit_)
-    model = TunedLlama(target, exits)
+    model = TunedLlama(target, exits, compiled)
     optimizers = [_optimizer(exit_) for exit_ in exits]
 
     def step(batch: dict[str, torch.Tensor]) -> None:
@@ -154,9 +156,9 @@ def trainers(target: LlamaForCausalLM, args: Args) -> dict[str, Callable[[], Ste
     found: dict[str, Callable[[], Step]] = {}
     for name in args.kinds:
         kind = ExitKind.parse(name)
-        found[f"{name}, one exit"] = lambda kind=kind: ours(target, [args.single_layer], kind)
+        found[f"{name}, one exit"] = lambda kind=kind: ours(target, [args.single_layer], kind, args.torch_compile)
         if len(args.target_layers) > 1:
-            found[f"{name}, {len(args.target_layers)} exits"] = lambda kind=kind: ours(target, args.target_layers, kind)
+            found[f"{name}, {len(args.target_layers)} exits"] = lambda kind=kind: ours(target, args.target_layers, kind, args.torch_compile)
         if not args.only_ours and set(kind.tuned) <= {"head", "last_block"} and kind.draft_vocab is None:
             found[f"{name}, plain"] = lambda kind=kind: plain(target, args.single_layer, kind)
     return found

@@ -57,7 +57,7 @@ common_settings() {
   setting SEED "" "of training and of evaluation"
   setting TORCH_DTYPE auto "auto, bf16, fp16 or fp32"
   setting ATTN_IMPL auto "auto, sdpa, flash_attention_2 or eager (training)"
-  setting TORCH_COMPILE 0 "1: compile the training loss"
+  setting TORCH_COMPILE 0 "1: train.py --torch_compile"
   setting DEVICE "" "auto, cpu or cuda"
   setting NUM_THREADS "" "CPU threads of torch"
   setting QUALITY_DATASETS "$DATASET" "data sets of the quality figures, separated by spaces"

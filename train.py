@@ -33,7 +33,7 @@ import torch
 from transformers import LlamaConfig
 
 from data_utils import EncodeOptions, LossOn, PaddedBatches, Prefetched, encode_example, held_out_by_source
-from losses import LOSS_TYPES, grade
+from losses import LOSS_TYPES
 from metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
 from processes import Processes
 from results import file_hash, make_output_dir, read_config, record_run
@@ -205,7 +205,7 @@ class Distillation:
         if processes.shards_target:
             processes.place(target.model, exits)
         self.learners = [self._learner(name, variant, *start, folder) for (name, variant), start in zip(self.variants.items(), started, strict=True)]
-        self.model = TunedLlama(target.model, exits, torch.compile(grade, dynamic=True) if args.torch_compile else grade)
+        self.model = TunedLlama(target.model, exits, args.torch_compile)
 
     def _frequent_tokens(self, count: int) -> torch.Tensor:
         """The tokens that a trimmed head will know."""

@@ -53,7 +53,7 @@ class TrainingArgs:
     save_every_steps: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only at the end or when stopped"})
     seed: int = field(default=0, metadata={"help": "seed of initial weights and data order"})
     resume: bool = field(default=False, metadata={"help": "continue the run in output_dir, or start it where there is none"})
-    torch_compile: bool = field(default=False, metadata={"help": "compile the loss with torch.compile"})
+    torch_compile: bool = field(default=False, metadata={"help": "compile what runs at every step with torch.compile: pays off after some hundred steps"})
     tracker: Literal["none", "tensorboard", "wandb"] = field(default="none", metadata={"help": "also log there, through accelerate"})
 
     def check(self) -> None:

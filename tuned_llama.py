@@ -6,7 +6,7 @@ some rows at a time, forward and backward, teacher's and drafts' together; betwe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from losses import Graded, LossType, grade, learned_rows, learned_tokens
+from losses import LossType, grade, learned_rows, learned_tokens
 from truncated_llama import Exit, prepare_pass
 
 CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of logits in fp32: on the CPU what its caches hold, on a GPU enough for its units
+MIN_CHUNK_ROWS = {"cpu": 128, "cuda": 1024}  # a chunk adds to a head's whole gradient, V·D numbers: with fewer rows that would be most of its work
 
 
 class States(NamedTuple):
@@ -47,14 +48,16 @@ class Objective:
 class TunedLlama(nn.Module):
     """The frozen target and the exits that read its hidden states. Only the exits are parameters of this module.
 
-    Under a bf16 target the exits' products run in bf16, their tensors stay in fp32. `grade` may be a compiled losses.grade.
+    Under a bf16 target the exits' products run in bf16, their tensors stay in fp32. `compiled`: the target's blocks and the loss run through torch.compile,
+    once for all blocks and lengths.
     """
 
-    def __init__(self, target: LlamaForCausalLM, exits: list[Exit], grade: Callable[..., Graded] = grade) -> None:
+    def __init__(self, target: LlamaForCausalLM, exits: list[Exit], compiled: bool = False) -> None:
         super().__init__()
         self.exits = nn.ModuleList(exits)
         self._frozen = (target.requires_grad_(False).eval(),)  # in a tuple, so that it is not registered as a submodule
-        self._grade = grade
+        self._blocks = tuple(torch.compile(block, dynamic=True) for block in target.model.layers) if compiled else tuple(target.model.layers)
+        self._grade = torch.compile(grade, dynamic=True) if compiled else grade
 
     @property
     def target(self) -> LlamaForCausalLM:
@@ -94,7 +97,8 @@ class TunedLlama(nn.Module):
     @property
     def _rows(self) -> int:
         """Positions of a chunk."""
-        return max(1, CHUNK_BYTES[self.target.device.type] // (4 * self.target.config.vocab_size))
+        device = self.target.device.type
+        return max(MIN_CHUNK_ROWS[device], CHUNK_BYTES[device] // (4 * self.target.config.vocab_size))
 
     def _hidden(self, batch: dict[str, torch.Tensor]) -> tuple[States, list[torch.Tensor]]:
         """A frozen pass, and the hidden states (N, D) of learned positions behind each exit's own block."""
@@ -114,7 +118,7 @@ class TunedLlama(nn.Module):
         hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask)
         wanted = {exit_.prefix for exit_ in self.exits}
         at_prefix = {0: hidden}
-        for count, block in enumerate(self.target.model.layers, start=1):
+        for count, block in enumerate(self._blocks, start=1):
             hidden = block(hidden, **pass_inputs)
             if count in wanted:
                 at_prefix[count] = hidden

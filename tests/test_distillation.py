@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import losses
-import tuned_llama
 from losses import LOSS_TYPES, grade, learned_rows, learned_tokens
 from toy_models import some_batch, tiny_llama
 from truncated_llama import Exit, ExitKind, TruncatedLlama
@@ -108,15 +108,14 @@ def plain_gradients(model: nn.Module, exit_: Exit, batch: dict, objective: Objec
     return float(loss), list(torch.autograd.grad(scale * loss, list(exit_.own_parameters().values())))
 
 
-@pytest.mark.parametrize("rows", [1, 5, 1000])
-@pytest.mark.parametrize("name", KINDS)
-def test_chunks_give_the_gradients_of_the_plain_version(name, rows, monkeypatch):
+@pytest.mark.parametrize(("name", "rows", "compiled"), [*product(KINDS, [1, 5, 1000], [False]), ("head+last_block", 5, True)])
+def test_chunks_give_the_gradients_of_the_plain_version(name, rows, compiled, monkeypatch):
     monkeypatch.setattr(TunedLlama, "_rows", rows)
     model = tiny_llama(tie_word_embeddings=True).float()
     exit_, = exits_of(model, [name])
     batch, objective = some_batch(), Objective("kl_divergence", 1.5)
     loss, wanted = plain_gradients(model, exit_, batch, objective, 0.25)
-    sums, = TunedLlama(model, [exit_]).learn(batch, [objective], 0.25)
+    sums, = TunedLlama(model, [exit_], compiled).learn(batch, [objective], 0.25)
     assert float(sums["loss"]) == pytest.approx(loss, rel=1e-4)
     for parameter, gradient in zip(exit_.own_parameters().values(), wanted, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=2e-5), name
@@ -134,7 +133,7 @@ def test_a_forgotten_chunk_is_found(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "backward", forgetful)
     with pytest.raises((AssertionError, TypeError)):
-        test_chunks_give_the_gradients_of_the_plain_version("head", 5, monkeypatch)
+        test_chunks_give_the_gradients_of_the_plain_version("head", 5, False, monkeypatch)
 
 
 def test_together_every_exit_learns_what_it_learns_alone():
@@ -161,7 +160,7 @@ def test_together_every_exit_learns_what_it_learns_alone():
 
 def test_logits_are_never_made_for_the_whole_batch(monkeypatch):
     """Nothing of more than a chunk's rows of V numbers is ever made, forward or backward, however long the batch."""
-    monkeypatch.setattr(tuned_llama, "CHUNK_BYTES", {"cpu": 4 * 72 * 16})  # 16 rows of this vocabulary
+    monkeypatch.setattr(TunedLlama, "_rows", 16)
     model = tiny_llama(vocab_size=72).float()
     exits = exits_of(model, ["head", "rank8+last_block"])
     largest = 0
