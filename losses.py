@@ -1,4 +1,4 @@
-"""Training objectives, with their gradients: sums over tokens, in fp32, to be divided by the number of learned tokens.
+"""Training objectives, with their gradients, token by token, in fp32: their sum is to be divided by the number of learned tokens.
 
 p is the teacher's distribution, q the draft's, both over the tokens that the draft knows. A row of logits is V numbers, so the gradient with respect to the
 draft's logits is computed with the loss, in closed form, instead of through a graph of V-wide tensors.
@@ -27,8 +27,8 @@ def learned_tokens(input_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Te
 
 
 class Graded(NamedTuple):
-    """Over N rows: the `loss` summed, its `gradient` (N, V_d) with respect to the draft's logits, Σ min(p, q) summed (`overlap`, p whole), and the mass of p
-    on tokens that the draft does not know (`lost_mass`), summed."""
+    """Of N rows: the `loss` (N,), the `gradient` (N, V_d) of its sum with respect to the draft's logits, `overlap` (N,), which is Σ min(p, q) with p whole, and
+    `lost_mass` (N,), which is p's on tokens that the draft does not know."""
 
     loss: torch.Tensor
     gradient: torch.Tensor
@@ -47,21 +47,21 @@ def grade(
     Where the draft knows `token_ids` (V_d,) only, p is renormalised on these, and cross-entropy counts only tokens among them.
     """
     teacher, draft = teacher.float(), draft.float()
-    lost = draft.new_zeros(())
+    lost = draft.new_zeros(len(draft))
     share = 1.0  # of p that the known tokens have, by row
     if token_ids is not None:
         whole = teacher.logsumexp(-1)
         teacher = teacher[:, token_ids]
         share = (teacher.logsumexp(-1) - whole).exp()[:, None]
-        lost = (1 - share).sum()
+        lost = 1 - share[:, 0]
     log_q = draft.log_softmax(-1)
     log_p = teacher.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
-    overlap = torch.minimum(share * p, q).sum()
+    overlap = torch.minimum(share * p, q).sum(-1)
     loss, gradient = _objective(loss_type, (teacher, log_p, p), (draft, log_q, q), temperature)
     if loss_type in ("cross_entropy", "combined"):
         columns, known = _columns(tokens, token_ids)
-        loss = loss - (log_q.gather(-1, columns[:, None])[:, 0] * known).sum()
+        loss = loss - log_q.gather(-1, columns[:, None])[:, 0] * known
         gradient = gradient + q * known[:, None]
         gradient.scatter_add_(-1, columns[:, None], -known[:, None])
     return Graded(loss, gradient, overlap, lost)
@@ -74,17 +74,17 @@ def _objective(loss_type: LossType, p_law: Law, q_law: Law, temperature: float) 
     """What of the objective compares p and q, and its gradient."""
     (_, _, p), (_, _, q) = p_law, q_law
     if loss_type == "cross_entropy":
-        return q.new_zeros(()), torch.zeros_like(q)
+        return q.new_zeros(len(q)), torch.zeros_like(q)
     if loss_type == "total_variation":
         variation, gradient = _variation(p, q)
-        return variation.sum(), gradient
+        return variation, gradient
     softened = (_softened(law, temperature) for law in (p_law, q_law))
     divergence, gradient = (_reverse_kl if loss_type == "reverse_kl" else _kl)(*softened, temperature)
     if loss_type != "lk":
-        return divergence.sum(), gradient
+        return divergence, gradient
     variation, toward = _variation(p, q)
     weight = torch.exp(-LK_SHARPNESS * (1 - variation))
-    return (weight * divergence + (1 - weight) * variation).sum(), torch.lerp(toward, gradient, weight[:, None])
+    return weight * divergence + (1 - weight) * variation, torch.lerp(toward, gradient, weight[:, None])
 
 
 def _softened(law: Law, temperature: float) -> Law:

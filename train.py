@@ -39,6 +39,7 @@ from processes import Processes
 from results import file_hash, make_output_dir, read_config, record_run
 from row_files import ExampleStream, MixedStream, describe_skipped
 from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, load_config, load_target, tokenizer_hash, weights_hash
+from teacher_cache import TeacherCache
 from text_datasets import check_mixture, fingerprint, open_mixture, open_stream
 from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
 from truncated_llama import Exit, ExitInfo, ExitKind, load_exit, read_exit_info, save_exit
@@ -73,6 +74,7 @@ class Args(TrainingArgs, DeviceArgs):
     learning_rate: list[float] = field(default_factory=lambda: [1e-4], metadata={"help": "peak learning rates of AdamW; several make an exit each"})
     checkpoint_path: list[str] = field(default_factory=list, metadata={"help": "exits to start from, one for each of target_layers (stage 2 starts from stage 1's)"})
     loss_type: list[str] = field(default_factory=lambda: ["kl_divergence"], metadata={"help": f"objectives: {', '.join(LOSS_TYPES)}; several make an exit each"})
+    teacher_cache: str | None = field(default=None, metadata={"help": "folder for the target's last hidden states: texts seen before run through the exits' blocks only"})
     kl_temperature: float = field(default=1.0, metadata={"help": "softens teacher and draft in the KL"})
 
     def check(self) -> None:
@@ -197,6 +199,7 @@ class Distillation:
         options = EncodeOptions(target.tokenizer, args.loss_on, args.max_length, args.batch_size)
         self.batches = Prefetched(PaddedBatches(streams["train"], options, (processes.rank, processes.count)))
         self.validation = held_out_by_source(streams["validation"].streams, options, VALIDATION_BATCHES * processes.count)
+        self.sources = list(self.validation) if len(self.validation) > 1 else []
         self.variants = variants_of(args)
         self.target_hash = weights_hash(target.model)
         vocabularies = {} if args.checkpoint_path else {size: self._frequent_tokens(size) for size in {kind.draft_vocab for kind in args.exit_kinds()} - {None}}
@@ -205,7 +208,11 @@ class Distillation:
         if processes.shards_target:
             processes.place(target.model, exits)
         self.learners = [self._learner(name, variant, *start, folder) for (name, variant), start in zip(self.variants.items(), started, strict=True)]
-        self.model = TunedLlama(target.model, exits, args.torch_compile)
+        self.model = TunedLlama(target.model, exits, args.torch_compile, self._teacher_cache())
+
+    def _teacher_cache(self) -> TeacherCache | None:
+        config, dtype = self.target.model.config, self.target.model.dtype
+        return None if self.args.teacher_cache is None else TeacherCache(self.args.teacher_cache, self.target_hash, config.hidden_size, dtype)
 
     def _frequent_tokens(self, count: int) -> torch.Tensor:
         """The tokens that a trimmed head will know."""
@@ -235,7 +242,14 @@ class Distillation:
         return batch["global_tokens"]
 
     def learn(self, batch: dict, scale: float) -> list[dict[str, torch.Tensor]]:
-        return self.model.learn(self._on_device(batch), [variant.objective for variant in self.variants.values()], scale)
+        found = self.model.learn(self._on_device(batch), [variant.objective for variant in self.variants.values()], scale)
+        source = batch["source"].repeat_interleave(batch["loss_mask"][:, 1:].sum(-1)).to(self.target.model.device)  # of each learned token
+        sums = [{name: values.sum() for name, values in rows.items()} for rows in found]
+        for number, name in enumerate(self.sources):
+            own = source == number
+            for rows, total in zip(found, sums, strict=True):
+                total |= {f"loss_{name}": rows["loss"][own].sum(), f"share_{name}": own.sum()}
+        return sums
 
     def _on_device(self, batch: dict) -> dict[str, torch.Tensor]:
         return {name: batch[name].to(self.target.model.device, non_blocking=True) for name in ("input_ids", "attention_mask", "loss_mask")}
@@ -248,7 +262,7 @@ class Distillation:
             learner.validation = {}
             for source, sums in by_source.items():
                 total = add_sums(total, sums[number])
-                if len(by_source) > 1:
+                if source in self.sources:
                     learner.validation |= _validated(sums[number], f"{source}_")
             learner.validation |= _validated(total)
 
@@ -274,9 +288,9 @@ class Distillation:
         return pd.DataFrame(rows).to_string(index=False, float_format="%.3f")
 
     def task(self) -> TrainingTask:
-        sources = ["", *(f"{name}_" for name in self.validation if len(self.validation) > 1)]
-        columns = ("overlap", "lost_mass", *(f"validation_{source}{name}" for source in sources for name in VALIDATED))
-        return TrainingTask(self.learners, self.batches, self.count, self.learn, self.validate, columns)
+        by_source = [f"{what}_{name}" for name in self.sources for what in ("loss", "share")]
+        validated = [f"validation_{source}{name}" for source in ("", *(f"{source}_" for source in self.sources)) for name in VALIDATED]
+        return TrainingTask(self.learners, self.batches, self.count, self.learn, self.validate, ("overlap", "lost_mass", *by_source, *validated), self.sources)
 
 
 def _validated(sums: dict[str, float], source: str = "") -> dict[str, float]:
@@ -296,6 +310,8 @@ def main() -> int:
     args.check()
     folder = make_output_dir(args.output_dir)
     processes = Processes(args.resolve()[0])
+    if processes.shards_target and args.teacher_cache is not None:
+        raise UserError(f"--teacher_cache {args.teacher_cache}: the processes that share a target must all run all of its blocks; leave it out with --use_fsdp")
     with only_writer(folder) if processes.is_main else nullcontext():
         return train(args, folder, processes)
 

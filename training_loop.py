@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -129,7 +130,8 @@ class TrainingTask:
 
     `count(batch)` is the number of learned tokens of the batch, those of other processes included. `learn(batch, scale)` adds the gradients of scale × loss and
     returns, for each learner, its "loss" and further sums over the batch's tokens. `validate()` fills in every learner's `validation`. `columns` are what the log
-    has beside LOG_COLUMNS: the further sums, as token means, and the validation figures.
+    has beside LOG_COLUMNS: the further sums, as token means, and the validation figures. Of each of the `sources` that the data come from, there is the sum
+    "loss_<source>" over its own tokens and their number, "share_<source>".
     """
 
     learners: list[Learner]
@@ -138,6 +140,7 @@ class TrainingTask:
     learn: Callable[[dict, float], list[dict[str, torch.Tensor]]]
     validate: Callable[[], None]
     columns: tuple[str, ...]
+    sources: list[str] = field(default_factory=list)
 
 
 def lr_factor(step: int, args: TrainingArgs) -> float:
@@ -268,6 +271,11 @@ def train_step(task: TrainingTask, batches: list[dict], args: TrainingArgs, step
     means = iter((totals / tokens).tolist())
     figures = [{**{name: next(means) for name in total}, "tokens": tokens, "grad_norm": norm}
                for total, norm in zip(sums, torch.stack(norms).tolist(), strict=True)]
+    for figure, source in product(figures, task.sources):
+        if figure[f"share_{source}"] > 0:
+            figure[f"loss_{source}"] /= figure[f"share_{source}"]
+        else:
+            del figure[f"loss_{source}"]
     for learner, figure in zip(task.learners, figures, strict=True):
         if not math.isfinite(figure["loss"] + figure["grad_norm"]):
             raise Diverged(f"{learner.name or 'the run'} at step {step + 1}: loss {figure['loss']}, gradient norm {figure['grad_norm']}")

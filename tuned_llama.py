@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from losses import LossType, grade, learned_rows, learned_tokens
+from teacher_cache import TeacherCache
 from truncated_llama import Exit, prepare_pass
 
 CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of logits in fp32: on the CPU what its caches hold, on a GPU enough for its units
@@ -49,14 +50,15 @@ class TunedLlama(nn.Module):
     """The frozen target and the exits that read its hidden states. Only the exits are parameters of this module.
 
     Under a bf16 target the exits' products run in bf16, their tensors stay in fp32. `compiled`: the target's blocks and the loss run through torch.compile,
-    once for all blocks and lengths.
+    once for all blocks and lengths. With a `cache`, texts whose last hidden states it holds go through the exits' blocks only.
     """
 
-    def __init__(self, target: LlamaForCausalLM, exits: list[Exit], compiled: bool = False) -> None:
+    def __init__(self, target: LlamaForCausalLM, exits: list[Exit], compiled: bool = False, cache: TeacherCache | None = None) -> None:
         super().__init__()
         self.exits = nn.ModuleList(exits)
         self._frozen = (target.requires_grad_(False).eval(),)  # in a tuple, so that it is not registered as a submodule
         self._blocks = tuple(torch.compile(block, dynamic=True) for block in target.model.layers) if compiled else tuple(target.model.layers)
+        self._cache = cache
         self._grade = torch.compile(grade, dynamic=True) if compiled else grade
 
     @property
@@ -66,22 +68,21 @@ class TunedLlama(nn.Module):
     def learn(self, batch: dict[str, torch.Tensor], objectives: list[Objective], scale: float) -> list[dict[str, torch.Tensor]]:
         """Add the gradients of scale × loss over the batch's learned tokens to every exit's parameters.
 
-        Returns, for each exit, its loss, Σ min(p, q) and the mass of p that it cannot know, summed over these tokens.
+        Returns, for each exit and each of these tokens (N,), its loss, Σ min(p, q) and the mass of p that it cannot know.
         """
         with self._autocast():
             states, hidden = self._hidden(batch)
             pieces = [[piece.detach().requires_grad_(rows.requires_grad) for piece in rows.split(self._rows)] for rows in hidden]
-            sums: list[dict[str, torch.Tensor]] = [{} for _ in self.exits]
-            for number, chunk in enumerate(self._chunks(batch, states, pieces)):
-                for exit_, objective, draft, total in zip(self.exits, objectives, chunk.drafts, sums, strict=True):
+            found: list[list[dict[str, torch.Tensor]]] = [[] for _ in self.exits]
+            for chunk in self._chunks(batch, states, pieces):
+                for exit_, objective, draft, own in zip(self.exits, objectives, chunk.drafts, found, strict=True):
                     graded = self._grade(objective.loss_type, chunk.teacher, draft.detach(), chunk.tokens, objective.temperature, exit_.token_ids)
                     draft.backward(graded.gradient.mul_(scale).to(draft.dtype))
-                    found = {"loss": graded.loss, "overlap": graded.overlap, "lost_mass": graded.lost_mass}
-                    total |= {name: value if number == 0 else total[name] + value for name, value in found.items()}
+                    own.append({"loss": graded.loss, "overlap": graded.overlap, "lost_mass": graded.lost_mass})
             for rows, parts in zip(hidden, pieces, strict=True):
                 if rows.requires_grad:
                     rows.backward(torch.cat([part.grad for part in parts]))
-        return sums
+        return [{name: torch.cat([part[name] for part in own]) for name in own[0]} for own in found]
 
     @torch.no_grad()
     def chunks(self, batch: dict[str, torch.Tensor]) -> Iterator[Chunk]:
@@ -102,7 +103,11 @@ class TunedLlama(nn.Module):
 
     def _hidden(self, batch: dict[str, torch.Tensor]) -> tuple[States, list[torch.Tensor]]:
         """A frozen pass, and the hidden states (N, D) of learned positions behind each exit's own block."""
-        states = self.frozen_pass(batch["input_ids"], batch["attention_mask"])
+        text = batch["input_ids"], batch["attention_mask"]
+        known = self._cache.find(*text) if self._cache is not None else None
+        states = self.frozen_pass(*text, known)
+        if self._cache is not None and known is None:
+            self._cache.keep(*text, states.teacher)
         return states, [learned_rows(exit_.through_block(states.at_prefix[exit_.prefix], states.pass_inputs), batch["loss_mask"]) for exit_ in self.exits]
 
     def _chunks(self, batch: dict[str, torch.Tensor], states: States, pieces: list[tuple[torch.Tensor, ...]]) -> Iterator[Chunk]:
@@ -113,13 +118,13 @@ class TunedLlama(nn.Module):
             yield Chunk(self.target.lm_head(rows).detach(), drafts, predicted)
 
     @torch.no_grad()
-    def frozen_pass(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> States:
-        """`input_ids` (B, T) through all of the target's blocks."""
+    def frozen_pass(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, teacher: torch.Tensor | None = None) -> States:
+        """`input_ids` (B, T) through all of the target's blocks; where the `teacher`'s last states are known, through those below the deepest exit."""
         hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask)
         wanted = {exit_.prefix for exit_ in self.exits}
         at_prefix = {0: hidden}
-        for count, block in enumerate(self._blocks, start=1):
+        for count, block in enumerate(self._blocks if teacher is None else self._blocks[: max(wanted)], start=1):
             hidden = block(hidden, **pass_inputs)
             if count in wanted:
                 at_prefix[count] = hidden
-        return States(self.target.model.norm(hidden), at_prefix, pass_inputs)
+        return States(self.target.model.norm(hidden) if teacher is None else teacher, at_prefix, pass_inputs)

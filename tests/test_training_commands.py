@@ -34,10 +34,12 @@ import training_loop
 import truncated_llama
 from arithmetic_dataset import make_problem
 from results import read_csv_log
+from row_files import MixedStream
 from speculative import Generation
 from target_model import load_tokenizer
 from test_commands import check_one_line, run_main
 from test_training import wait_for_step
+from text_datasets import open_stream
 from truncated_llama import read_exit_info
 from tuned_llama import TunedLlama
 
@@ -174,6 +176,39 @@ def test_trained_forms_of_the_head_evaluate_to_vanillas_text(tiny_target_path, t
 def test_trained_forms_of_the_head_are_proved(tiny_target_path, trimmed_and_low_rank, tmp_path, monkeypatch):
     command = ["--model_path", tiny_target_path, "--checkpoint_glob", *trimmed_and_low_rank, "--spec_prompt_dataset", "arithmetic", "--out_dir", tmp_path, *DECODING]
     assert run_main(prove, command, monkeypatch) == 0
+
+
+# ---- where the data come from, and the teacher's states ----
+
+def test_a_mixture_logs_the_losses_of_its_sources(train_here, inputs, tmp_path, monkeypatch):
+    """Their means, weighted by their shares of the learned tokens, are the whole batch's loss; a source that a batch lacks has none."""
+    def two_sources(_names: list[str], weights: list[float], split: str, _path: None, seed: int) -> MixedStream:
+        streams = [open_stream(name, split, inputs["dataset_path"], seed) for name in ("arithmetic", "gsm8k")]
+        return MixedStream(streams, weights, seed)
+
+    monkeypatch.setattr(train, "open_mixture", two_sources)
+    assert train_here(tmp_path / "run", dataset=["arithmetic", "gsm8k"], dataset_path=None, mix=[0.6, 0.4], target_layers=1, kinds="head", max_steps=12) == 0
+    log = log_of(tmp_path / "run").dropna(subset="loss")
+    names = ("arithmetic", "gsm8k")
+    assert log[[f"share_{name}" for name in names]].sum(axis=1).tolist() == pytest.approx([1.0] * 12)
+    weighted = sum((log[f"share_{name}"] * log[f"loss_{name}"]).fillna(0) for name in names)
+    assert weighted.tolist() == pytest.approx(log["loss"].tolist(), rel=1e-5)
+    for name in names:
+        assert (log[f"loss_{name}"].isna() == (log[f"share_{name}"] == 0)).all() and log[f"loss_{name}"].notna().any()
+
+
+def test_with_the_teachers_states_on_disk_a_run_is_the_same(train_here, tmp_path, monkeypatch):
+    flags = {"target_layers": [0, 1], "kinds": "head", "max_steps": 6}
+    runs: list[int] = []
+    whole = TunedLlama.frozen_pass
+    monkeypatch.setattr(TunedLlama, "frozen_pass", lambda self, ids, mask, teacher=None: runs.append(teacher is None) or whole(self, ids, mask, teacher))
+    for name, cache in (("plain", None), ("filling", tmp_path / "states"), ("reading", tmp_path / "states")):
+        runs.clear()
+        assert train_here(tmp_path / name, teacher_cache=cache, **flags) == 0
+        assert set(runs) == {name != "reading"} or name == "filling"
+    for layer in ("layer0", "layer1"):
+        check_same(tmp_path / "filling" / layer, tmp_path / "plain" / layer)
+        check_same(tmp_path / "reading" / layer, tmp_path / "plain" / layer)
 
 
 # ---- several processes ----
