@@ -23,7 +23,7 @@
 #   QUALITY_DATASETS=ultrachat PYTHON=python3
 #   left to the Python scripts unless set: MIX DATASET_PATH LOSS_TYPE LOSS_ON SEED DEVICE NUM_THREADS QUALITY_MAX_BATCHES
 #   SPEC_PROMPT_DATASET SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW SPEC_T SPEC_TOP_P SPEC_TOP_K SPEC_GAMMA
-#   SPEC_METHOD SPEC_VERIFICATION GROWMAP TREE_BUDGET; off unless set: DRY_RUN
+#   SPEC_METHOD SPEC_VERIFICATION GROWMAP TREE_BUDGET; off unless set: DRAFT_VOCAB DRY_RUN
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=sweep_lib.sh
@@ -36,11 +36,13 @@ stage_settings HEAD
 setting LR_FTLAST 2e-5 "peak learning rate of stage 2"
 setting LR_SCHEDULE_FTLAST cosine "linear, constant or cosine"
 stage_settings FTLAST
+setting DRAFT_VOCAB "" "tokens that the heads know, the most frequent ones (unset: all)"
 common_settings ultrachat ultrachat_two_stage
 begin_sweep "$@"
 
 [[ $LR_HEAD$LOSS_TYPE != *' '* ]] || user_error "LR_HEAD=$LR_HEAD LOSS_TYPE=$LOSS_TYPE: stage 2 starts from one exit per layer; give one value each"
 
-train_exits head HEAD "$LAYERS" --ft_head
-train_exits ftlast FTLAST "$LAYERS" --ft_head --ft_last_transformer --checkpoint_path "${TRAINED[@]}"
+heads=(--ft_head ${DRAFT_VOCAB:+--draft_vocab_size "$DRAFT_VOCAB"})
+train_exits head HEAD "$LAYERS" "${heads[@]}"
+train_exits ftlast FTLAST "$LAYERS" "${heads[@]}" --ft_last_transformer --checkpoint_path "${TRAINED[@]}"
 evaluate_checkpoints

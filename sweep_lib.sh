@@ -11,7 +11,7 @@ readonly EXIT_USER_ERROR=2
 declare -a SETTINGS=() TRAINED=() CHECKPOINTS=() # CHECKPOINTS: what will be evaluated; TRAINED: those of the last pass
 known_settings=' '
 # Variables that look like settings: one that no sweep setting bears is a misspelling, and an error.
-readonly SETTING_LIKE='^(SPEC|QUALITY|MAX_STEPS|BATCH_SIZE|GRAD_ACCUM|LR|LAYERS?|LEARNING_RATES?|LOSS|KL_TEMPS?|KINDS|OBJECTIVES|BEST)(_|$)'
+readonly SETTING_LIKE='^(SPEC|QUALITY|MAX_STEPS|BATCH_SIZE|GRAD_ACCUM|LR|LAYERS?|LEARNING_RATES?|LOSS|KL_TEMPS?|KINDS|OBJECTIVES|BEST|DRAFT_VOCAB)(_|$)'
 
 # setting NAME DEFAULT HELP: an environment variable that overrides DEFAULT; one that stays empty is not passed on. The
 # first call for a name counts, so that a sweep can give its own default to a common setting.

@@ -129,6 +129,14 @@ def test_two_stages_chain_their_checkpoints_and_end_in_one_evaluation(shell: She
     assert "output of train.py" in (shell.out / "logs/ftlast.log").read_text()
 
 
+def test_both_stages_trim_the_vocabulary_where_asked(shell: Shell):
+    status, output = shell.run(TWO_STAGE, DRAFT_VOCAB="1024")
+    assert status == 0, output
+    *stages, _ = shell.calls()
+    assert [flag(call, "--draft_vocab_size") for call in stages] == ["1024", "1024"]
+    assert "unknown setting DRAFT_VOCAB" in shell.run(CHAT_LAYERS, DRAFT_VOCAB="1024")[1]
+
+
 def test_one_stage_sweeps_cover_their_grid(shell: Shell):
     assert shell.run(CHAT_LAYERS)[0] == 0
     train, evaluation = shell.calls()
