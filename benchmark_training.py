@@ -35,7 +35,7 @@ from machine_speed import counts_memory, held_memory, peak_memory, restart_peak
 from metrics import speedup_interval, with_interval
 from results import new_output_dir, record_run, write_csv
 from target_model import DeviceArgs, load_config, load_target, named_config
-from truncated_llama import Exit, ExitKind
+from truncated_llama import ExitKind, exit_to_train
 from tuned_llama import Objective, TunedLlama
 
 RESULTS_NAME = "training_speed.csv"
@@ -90,14 +90,8 @@ Step = Callable[[dict[str, torch.Tensor]], None]  # one optimizer step on a batc
 
 def ours(target: LlamaForCausalLM, layers: list[int], kind: ExitKind, compiled: bool) -> Step:
     """All `layers` in one pass, as train.py does it."""
-    exits = []
-    for layer in layers:
-        exit_ = Exit(target, layer, kind.form)
-        exit_ = exit_.share_output(target) if kind.shares_output else exit_
-        for parameter in exit_.own_parameters().values():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-        exits.append(exit_)
+    token_ids = None if kind.draft_vocab is None else torch.arange(kind.draft_vocab, device=target.device)  # any will do
+    exits = [exit_to_train(target, layer, kind, token_ids) for layer in layers]
     model = TunedLlama(target, exits, compiled)
     optimizers = [_optimizer(exit_) for exit_ in exits]
 
@@ -127,8 +121,9 @@ class SecondModel(nn.Module):
 def plain(target: LlamaForCausalLM, layer: int, kind: ExitKind) -> Step:
     """Teacher, second model, all logits, KL over all positions, backward."""
     student = SecondModel(target, layer).float().requires_grad_(False)
-    student.model.lm_head.requires_grad_(True)
-    student.model.model.norm.requires_grad_(True)
+    if "head" in kind.tuned:
+        student.model.lm_head.requires_grad_(True)
+        student.model.model.norm.requires_grad_(True)
     if kind.form.block == "last":
         student.model.model.layers[-1].requires_grad_(True)
     optimizer = _optimizer(student)
@@ -221,7 +216,7 @@ def own_memory(model: LlamaForCausalLM, args: Args) -> int:
 def memory_in_a_process(name: str) -> int:
     """own_memory of one trainer, measured by another process with this one's flags."""
     command = [sys.executable, *sys.argv, "--memory_of", name]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def rows_of(seconds: dict[str, np.ndarray], memory: dict[str, int], args: Args) -> list[dict]:

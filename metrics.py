@@ -7,6 +7,7 @@ those of the potential test are POTENTIAL_COLUMNS.
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import torch
@@ -138,10 +139,15 @@ def quality_means(sums: dict[str, float]) -> dict[str, float]:
     tokens = sums["tokens"]
     means = {name: value / tokens for name, value in sums.items() if name not in ("tokens", "teacher_ce")}
     found = {
-        **means, "ppl": math.exp(means["ce"]), "teacher_ppl": math.exp(sums["teacher_ce"] / tokens),
+        **means, "ppl": _exp(means["ce"]), "teacher_ppl": _exp(sums["teacher_ce"] / tokens),
         "tv": 1 - means["overlap"], "tokens": tokens,
     }
     return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _exp(nats: float) -> float:
+    """e to this power, infinite where it is no float."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 def add_sums(total: dict[str, float], more: dict[str, float]) -> dict[str, float]:

@@ -69,6 +69,14 @@ class Processes:
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return int(found)
 
+    def agree(self, value: int) -> bool:
+        """Whether all processes have the same `value`."""
+        if self.count == 1:
+            return True
+        bounds = torch.tensor([value, -value], device=self.device)
+        distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
+        return int(bounds[0]) == -int(bounds[1])
+
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:

@@ -1,5 +1,6 @@
 """What a frozen target makes of a text, on disk: later epochs and runs over the same texts need only the blocks that their exits read.
 
+States are those of the batch in which a text came first: in a batch of another width they would differ by rounding.
 Logits are V numbers a token, the normed last hidden state that they are a product of only D: 4 kB a token for Llama-3.2-1B in bf16, 4 GB for a million.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from io import FileIO
 from itertools import count
 from pathlib import Path
 
@@ -34,7 +36,7 @@ class TeacherCache:
         self.folder, self.width, self.dtype = make_output_dir(folder), width, dtype
         self._check_owner({"target_hash": target_hash, "width": width, "dtype": str(dtype)})
         self._index, self._states = self._own_files()
-        self._places: dict[bytes, tuple[int, int, int]] = {}  # key -> descriptor, first row, rows
+        self._places: dict[bytes, tuple[FileIO, int, int]] = {}  # key -> file, first row, rows
         for index in sorted(self.folder.glob("*.index")):
             self._read(index)
 
@@ -46,7 +48,7 @@ class TeacherCache:
         found = torch.zeros(*input_ids.shape, self.width, dtype=self.dtype)
         row_bytes = self.width * self.dtype.itemsize
         for row, (file, start, tokens) in zip(found, places, strict=True):
-            row[:tokens] = torch.frombuffer(bytearray(os.pread(file, tokens * row_bytes, start * row_bytes)), dtype=self.dtype).view(tokens, self.width)
+            row[:tokens] = torch.frombuffer(bytearray(os.pread(file.fileno(), tokens * row_bytes, start * row_bytes)), dtype=self.dtype).view(tokens, self.width)
         return found.to(input_ids.device)
 
     def keep(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, states: torch.Tensor) -> None:
@@ -59,41 +61,43 @@ class TeacherCache:
     def _append(self, keys: list[bytes], states: torch.Tensor, counts: list[int]) -> None:
         for key, row, tokens in zip(keys, states, counts, strict=True):
             if key not in self._places:
-                start = os.fstat(self._states).st_size // (self.width * self.dtype.itemsize)
+                start = _size(self._states) // (self.width * self.dtype.itemsize)
                 _write(self._states, row[:tokens].contiguous().view(torch.uint8).numpy().tobytes())
                 _write(self._index, np.array([(key, start, tokens)], ENTRY).tobytes())
                 self._places[key] = (self._states, start, tokens)
 
     def _check_owner(self, facts: dict) -> None:
-        known = read_config(self.folder)
-        if known is None and any(self.folder.iterdir()):
-            raise UserError(f"--teacher_cache {self.folder}: holds other files; choose a new folder")
-        if known is None:
+        foreign = [path.name for path in self.folder.iterdir() if not path.name.startswith((".writable.", CONFIG_NAME)) and path.suffix not in (".index", ".states")]
+        if foreign:
+            raise UserError(f"--teacher_cache {self.folder}: holds other files, such as {foreign[0]}; choose a new folder")
+        if read_config(self.folder) is None:
             write_json(self.folder / CONFIG_NAME, facts)
-        elif known != facts:
+        if read_config(self.folder) != facts:
             raise UserError(f"--teacher_cache {self.folder}: holds states of another target or dtype; choose another folder")
 
     def _read(self, index: Path) -> None:
         """Take over the entries of `index` whose rows are there."""
-        file = os.open(index.with_suffix(".states"), os.O_RDONLY)
-        rows = os.fstat(file).st_size // (self.width * self.dtype.itemsize)
-        content = index.read_bytes()
-        for entry in np.frombuffer(content[: len(content) // ENTRY.itemsize * ENTRY.itemsize], ENTRY):
-            if entry["start"] + entry["tokens"] <= rows:
-                self._places[entry["key"].tobytes()] = (file, int(entry["start"]), int(entry["tokens"]))
+        file = index.with_suffix(".states").open("rb", buffering=0)
+        for entry in self._entries(index.read_bytes(), file):
+            self._places[entry["key"].tobytes()] = (file, int(entry["start"]), int(entry["tokens"]))
 
-    def _own_files(self) -> tuple[int, int]:
-        """Descriptors of the first index that no other process has locked, and of its states, cut behind their last whole records."""
+    def _entries(self, content: bytes, states: FileIO) -> np.ndarray:
+        """The whole entries of an index, up to the first one whose rows are not all there."""
+        entries = np.frombuffer(content[: len(content) // ENTRY.itemsize * ENTRY.itemsize], ENTRY)
+        torn = entries["start"] + entries["tokens"] > _size(states) // (self.width * self.dtype.itemsize)
+        return entries[: torn.argmax() if torn.any() else len(entries)]
+
+    def _own_files(self) -> tuple[FileIO, FileIO]:
+        """The first index that no other process has locked, and its states, without what a killed one left torn."""
         for number in count():
-            index, states = (os.open(self.folder / f"{number}.{suffix}", os.O_RDWR | os.O_CREAT | os.O_APPEND) for suffix in ("index", "states"))
+            states, index = ((self.folder / f"{number}.{suffix}").open("ab+", buffering=0) for suffix in ("states", "index"))
             try:
                 fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.close(index)
-                os.close(states)
                 continue
-            for file, size in ((index, ENTRY.itemsize), (states, self.width * self.dtype.itemsize)):
-                os.ftruncate(file, os.fstat(file).st_size // size * size)
+            row_bytes = self.width * self.dtype.itemsize
+            states.truncate(_size(states) // row_bytes * row_bytes)
+            index.truncate(self._entries(os.pread(index.fileno(), _size(index), 0), states).nbytes)  # else they would point at what is appended now
             return index, states
 
 
@@ -103,6 +107,10 @@ def _keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[bytes]:
     return [hashlib.blake2b(text, digest_size=KEY_BYTES).digest() for text in texts]
 
 
-def _write(file: int, content: bytes) -> None:
+def _size(file: FileIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _write(file: FileIO, content: bytes) -> None:
     while content:
-        content = content[os.write(file, content) :]
+        content = content[file.write(content) :]

@@ -19,7 +19,6 @@ interrupted run continues exactly where it was saved. Over several GPUs or machi
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, product
@@ -42,7 +41,7 @@ from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, load_confi
 from teacher_cache import TeacherCache
 from text_datasets import check_mixture, fingerprint, open_mixture, open_stream
 from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
-from truncated_llama import Exit, ExitInfo, ExitKind, load_exit, read_exit_info, save_exit
+from truncated_llama import Exit, ExitInfo, ExitKind, exit_to_train, load_exit, read_exit_info, save_exit
 from tuned_llama import Objective, TunedLlama
 from tuning import frequent_tokens
 
@@ -96,8 +95,8 @@ class Args(TrainingArgs, DeviceArgs):
     def _check_against(self, config: LlamaConfig) -> None:
         """Raise UserError for exits that the target cannot have, or that stand twice."""
         for name in ("target_layers", "kinds", "learning_rate", "loss_type"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
+            values = self.exit_kinds() if name == "kinds" else getattr(self, name)
+            if len(set(map("{:g}".format if name == "learning_rate" else str, values))) < len(values):  # as their folders are named
                 raise UserError(f"--{name} {' '.join(map(str, values))}: one stands twice; give each once")
         for layer in self.target_layers:
             if not 0 <= layer < config.num_hidden_layers:
@@ -111,9 +110,9 @@ class Args(TrainingArgs, DeviceArgs):
         """What --kinds or the flags of one kind ask for. Raises UserError."""
         own_block = None if self.exit_block is None else f"{self.exit_block}_block"
         flags = {
-            "--ft_head": "head" if self.ft_head else None, "--head_rank": self.head_rank and f"rank{self.head_rank}",
+            "--ft_head": "head" if self.ft_head else None, "--head_rank": None if self.head_rank is None else f"rank{self.head_rank}",
             "--translator": "translator" if self.translator else None, "--ft_last_transformer": "last_block" if self.ft_last_transformer else None,
-            "--exit_block": own_block, "--draft_vocab_size": self.draft_vocab_size and f"vocab{self.draft_vocab_size}"}
+            "--exit_block": own_block, "--draft_vocab_size": None if self.draft_vocab_size is None else f"vocab{self.draft_vocab_size}"}
         given = {flag: part for flag, part in flags.items() if part}
         if self.kinds and given:
             raise UserError(f"--kinds and {' '.join(given)}: name the parts in --kinds alone")
@@ -159,36 +158,17 @@ def variants_of(args: Args) -> dict[str, Variant]:
 
 def starting_exit(variant: Variant, args: Args, target: Target, token_ids: torch.Tensor | None) -> tuple[Exit, ExitKind]:
     """The exit to train, its own tensors in fp32 and only the chosen ones requiring gradients; and the kind that it will be, which counts earlier training."""
-    exit_, kind, learned = Exit(target.model, variant.layer, variant.kind.form), variant.kind, {}
+    kind, learned = variant.kind, {}
     path = args.start_of(variant.layer)
     if path is not None:
         start, info = load_exit(path, target)
         token_ids, learned = start.token_ids, start.state_dict()
         kind = replace(kind, tuned=(*info.kind.tuned, *(part for part in kind.tuned if part not in info.kind.tuned)))
-    if kind.draft_vocab is not None:
-        exit_ = exit_.trimmed(token_ids)
-    if kind.shares_output and target.model.dtype != torch.float16:  # an fp16 matrix cannot follow an fp32 exit
-        exit_.share_output(target.model)
+    exit_ = exit_to_train(target.model, variant.layer, kind, token_ids)
     own = exit_.own_parameters()
-    for parameter in own.values():
-        parameter.data = parameter.data.float()
     exit_.load_state_dict({name: tensor for name, tensor in learned.items() if name in own}, strict=False)
-    exit_.requires_grad_(False)
-    for name in trained_parts(variant.kind, own):
-        own[name].requires_grad_(True)
+    variant.kind.choose_trained(exit_)
     return exit_, kind
-
-
-def trained_parts(kind: ExitKind, names: Iterable[str]) -> list[str]:
-    """Those of an exit's tensors `names` that a run of `kind` trains."""
-    chosen = []
-    if kind.form.block != "none":
-        chosen.append("block.")
-    if not kind.shares_output:
-        chosen += ["norm.", "head."]
-    if kind.form.translator:
-        chosen.append("head.0.")
-    return [name for name in names if name.startswith(tuple(chosen))]
 
 
 class Distillation:
@@ -247,8 +227,9 @@ class Distillation:
         sums = [{name: values.sum() for name, values in rows.items()} for rows in found]
         for number, name in enumerate(self.sources):
             own = source == number
+            tokens = own.sum()
             for rows, total in zip(found, sums, strict=True):
-                total |= {f"loss_{name}": rows["loss"][own].sum(), f"share_{name}": own.sum()}
+                total |= {f"loss_{name}": (rows["loss"] * own).sum(), f"share_{name}": tokens}
         return sums
 
     def _on_device(self, batch: dict) -> dict[str, torch.Tensor]:
@@ -269,11 +250,13 @@ class Distillation:
     def _held_out_sums(self, batches: list[dict]) -> list[dict[str, float]]:
         """Each exit's quality_sums over `batches`, which the processes share out."""
         sums: list[dict[str, float]] = [dict.fromkeys(QUALITY_SUMS, 0.0) for _ in self.learners]
+
+        def add(number: int, teacher: torch.Tensor, draft: torch.Tensor, tokens: torch.Tensor) -> None:
+            whole = self.model.exits[number].over_vocabulary(draft)
+            sums[number] = add_sums(sums[number], quality_sums(teacher, whole, tokens, self.args.kl_temperature))
+
         for batch in self.processes.share(batches):
-            for chunk in self.model.chunks(self._on_device(batch)):
-                for number, (exit_, draft) in enumerate(zip(self.model.exits, chunk.drafts, strict=True)):
-                    found = quality_sums(chunk.teacher, exit_.over_vocabulary(draft), chunk.tokens, self.args.kl_temperature)
-                    sums[number] = add_sums(sums[number], found)
+            self.model.compare(self._on_device(batch), add)
         totals = iter(self.processes.totals([torch.tensor(value, dtype=torch.float64) for each in sums for value in each.values()]).tolist())
         return [{name: next(totals) for name in each} for each in sums]
 
@@ -281,6 +264,8 @@ class Distillation:
         """What each exit promises where reading weights takes the time: overlap on held-out text as α, c by bytes, the best γ and its speedup."""
         rows = []
         for learner, exit_ in zip(self.learners, self.model.exits, strict=True):
+            if "validation_overlap" not in learner.validation:  # its last step made weights that are no numbers
+                continue
             alpha, cost = learner.validation["validation_overlap"], exit_.cost_ratio(self.target.model)
             best = max(range(1, LONGEST_FORECAST + 1), key=lambda gamma: predicted_speedup(alpha, gamma, cost))
             rows.append({"exit": learner.name or str(next(iter(self.variants.values())).kind), "overlap": alpha, "c": cost, "best γ": best,

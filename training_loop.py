@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -32,7 +34,7 @@ from results import append_csv, drop_later_rows, read_config, write_json, write_
 
 LOG_NAME, STATE_NAME, FINAL_NAME, LOCK_NAME = "train_log.csv", "state.pt", "final_checkpoint.txt", ".lock"
 LOG_COLUMNS = ("step", "learning_rate", "loss", "tokens", "grad_norm", "tokens_per_s")  # and those of the task
-FREE_ON_RESUME = {"resume", "output_dir", "run_name", "notes", "eval_every_steps", "save_every_steps", "tracker", "num_threads"}
+FREE_ON_RESUME = {"resume", "output_dir", "run_name", "notes", "eval_every_steps", "save_every_steps", "tracker", "num_threads", "teacher_cache"}
 LOG_EVERY_STEPS = 10
 MAX_GRAD_NORM = 1.0
 
@@ -54,7 +56,7 @@ class TrainingArgs:
     save_every_steps: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only at the end or when stopped"})
     seed: int = field(default=0, metadata={"help": "seed of initial weights and data order"})
     resume: bool = field(default=False, metadata={"help": "continue the run in output_dir, or start it where there is none"})
-    torch_compile: bool = field(default=False, metadata={"help": "compile what runs at every step with torch.compile: pays off after some hundred steps"})
+    torch_compile: bool = field(default=False, metadata={"help": "run the frozen blocks and the loss through torch.compile; pays off after some hundred steps"})
     tracker: Literal["none", "tensorboard", "wandb"] = field(default="none", metadata={"help": "also log there, through accelerate"})
 
     def check(self) -> None:
@@ -66,6 +68,8 @@ class TrainingArgs:
             raise UserError(f"--max_length {self.max_length}: must be at least 2")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: must lie between 0 and 1")
+        if self.torch_compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise UserError("--torch_compile needs a C++ compiler; install g++, or leave it out")
         if self.tracker != "none":
             import_optional(self.tracker, self.tracker, f"--tracker {self.tracker}")
 
@@ -370,6 +374,8 @@ def run_training(task: TrainingTask, args: TrainingArgs, folder: Path, processes
     The last lines printed on success are the paths of the final checkpoints, which `final_checkpoint.txt` names too. Only the main process writes.
     """
     step = load_state(folder, task, processes.count)
+    if not processes.agree(step):
+        raise UserError(f"not all processes find the run in {folder}: --output_dir must be a folder that all machines share")
     log = RunLog(folder, args, task, step) if processes.is_main else NoLog()
     if step == 0:
         task.validate()

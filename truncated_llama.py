@@ -165,6 +165,13 @@ class ExitKind:
         """Whether norm and output matrix stay the target's."""
         return set(self.tuned) <= {"translator", *BLOCK_PARTS}
 
+    def choose_trained(self, exit_: Exit) -> None:
+        """Let those of the exit's own tensors require gradients that a run of this kind trains, and no others."""
+        chosen = [*(["block."] if self.form.block != "none" else []), *([] if self.shares_output else ["norm.", "head."]), *(["head.0."] if self.form.translator else [])]
+        exit_.requires_grad_(False)
+        for name, parameter in exit_.own_parameters().items():
+            parameter.requires_grad_(name.startswith(tuple(chosen)))
+
 
 class Exit(nn.Module):
     """What turns the hidden state behind `prefix` blocks into logits: an optional block of its own, norm and head.
@@ -260,6 +267,19 @@ class Exit(nn.Module):
         itemsize = target.lm_head.weight.element_size()
         draft = sum(module_bytes(block) for block in target.model.layers[: self.prefix]) + itemsize * sum(p.numel() for p in self.parameters())
         return draft / step_bytes(target)
+
+
+def exit_to_train(target: LlamaForCausalLM, target_layer: int, kind: ExitKind, token_ids: torch.Tensor | None = None) -> Exit:
+    """A new exit of `kind`, whose head knows `token_ids` if kind.draft_vocab is given: its own tensors in fp32, and those that it tunes requiring gradients."""
+    exit_ = Exit(target, target_layer, kind.form)
+    if kind.draft_vocab is not None:
+        exit_ = exit_.trimmed(token_ids)
+    if kind.shares_output and target.dtype != torch.float16:  # an fp16 matrix cannot follow an fp32 exit
+        exit_.share_output(target)
+    for parameter in exit_.own_parameters().values():
+        parameter.data = parameter.data.float()
+    kind.choose_trained(exit_)
+    return exit_
 
 
 def step_bytes(model: LlamaForCausalLM) -> int:

@@ -6,7 +6,7 @@ some rows at a time, forward and backward, teacher's and drafts' together; betwe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from losses import LossType, grade, learned_rows, learned_tokens
+from losses import LOSS_TYPES, LossType, grade, learned_rows, learned_tokens
 from teacher_cache import TeacherCache
 from truncated_llama import Exit, prepare_pass
 
@@ -31,10 +31,13 @@ class States(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Logits of some learned positions: the teacher's (N, V) and each exit's (N, V_d), and the tokens (N,) that they predict."""
+    """Some learned positions: the teacher's logits (N, V), each exit's hidden states (N, D) behind its own block, and the tokens (N,) to predict.
+
+    The exits' logits are made one after the other, so that those of one exit are all that there are.
+    """
 
     teacher: torch.Tensor
-    drafts: list[torch.Tensor]
+    hidden: list[torch.Tensor]
     tokens: torch.Tensor
 
 
@@ -60,6 +63,8 @@ class TunedLlama(nn.Module):
         self._blocks = tuple(torch.compile(block, dynamic=True) for block in target.model.layers) if compiled else tuple(target.model.layers)
         self._cache = cache
         self._grade = torch.compile(grade, dynamic=True) if compiled else grade
+        if compiled:  # the loss is compiled once for each objective, with and without a trimmed vocabulary
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(LOSS_TYPES))
 
     @property
     def target(self) -> LlamaForCausalLM:
@@ -75,7 +80,8 @@ class TunedLlama(nn.Module):
             pieces = [[piece.detach().requires_grad_(rows.requires_grad) for piece in rows.split(self._rows)] for rows in hidden]
             found: list[list[dict[str, torch.Tensor]]] = [[] for _ in self.exits]
             for chunk in self._chunks(batch, states, pieces):
-                for exit_, objective, draft, own in zip(self.exits, objectives, chunk.drafts, found, strict=True):
+                for exit_, objective, rows, own in zip(self.exits, objectives, chunk.hidden, found, strict=True):
+                    draft = exit_.logits(rows)
                     graded = self._grade(objective.loss_type, chunk.teacher, draft.detach(), chunk.tokens, objective.temperature, exit_.token_ids)
                     draft.backward(graded.gradient.mul_(scale).to(draft.dtype))
                     own.append({"loss": graded.loss, "overlap": graded.overlap, "lost_mass": graded.lost_mass})
@@ -85,11 +91,13 @@ class TunedLlama(nn.Module):
         return [{name: torch.cat([part[name] for part in own]) for name in own[0]} for own in found]
 
     @torch.no_grad()
-    def chunks(self, batch: dict[str, torch.Tensor]) -> Iterator[Chunk]:
-        """The logits of all learned positions, some rows at a time."""
+    def compare(self, batch: dict[str, torch.Tensor], look: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]) -> None:
+        """look(number of an exit, teacher's logits (N, V), its logits (N, V_d), tokens to predict (N,)) at all learned positions, some at a time."""
         with self._autocast():
             states, hidden = self._hidden(batch)
-            yield from self._chunks(batch, states, [rows.split(self._rows) for rows in hidden])
+            for chunk in self._chunks(batch, states, [rows.split(self._rows) for rows in hidden]):
+                for number, (exit_, rows) in enumerate(zip(self.exits, chunk.hidden, strict=True)):
+                    look(number, chunk.teacher, exit_.logits(rows), chunk.tokens)
 
     def _autocast(self) -> torch.autocast:
         in_bf16 = self.target.dtype == torch.bfloat16  # under fp16, gradients would underflow: the exit stays in fp32
@@ -114,8 +122,7 @@ class TunedLlama(nn.Module):
         teacher = learned_rows(states.teacher, batch["loss_mask"]).split(self._rows)
         tokens = learned_tokens(batch["input_ids"], batch["loss_mask"]).split(self._rows)
         for number, (rows, predicted) in enumerate(zip(teacher, tokens, strict=True)):
-            drafts = [exit_.logits(parts[number]) for exit_, parts in zip(self.exits, pieces, strict=True)]
-            yield Chunk(self.target.lm_head(rows).detach(), drafts, predicted)
+            yield Chunk(self.target.lm_head(rows).detach(), [parts[number] for parts in pieces], predicted)
 
     @torch.no_grad()
     def frozen_pass(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, teacher: torch.Tensor | None = None) -> States:

@@ -88,7 +88,8 @@ def step_seconds(target: nn.Module, draft: nn.Module, prompt: list[int], options
 def frequent_tokens(texts: Iterable[Sequence[int]], count: int, vocab_size: int) -> torch.Tensor:
     """The `count` most frequent ids of `texts`, ascending, int64 (count,); filled up with the lowest ids where there are fewer."""
     ranked = [token for token, _ in Counter(token for text in texts for token in text).most_common(count)]
-    missing = (token for token in range(vocab_size) if token not in set(ranked))
+    known = set(ranked)
+    missing = (token for token in range(vocab_size) if token not in known)
     ranked += [token for token, _ in zip(missing, range(count - len(ranked)), strict=False)]
     return torch.tensor(sorted(ranked))
 

@@ -64,6 +64,8 @@ def test_quality_means():
     assert found["overlap"] == pytest.approx(1 - 0.5 * float((p - q).abs().sum(-1).mean()), rel=1e-5)
     assert found["ppl"] == pytest.approx(float(torch.nn.functional.cross_entropy(draft, tokens).exp()), rel=1e-5)
     assert found["tokens"] == 7
+    hopeless = metrics.quality_means(dict.fromkeys(metrics.QUALITY_SUMS, 800.0) | {"tokens": 1})  # e⁸⁰⁰ is no float
+    assert hopeless["ce"] == 800 and "ppl" not in hopeless and "teacher_ppl" not in hopeless
     same = metrics.quality_means(metrics.quality_sums(teacher, teacher, tokens, 1.0))
     assert same["kl"] == 0 and same["agreement"] == 1 and same["tv"] == pytest.approx(0, abs=1e-6)
 

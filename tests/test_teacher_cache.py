@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from command_line import UserError
@@ -73,13 +72,21 @@ def test_what_a_killed_process_left_torn_is_computed_again(tmp_path):
     mask = torch.ones_like(ids)
     for name, keep in (("0.states", -5), ("0.index", -7)):
         folder = tmp_path / name
-        cache_in(folder, width=4).keep(ids, mask, states)
+        killed = cache_in(folder, width=4)
+        killed.keep(ids, mask, states)
+        del killed
         path = folder / name
         path.write_bytes(path.read_bytes()[:keep])
         cache = cache_in(folder, width=4)
         assert torch.equal(cache.find(ids[:1], mask[:1]), states[:1]) and cache.find(ids, mask) is None
-        cache.keep(ids, mask, states)
-        assert torch.equal(cache.find(ids, mask), states) and torch.equal(cache_in(folder, width=4).find(ids, mask), states)
+        other, more = torch.tensor([[7, 8, 9]]), torch.randn(1, 3, 4)
+        cache.keep(other, mask[:1], more)
+        del cache
+        last = cache_in(folder, width=4)
+        assert {path.name for path in folder.glob("*.states")} == {"0.states"}
+        assert torch.equal(last.find(other, mask[:1]), more) and last.find(ids[1:], mask[1:]) is None  # not what was written in its place
+        last.keep(ids, mask, states)
+        assert torch.equal(last.find(ids, mask), states)
 
 
 def test_processes_at_the_same_time_write_files_of_their_own(tmp_path):
@@ -110,8 +117,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.write", full)
+    monkeypatch.setattr("teacher_cache._write", full)
     ids = torch.tensor([[1, 2]])
     with pytest.raises(UserError, match="No space left on device"):
         cache.keep(ids, torch.ones_like(ids), torch.randn(1, 2, 4))
-    shutil.rmtree(tmp_path)
