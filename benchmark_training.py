@@ -231,7 +231,9 @@ def rows_of(seconds: dict[str, np.ndarray], memory: dict[str, int], args: Args) 
             if base in seconds and base != name:
                 row |= speedup_interval(column, (tokens, seconds[base]), (tokens, own), args.seed)
         if row["exits"] > 1:
-            row["time_of_single_runs"] = float(np.median(own) / (row["exits"] * np.median(seconds[f"{kind}, one exit"])))
+            for base, column in (("one exit", "time_of_single_runs"), ("plain", "time_of_plain_runs")):
+                if f"{kind}, {base}" in seconds:
+                    row[column] = float(np.median(own) / (row["exits"] * np.median(seconds[f"{kind}, {base}"])))
         if name in memory:
             row["memory_bytes"] = memory[name]
             if f"{kind}, plain" in memory:

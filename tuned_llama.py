@@ -52,19 +52,18 @@ class Objective:
 class TunedLlama(nn.Module):
     """The frozen target and the exits that read its hidden states. Only the exits are parameters of this module.
 
-    Under a bf16 target the exits' products run in bf16, their tensors stay in fp32. `compiled`: the target's blocks and the loss run through torch.compile,
-    once for all blocks and lengths. With a `cache`, texts whose last hidden states it holds go through the exits' blocks only.
+    Under a bf16 target the exits' products run in bf16, their tensors stay in fp32. `compiled`: the target's blocks and the loss run through torch.compile. With a `cache`, texts whose last hidden states it holds go through the exits' blocks only.
     """
 
     def __init__(self, target: LlamaForCausalLM, exits: list[Exit], compiled: bool = False, cache: TeacherCache | None = None) -> None:
         super().__init__()
         self.exits = nn.ModuleList(exits)
         self._frozen = (target.requires_grad_(False).eval(),)  # in a tuple, so that it is not registered as a submodule
-        self._blocks = tuple(torch.compile(block, dynamic=True) for block in target.model.layers) if compiled else tuple(target.model.layers)
         self._cache = cache
-        self._grade = torch.compile(grade, dynamic=True) if compiled else grade
-        if compiled:  # the loss is compiled once for each objective, with and without a trimmed vocabulary
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(LOSS_TYPES))
+        self._blocks, self._grade = tuple(target.model.layers), grade
+        if compiled:
+            self._blocks, self._grade = tuple(torch.compile(block, dynamic=True) for block in self._blocks), torch.compile(grade, dynamic=True)
+            torch._dynamo.config.recompile_limit = 4 * len(LOSS_TYPES)  # the loss once for each objective, with and without a trimmed vocabulary
 
     @property
     def target(self) -> LlamaForCausalLM:
