@@ -133,6 +133,7 @@ def test_launched_processes_save_before_they_leave(tmp_path, monkeypatch):
 
     processes = Processes(torch.device("cpu"))
     processes.count = 2
+    monkeypatch.setattr(processes, "agree", lambda _: True)
     monkeypatch.setattr(processes, "any", signalled_twice)
     monkeypatch.setattr(processes, "wait", lambda: events.append("waited"))
     learner = Learner("", tmp_path, [module.weight], torch.optim.SGD([module.weight], lr=1.0), 0.01, write)

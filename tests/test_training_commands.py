@@ -221,6 +221,8 @@ def train_there(words: list[str], log: Path, environment: dict[str, str]) -> Non
     os.environ.update(environment)
     if environment.get("RANK", "0") != "0":
         sys.addaudithook(refuse_writing)
+        if "OWN_FOLDERS" in environment:  # of each machine: this one finds no run in its own
+            training_loop.load_state = lambda *_: 0
     training_loop.RunLog._open_tracker = lambda *_: Accelerator()  # as --tracker does; it reports to nobody
     if "ACCELERATE_USE_FSDP" in environment:
         train.Distillation.validate = validated_in_parts
@@ -301,6 +303,17 @@ def test_two_processes_are_one_with_twice_the_batch(train_here, start_there, tmp
         check_same(tmp_path / "run-pair" / folder.name, folder, 1e-4)
         check_same(tmp_path / "run-parts" / folder.name, tmp_path / "run-pair" / folder.name)
     assert ".safetensors" in (tmp_path / "run-pair.0").read_text() and ".safetensors" not in (tmp_path / "run-pair.1").read_text()
+
+
+def test_processes_that_find_different_runs_stop_at_once(start_there, tmp_path):
+    """As on two machines without a shared folder: one goes on where the other one begins, and their sums would mix."""
+    pair = start_there(2, tmp_path / "run-whole", **EXITS)
+    assert statuses(pair) == [0, 0]
+    for path in tmp_path.glob("run-whole/**/final_checkpoint.txt"):
+        path.unlink()
+    first, _ = start_there(2, tmp_path / "run-whole", {"OWN_FOLDERS": "yes"}, **EXITS, resume="true")
+    assert statuses([first]) == [2]
+    assert "not all processes find the run in" in (tmp_path / "run-whole.0").read_text()
 
 
 def test_killed_processes_continue_exactly(inputs, start_there, tmp_path):
