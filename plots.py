@@ -84,6 +84,7 @@ MAX_NAMED_LINES = 6  # with more lines than this, their names move from beside a
 STACK_TONES = mpl.colors.LinearSegmentedColormap.from_list("stack", ["#DCE6EE", "#9CC7E8", "#0072B2", "#0B2545"])
 MAX_BARS = 5  # side by side; more series are stacked bars
 FEWEST_RANKED = 4  # drafts; a rank correlation of fewer says nothing
+DISTANCES = {"kl": ("KL(p‖q)", " (nats/token)"), "tv": ("TV distance of p and q", "")}  # of a draft from the target: name and unit
 MANY_RUNS = 12  # with more than this, only the smoothed loss is drawn, and a marker at each line's end
 NUM_RESAMPLES, INTERVAL = 2000, (2.5, 97.5)  # metrics.py's, which needs torch
 RUN_COLORS, RUN_MARKERS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7", "#56B4E9"), "osD^*vP"
@@ -139,6 +140,18 @@ def dataset_names(table: pd.DataFrame, figure_name: str) -> list[str]:
     return names
 
 
+def distance_column(drafts: pd.DataFrame, dataset: str) -> str:
+    """The column of DISTANCES that all `drafts` have: KL, or TV where one knows a part of the vocabulary only, as its KL is infinite."""
+    kl, tv = (f"{dataset}_{distance}" for distance in DISTANCES)
+    return tv if tv in drafts and drafts[kl].isna().any() else kl
+
+
+def distance_label(column: str, place: str = "") -> str:
+    """What an axis of such a column shows; `place` stands behind its name."""
+    name, unit = DISTANCES[column.rsplit("_", 1)[1]]
+    return f"{name}{place}{unit}"
+
+
 def numbered_columns(table: pd.DataFrame, prefix: str) -> list[str]:
     """Columns `<prefix><number>` in the order of their numbers."""
     columns = [column for column in table if re.fullmatch(re.escape(prefix) + r"\d+", column)]
@@ -151,11 +164,12 @@ LineEnds = dict[str, tuple[float, Look]]  # of each series its value at the last
 
 
 def quality_by_layer(table: pd.DataFrame) -> Figure | None:
-    """A row of panels per quality data set: layer against KL to the target, perplexity and top-1 accuracy of the text."""
-    grid = []
+    """A row of panels per quality data set: layer against the distance from the target, perplexity and top-1 accuracy of the text."""
+    grid, drafts = [], drafts_of(table)
     for dataset in dataset_names(table, "quality_by_layer"):
+        distance = distance_column(drafts, dataset)
         panels = [
-            Panel(f"{dataset}_kl", "KL(p‖q) (nats/token)", drafts_of(table), dataset, wide_range=True),
+            Panel(distance, distance_label(distance), drafts, dataset, wide_range=distance.endswith("_kl")),
             Panel(f"{dataset}_ppl", "perplexity", table, dataset, wide_range=True),
             Panel(f"{dataset}_top1", "top-1 accuracy (%)", table, dataset),
         ]
@@ -236,9 +250,10 @@ def draw_layers(axis: Axes, panel: Panel, *, interval: bool = False) -> LineEnds
 # ---- figures with one point per draft ----
 
 def speedup_vs_quality(table: pd.DataFrame) -> Figure | None:
-    """KL to the target against measured speedup, a panel per quality data set, with the Pareto front."""
-    columns = [f"{dataset}_kl" for dataset in dataset_names(table, "speedup_vs_quality")]
-    return point_figure(drafts_of(table), columns, draw_pareto, "speedup_vs_quality")
+    """Distance from the target against measured speedup, a panel per quality data set, with the Pareto front."""
+    drafts = drafts_of(table)
+    columns = [distance_column(drafts, dataset) for dataset in dataset_names(table, "speedup_vs_quality")]
+    return point_figure(drafts, columns, draw_pareto, "speedup_vs_quality")
 
 
 def predicted_speedup(table: pd.DataFrame) -> Figure | None:
@@ -273,7 +288,7 @@ def point_figure(
 
 
 def draw_pareto(axis: Axes, rows: pd.DataFrame, column: str) -> None:
-    """Axes, the line of vanilla decoding, and the front: the best speedup that is reached up to each KL."""
+    """Axes, the line of vanilla decoding, and the front: the best speedup that is reached up to each distance."""
     scale_axis(axis, "x", rows[column])
     axis.margins(0.12)
     axis.axhline(1, color="black", linewidth=0.7, linestyle=(0, (4, 3)), zorder=1)
@@ -281,7 +296,7 @@ def draw_pareto(axis: Axes, rows: pd.DataFrame, column: str) -> None:
     front = pareto_front(rows, column, "spec_speedup")
     best = front["spec_speedup"].tolist()
     draw_steps_up(axis, [*front[column], right], [*best, best[-1]])
-    axis.set(xlim=(left, right), xlabel=f"KL(p‖q) on {column.removesuffix('_kl')} (nats/token)", ylabel="measured speedup over vanilla (×)")
+    axis.set(xlim=(left, right), xlabel=distance_label(column, f" on {column.rsplit('_', 1)[0]}"), ylabel="measured speedup over vanilla (×)")
     upper, lower = ("Pareto front", "vanilla") if best[-1] > 1 else ("vanilla", "Pareto front")
     place = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points", "ha": "right", "fontsize": 7, "color": GREY}
     axis.annotate(upper, (1, max(1, best[-1])), xytext=(-2, 2), va="bottom", **place)

@@ -120,6 +120,22 @@ def test_target_alone_gives_its_quality(capsys: pytest.CaptureFixture) -> None:
     assert "acceptance_histograms: left out" in capsys.readouterr().out
 
 
+def test_where_a_draft_has_no_kl_all_are_placed_by_tv():
+    """A trimmed head's KL is infinite, and absent: its draft used to be left out, and the others were drawn as if they were all."""
+    table = synthetic_table()
+    table["chat_tv"] = table["chat_kl"] / 8
+    trimmed = table["kind"] == "head"
+    assert 0 < trimmed.sum() < len(plot_parts.drafts_of(table))
+    for has_kl, label in ((True, "KL(p‖q) on chat (nats/token)"), (False, "TV distance of p and q on chat")):
+        table.loc[trimmed, "chat_kl"] = table.loc[trimmed, "chat_kl"] if has_kl else np.nan
+        axis, = plots.speedup_vs_quality(table).axes
+        assert axis.get_xlabel() == label
+        column = "chat_kl" if has_kl else "chat_tv"
+        drawn_at = {x for line in axis.lines for x in np.asarray(line.get_xdata(), float).tolist()}
+        assert drawn_at >= set(plot_parts.drafts_of(table)[column])
+    assert plots.quality_by_layer(table).axes[0].get_ylabel() == "TV distance of p and q"
+
+
 def test_target_as_its_own_draft_is_no_draft() -> None:
     """All its tokens are accepted by construction: it stands beside the drafts, but wins no front and gets no histogram."""
     as_draft = synthetic_draft("target", 11) | {"chat_kl": 0.0, "spec_speedup": 9.0}
