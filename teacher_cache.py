@@ -40,21 +40,21 @@ class TeacherCache:
         for index in sorted(self.folder.glob("*.index")):
             self._read(index)
 
-    def find(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """States (B, T, D) of all rows, zero where they are padded; None where one is missing."""
-        places = [self._places.get(key) for key in _keys(input_ids, attention_mask)]
+    def find(self, keys: list[bytes], length: int) -> torch.Tensor | None:
+        """States (B, `length`, D), on the CPU, of the texts with these B keys, zero behind their ends; None where one is missing."""
+        places = [self._places.get(key) for key in keys]
         if None in places:
             return None
-        found = torch.zeros(*input_ids.shape, self.width, dtype=self.dtype)
+        found = torch.zeros(len(keys), length, self.width, dtype=self.dtype)
         row_bytes = self.width * self.dtype.itemsize
         for row, (file, start, tokens) in zip(found, places, strict=True):
             row[:tokens] = torch.frombuffer(bytearray(os.pread(file.fileno(), tokens * row_bytes, start * row_bytes)), dtype=self.dtype).view(tokens, self.width)
-        return found.to(input_ids.device)
+        return found
 
-    def keep(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, states: torch.Tensor) -> None:
+    def keep(self, keys: list[bytes], states: torch.Tensor, attention_mask: torch.Tensor) -> None:
         """Append the rows of `states` (B, T, D) that are not there yet; a killed process loses at most the last of them. Raises UserError on a full disk."""
         try:
-            self._append(_keys(input_ids, attention_mask), states.to("cpu", self.dtype), attention_mask.sum(-1).tolist())
+            self._append(keys, states.to("cpu", self.dtype), attention_mask.sum(-1).tolist())
         except OSError as error:
             raise UserError(f"cannot write to --teacher_cache {self.folder} ({error.strerror}); make room, and continue with the same command and --resume") from error
 
@@ -101,8 +101,8 @@ class TeacherCache:
             return index, states
 
 
-def _keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[bytes]:
-    """What tells the text of each row from others."""
+def text_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[bytes]:
+    """What tells the text of each row of (B, T) from others."""
     texts = (row[mask.bool()].numpy().tobytes() for row, mask in zip(input_ids.cpu(), attention_mask.cpu(), strict=True))
     return [hashlib.blake2b(text, digest_size=KEY_BYTES).digest() for text in texts]
 

@@ -167,10 +167,10 @@ class ExitKind:
 
     def choose_trained(self, exit_: Exit) -> None:
         """Let those of the exit's own tensors require gradients that a run of this kind trains, and no others."""
-        chosen = [*(["block."] if self.form.block != "none" else []), *([] if self.shares_output else ["norm.", "head."]), *(["head.0."] if self.form.translator else [])]
+        chosen = ("block.",) + (() if self.shares_output else ("norm.", "head.")) + (("head.0.",) if self.form.translator else ())
         exit_.requires_grad_(False)
         for name, parameter in exit_.own_parameters().items():
-            parameter.requires_grad_(name.startswith(tuple(chosen)))
+            parameter.requires_grad_(name.startswith(chosen))
 
 
 class Exit(nn.Module):

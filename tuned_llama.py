@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from frozen_linear import fast_linears
 from losses import LOSS_TYPES, LossType, grade, learned_rows, learned_tokens
-from teacher_cache import TeacherCache
+from teacher_cache import TeacherCache, text_keys
 from truncated_llama import Exit, prepare_pass
 
 CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of logits in fp32: on the CPU what its caches hold, on a GPU enough for its units
@@ -52,7 +53,8 @@ class Objective:
 class TunedLlama(nn.Module):
     """The frozen target and the exits that read its hidden states. Only the exits are parameters of this module.
 
-    Under a bf16 target the exits' products run in bf16, their tensors stay in fp32. `compiled`: the target's blocks and the loss run through torch.compile. With a `cache`, texts whose last hidden states it holds go through the exits' blocks only.
+    Under a bf16 target the exits' products run in bf16, their tensors stay in fp32. `compiled`: the target's blocks and the loss run through torch.compile.
+    With a `cache`, texts whose last hidden states it holds go through the exits' blocks only.
     """
 
     def __init__(self, target: LlamaForCausalLM, exits: list[Exit], compiled: bool = False, cache: TeacherCache | None = None) -> None:
@@ -110,18 +112,28 @@ class TunedLlama(nn.Module):
 
     def _hidden(self, batch: dict[str, torch.Tensor]) -> tuple[States, list[torch.Tensor]]:
         """A frozen pass, and the hidden states (N, D) of learned positions behind each exit's own block."""
-        text = batch["input_ids"], batch["attention_mask"]
-        known = self._cache.find(*text) if self._cache is not None else None
-        states = self.frozen_pass(*text, known)
-        if self._cache is not None and known is None:
-            self._cache.keep(*text, states.teacher)
+        states = self._states(batch["input_ids"], batch["attention_mask"])
         return states, [learned_rows(exit_.through_block(states.at_prefix[exit_.prefix], states.pass_inputs), batch["loss_mask"]) for exit_ in self.exits]
+
+    def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> States:
+        """A frozen pass, which leaves its last states in the cache, or takes them from there."""
+        if self._cache is None:
+            return self.frozen_pass(input_ids, attention_mask)
+        keys = text_keys(input_ids, attention_mask)
+        known = self._cache.find(keys, input_ids.shape[1])
+        if known is not None:
+            return self.frozen_pass(input_ids, attention_mask, known.to(input_ids.device))
+        states = self.frozen_pass(input_ids, attention_mask)
+        self._cache.keep(keys, states.teacher, attention_mask)
+        return states
 
     def _chunks(self, batch: dict[str, torch.Tensor], states: States, pieces: list[tuple[torch.Tensor, ...]]) -> Iterator[Chunk]:
         teacher = learned_rows(states.teacher, batch["loss_mask"]).split(self._rows)
         tokens = learned_tokens(batch["input_ids"], batch["loss_mask"]).split(self._rows)
         for number, (rows, predicted) in enumerate(zip(teacher, tokens, strict=True)):
-            yield Chunk(self.target.lm_head(rows).detach(), [parts[number] for parts in pieces], predicted)
+            with torch.no_grad(), fast_linears(rows):
+                logits = self.target.lm_head(rows)
+            yield Chunk(logits, [parts[number] for parts in pieces], predicted)
 
     @torch.no_grad()
     def frozen_pass(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, teacher: torch.Tensor | None = None) -> States:
@@ -129,8 +141,9 @@ class TunedLlama(nn.Module):
         hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask)
         wanted = {exit_.prefix for exit_ in self.exits}
         at_prefix = {0: hidden}
-        for count, block in enumerate(self._blocks if teacher is None else self._blocks[: max(wanted)], start=1):
-            hidden = block(hidden, **pass_inputs)
-            if count in wanted:
-                at_prefix[count] = hidden
+        with fast_linears(hidden):
+            for count, block in enumerate(self._blocks if teacher is None else self._blocks[: max(wanted)], start=1):
+                hidden = block(hidden, **pass_inputs)
+                if count in wanted:
+                    at_prefix[count] = hidden
         return States(self.target.model.norm(hidden) if teacher is None else teacher, at_prefix, pass_inputs)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from losses import LOSS_TYPES
-from teacher_cache import TeacherCache
+from teacher_cache import TeacherCache, text_keys
 from toy_models import some_batch, tiny_llama
 from truncated_llama import Exit, ExitKind
 from tuned_llama import Objective, TunedLlama
@@ -23,6 +23,14 @@ def model():
 
 def cache_in(folder: Path, target_hash: str = "a", dtype: torch.dtype = torch.float32, width: int = 32) -> TeacherCache:
     return TeacherCache(str(folder), target_hash, width, dtype)
+
+
+def find(cache: TeacherCache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    return cache.find(text_keys(ids, mask), ids.shape[1])
+
+
+def keep(cache: TeacherCache, ids: torch.Tensor, mask: torch.Tensor, states: torch.Tensor) -> None:
+    cache.keep(text_keys(ids, mask), states, mask)
 
 
 def learned(model, cache: TeacherCache | None, batch: dict, layers: tuple[int, ...] = (0, 1)) -> tuple[list[torch.Tensor], int]:
@@ -59,44 +67,44 @@ def test_texts_seen_before_need_only_the_exits_blocks(model, tmp_path):
 def test_a_text_is_found_in_a_batch_of_another_width(tmp_path):
     cache = cache_in(tmp_path, width=4, dtype=torch.bfloat16)
     ids, states = torch.tensor([[5, 6, 7, 0], [5, 6, 0, 0]]), torch.randn(2, 4, 4).bfloat16()
-    cache.keep(ids, (ids > 0).long(), states)
+    keep(cache, ids, (ids > 0).long(), states)
     longer = torch.tensor([[5, 6, 0, 0, 0, 0]])
-    found = cache.find(longer, (longer > 0).long())
+    found = find(cache, longer, (longer > 0).long())
     assert torch.equal(found[0, :2], states[1, :2]) and not found[0, 2:].any()
-    assert cache.find(longer, torch.tensor([[1, 1, 1, 0, 0, 0]])) is None  # three tokens, the last of id 0
+    assert find(cache, longer, torch.tensor([[1, 1, 1, 0, 0, 0]])) is None  # three tokens, the last of id 0
 
 
 def test_what_a_killed_process_left_torn_is_computed_again(tmp_path):
-    """A torn row without an entry, an entry without its rows, and half an entry."""
+    """An entry without its rows, and half an entry."""
     ids, states = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.randn(2, 3, 4)
     mask = torch.ones_like(ids)
-    for name, keep in (("0.states", -5), ("0.index", -7)):
+    for name, cut in (("0.states", -5), ("0.index", -7)):
         folder = tmp_path / name
         killed = cache_in(folder, width=4)
-        killed.keep(ids, mask, states)
+        keep(killed, ids, mask, states)
         del killed
         path = folder / name
-        path.write_bytes(path.read_bytes()[:keep])
+        path.write_bytes(path.read_bytes()[:cut])
         cache = cache_in(folder, width=4)
-        assert torch.equal(cache.find(ids[:1], mask[:1]), states[:1]) and cache.find(ids, mask) is None
+        assert torch.equal(find(cache, ids[:1], mask[:1]), states[:1]) and find(cache, ids, mask) is None
         other, more = torch.tensor([[7, 8, 9]]), torch.randn(1, 3, 4)
-        cache.keep(other, mask[:1], more)
+        keep(cache, other, mask[:1], more)
         del cache
         last = cache_in(folder, width=4)
         assert {path.name for path in folder.glob("*.states")} == {"0.states"}
-        assert torch.equal(last.find(other, mask[:1]), more) and last.find(ids[1:], mask[1:]) is None  # not what was written in its place
-        last.keep(ids, mask, states)
-        assert torch.equal(last.find(ids, mask), states)
+        assert torch.equal(find(last, other, mask[:1]), more) and find(last, ids[1:], mask[1:]) is None  # not what was written in its place
+        keep(last, ids, mask, states)
+        assert torch.equal(find(last, ids, mask), states)
 
 
 def test_processes_at_the_same_time_write_files_of_their_own(tmp_path):
     first, second = cache_in(tmp_path, width=4), cache_in(tmp_path, width=4)
     ids, states = torch.tensor([[1, 2], [3, 4]]), torch.randn(2, 2, 4)
     mask = torch.ones_like(ids)
-    first.keep(ids[:1], mask[:1], states[:1])
-    second.keep(ids[1:], mask[1:], states[1:])
+    keep(first, ids[:1], mask[:1], states[:1])
+    keep(second, ids[1:], mask[1:], states[1:])
     assert {path.name for path in tmp_path.glob("*.states")} == {"0.states", "1.states"}
-    assert torch.equal(cache_in(tmp_path, width=4).find(ids, mask), states)
+    assert torch.equal(find(cache_in(tmp_path, width=4), ids, mask), states)
 
 
 def test_states_of_another_target_are_refused(tmp_path):
@@ -120,4 +128,4 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("teacher_cache._write", full)
     ids = torch.tensor([[1, 2]])
     with pytest.raises(UserError, match="No space left on device"):
-        cache.keep(ids, torch.ones_like(ids), torch.randn(1, 2, 4))
+        keep(cache, ids, torch.ones_like(ids), torch.randn(1, 2, 4))
