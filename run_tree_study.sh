@@ -5,7 +5,7 @@
 #     SPEC_PROMPT_DATASET=arithmetic bash run_tree_study.sh
 #   DRY_RUN=1 DRAFTS="exit.safetensors" bash run_tree_study.sh
 #
-# One benchmark.py for every draft (an exit's checkpoint, or the folder of an independent model) at every temperature; 0.7 goes with top-p
+# One sweep_settings.py for every draft (an exit's checkpoint, or the folder of an independent model) at every temperature; 0.7 goes with top-p
 # 0.95. The same command continues an interrupted study and skips what is finished.
 #
 #   $OUTPUT_DIR/<last three parts of the draft's path>-t0.7/results.csv  $OUTPUT_DIR/<draft>-t0.7/plots/  $OUTPUT_DIR/logs/
@@ -58,7 +58,7 @@ study_draft() {
   flags+=("$kind" "$1" --methods "$chain" static_tree dynamic_tree specexec)
   add_lists --gammas GAMMAS --verifications VERIFICATIONS --tree_budgets TREE_BUDGETS
   flags+=(--spec_temperature "$2" --spec_top_p "$top_p" --out_dir "$OUTPUT_DIR/$name")
-  run_step "$name" "$OUTPUT_DIR/$name/results.csv" benchmark.py "${flags[@]}"
+  run_step "$name" "$OUTPUT_DIR/$name/results.csv" sweep_settings.py "${flags[@]}"
 }
 
 for draft in $DRAFTS; do

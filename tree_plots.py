@@ -2,7 +2,7 @@
 
     python tree_plots.py results/trees runs/growmap/growmap.json
 
-Of a folder with benchmark.py's `results.csv` it writes `plots/trees_by_size` and `plots/promised_tokens`; of a growmap, or of a folder
+Of a folder with sweep_settings.py's `results.csv` it writes `plots/trees_by_size` and `plots/promised_tokens`; of a growmap, or of a folder
 with a `growmap.json`, a picture beside it; each as .png (300 dpi) and .pdf. A panel whose numbers are missing is left out, and a line
 says so.
 """
@@ -75,15 +75,15 @@ TONES, TONE = LinearSegmentedColormap.from_list("tones", ["#EAF2F9", "#9CC7E8", 
 # ---- tables ----
 
 def read_benchmark(path: Path) -> pd.DataFrame:
-    """The rows of a benchmark.py's results.csv, one prompt at a time, infinite numbers as missing. Raises UserError with the remedy."""
+    """The rows of a sweep_settings.py's results.csv, one prompt at a time, infinite numbers as missing. Raises UserError with the remedy."""
     try:
         table = pd.read_csv(path, dtype={"gamma": str})
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give the output folder of benchmark.py, or a growmap") from error
+        raise UserError(f"{path}: no such file; give the output folder of sweep_settings.py, or a growmap") from error
     except ValueError as error:  # pandas' errors for an empty or broken file are ValueErrors
-        raise UserError(f"{path}: not a table ({error}); run benchmark.py again") from error
+        raise UserError(f"{path}: not a table ({error}); run sweep_settings.py again") from error
     if not {"method", "batch"} <= set(table):
-        raise UserError(f"{path}: has no columns method and batch; give the output folder of benchmark.py")
+        raise UserError(f"{path}: has no columns method and batch; give the output folder of sweep_settings.py")
     table = table.reindex(columns=[*table, *{"verification", "tree_budget", "gamma"} - set(table)]).replace([np.inf, -np.inf], np.nan)
     drafting = table[(table["batch"] == 1) & table["method"].isin([*METHOD_STYLES, *CHAINS])]
     unknown = sorted(set(drafting["verification"]) - set(VERIFICATIONS), key=str)
@@ -422,7 +422,7 @@ def plot_growmap(path: Path) -> list[Path]:
 
 
 def redraw(path: Path) -> list[Path]:
-    """The figures of a growmap, or of a folder that holds one or benchmark.py's results."""
+    """The figures of a growmap, or of a folder that holds one or sweep_settings.py's results."""
     growmap = path / GROWMAP_NAME if path.is_dir() else path
     return plot_trees(path) if path.is_dir() and not growmap.exists() else plot_growmap(growmap)
 

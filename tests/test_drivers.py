@@ -35,7 +35,7 @@ fi
 [[ $args =~ --(output|out)_dir\ ([^ ]+) ]]
 folder=${BASH_REMATCH[2]}
 mkdir -p "$folder"
-if [[ $1 == evaluate_checkpoints.py || $1 == benchmark.py ]]; then touch "$folder/results.csv"; exit; fi
+if [[ $1 == evaluate_checkpoints.py || $1 == sweep_settings.py ]]; then touch "$folder/results.csv"; exit; fi
 if [[ -f $folder/flags && $(<"$folder/flags") != "$args" ]]; then echo "error: other settings" >&2; exit 2; fi
 echo "$args" >"$folder/flags"
 names=('')

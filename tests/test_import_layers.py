@@ -28,7 +28,7 @@ LEVELS = {
     31: "tuning tree_tuning",
     32: "potential tree_args",
     40: "evaluation",
-    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft benchmark benchmark_torch_compile tune build_followers build_growmap"
+    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft sweep_settings benchmark_torch_compile tune build_followers build_growmap"
         " generate_dataset benchmark_training",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}

@@ -6,7 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 
-import benchmark
+import sweep_settings
 import build_followers
 import build_growmap
 import evaluate
@@ -127,15 +127,15 @@ def test_benchmark_of_all_trees(tiny_target_path, drafts, tmp_path, monkeypatch,
     chain_method = {"exit": "self_speculative", "model": "speculative"}[kind]
     command = ["--model_path", tiny_target_path, *drafts[kind], "--methods", chain_method, "static_tree", "dynamic_tree", "specexec", "--gammas", 2,
                "--verifications", "rejection", "coupled", "match", "swor", "--tree_budgets", 3, 6, "--tree_depth", 3, *PROMPTS, "--out_dir", tmp_path / "out"]
-    assert run_main(benchmark, command, monkeypatch) == 0
+    assert run_main(sweep_settings, command, monkeypatch) == 0
     table = pd.read_csv(tmp_path / "out" / "results.csv")
     trees = table[table["tree_budget"].notna()]
     assert len(trees) == 2 * (3 + 3 + 1) and len(table) == len(trees) + 3 and trees["lossless"].all()
     assert (trees["tree_nodes"] <= trees["tree_budget"]).all() and (trees["weight_bound_speedup"] > 0).all()
     assert {"spec_tokens_per_call_ci_low", "draft_calls_per_token", "spec_target_calls_per_token", "tree_expected_tokens"} <= set(table)
-    assert run_main(benchmark, [*command[:-1], tmp_path / "counts", "--counts_only"], monkeypatch) == 0
+    assert run_main(sweep_settings, [*command[:-1], tmp_path / "counts", "--counts_only"], monkeypatch) == 0
     counts = pd.read_csv(tmp_path / "counts" / "results.csv")
-    timed = {name for name in table if name.split("_ci_")[0] in benchmark.TIMED}
+    timed = {name for name in table if name.split("_ci_")[0] in sweep_settings.TIMED}
     assert set(counts) == set(table) - timed and len(timed) > 10 and not [name for name in counts if name.endswith(("_ms", "_per_s")) or "predicted" in name]
     assert (counts["spec_tokens_per_call"] == table["spec_tokens_per_call"])[1:].all()
 

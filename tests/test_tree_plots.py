@@ -177,7 +177,7 @@ def test_head_says_what_is_recorded_of_the_run(tmp_path: Path, facts: dict | Non
 
 
 @pytest.mark.parametrize("text, complaint", [
-    (None, "no such file; give the output folder of benchmark.py"),
+    (None, "no such file; give the output folder of sweep_settings.py"),
     ("", "not a table"),
     ("kind,target_layer\nhead,1\n", "has no columns method and batch"),
     ("method,batch,verification\nstatic_tree,1,mystery\n", "unknown verification 'mystery'; known: coupled"),

@@ -1,4 +1,4 @@
-"""benchmark.py from the command line: a row for every way to decode, the same prompts for all, and one clear line for every mistake."""
+"""sweep_settings.py from the command line: a row for every way to decode, the same prompts for all, and one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from transformers import LlamaConfig
 
-import benchmark
+import sweep_settings
 import tuning
 from planted import TOLERANCE
 from test_commands import check_one_line, run_main
@@ -47,8 +47,8 @@ def command(out_dir: Path, **changes: object) -> list:
 
 def results(monkeypatch, out_dir: Path, **changes: object) -> pd.DataFrame:
     """The rows of a run that must end well."""
-    assert run_main(benchmark, command(out_dir, **changes), monkeypatch) == 0
-    return pd.read_csv(out_dir / benchmark.RESULTS_NAME, dtype={"gamma": str})
+    assert run_main(sweep_settings, command(out_dir, **changes), monkeypatch) == 0
+    return pd.read_csv(out_dir / sweep_settings.RESULTS_NAME, dtype={"gamma": str})
 
 
 def ways(table: pd.DataFrame) -> list[tuple]:
@@ -107,7 +107,7 @@ def test_drafting_rows_say_what_was_drafted_and_what_it_was_worth(trained):
 
 def test_what_a_run_leaves_behind(trained):
     folder, _ = trained
-    assert {path.name for path in folder.iterdir()} == {"cmd.txt", "config.json", "manifest.json", benchmark.RESULTS_NAME}
+    assert {path.name for path in folder.iterdir()} == {"cmd.txt", "config.json", "manifest.json", sweep_settings.RESULTS_NAME}
     config = json.loads((folder / "config.json").read_text())
     assert config["bandwidth_bytes_per_s"] > 0 and config["threads"] == 1 and config["batch_sizes"] == [1, 2] and config["target_hash"]
 
@@ -133,7 +133,7 @@ def test_vanilla_alone_needs_no_exit(subject, tmp_path, monkeypatch):
 
 def test_every_way_decodes_every_prompt_as_often_in_an_order_that_changes(subject, tmp_path, monkeypatch):
     """And under coupled verification to the same text. The first prompts are decoded once more before, uncounted."""
-    repeats, calls, exact, counted_batches, exact_pace = 2, [], benchmark.generate_batch, [], benchmark.pace
+    repeats, calls, exact, counted_batches, exact_pace = 2, [], sweep_settings.generate_batch, [], sweep_settings.pace
 
     def recorded(model, prompts, options, draft, *, prompt_ids):
         found = exact(model, prompts, options, draft, prompt_ids=prompt_ids)
@@ -145,8 +145,8 @@ def test_every_way_decodes_every_prompt_as_often_in_an_order_that_changes(subjec
         counted_batches.append([len(batch) for batch in batches])
         return exact_pace(batches)
 
-    monkeypatch.setattr(benchmark, "generate_batch", recorded)
-    monkeypatch.setattr(benchmark, "pace", counted_pace)
+    monkeypatch.setattr(sweep_settings, "generate_batch", recorded)
+    monkeypatch.setattr(sweep_settings, "pace", counted_pace)
     flags = {"verifications": "coupled", "gammas": [2], "batch_sizes": [1, 2], "repeats": repeats}
     results(monkeypatch, tmp_path / "out", model_path=subject.model, checkpoint=subject.noisy, **flags)
     by_way, texts = defaultdict(list), defaultdict(set)
@@ -198,7 +198,7 @@ def test_planted_head_cut(subject, tmp_path, monkeypatch, capsys):
 
 def test_a_benchmark_is_never_written_over(trained, subject, monkeypatch, capsys):
     folder, _ = trained
-    assert run_main(benchmark, command(folder, model_path=subject.model, checkpoint=subject.same), monkeypatch) == 2
+    assert run_main(sweep_settings, command(folder, model_path=subject.model, checkpoint=subject.same), monkeypatch) == 2
     check_one_line(capsys, "holds a benchmark already; choose another --out_dir")
 
 
@@ -229,7 +229,7 @@ def test_a_benchmark_is_never_written_over(trained, subject, monkeypatch, capsys
 )
 def test_mistakes_get_one_line(subject, tmp_path, monkeypatch, capsys, changes, message):
     arguments = command(tmp_path / "out", **{"model_path": subject.model, "checkpoint": subject.same, **changes})
-    assert run_main(benchmark, arguments, monkeypatch) == 2
+    assert run_main(sweep_settings, arguments, monkeypatch) == 2
     check_one_line(capsys, message)
     assert not (tmp_path / "out").exists()
 
@@ -246,5 +246,5 @@ def test_mistakes_get_one_line(subject, tmp_path, monkeypatch, capsys, changes, 
     ],
 )
 def test_planting_mistakes_get_one_line(subject, tmp_path, monkeypatch, capsys, changes, message):
-    assert run_main(benchmark, command(tmp_path / "out", **planted(subject, **changes)), monkeypatch) == 2
+    assert run_main(sweep_settings, command(tmp_path / "out", **planted(subject, **changes)), monkeypatch) == 2
     check_one_line(capsys, message)

@@ -1,11 +1,11 @@
 """Every way to decode side by side on the same prompts: tokens per second, acceptance, prediction, share of the roofline.
 
-    python benchmark.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000100.safetensors \\
+    python sweep_settings.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000100.safetensors \\
         --spec_prompt_dataset arithmetic --spec_prompt_length 0 --gammas 1 2 4 6 auto --num_threads 2 --out_dir runs/speed
-    python benchmark.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000300.safetensors \\
+    python sweep_settings.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000300.safetensors \\
         --methods self_speculative static_tree dynamic_tree specexec --verifications rejection coupled match swor --tree_budgets 8 16 32 64 \\
         --spec_prompt_dataset pydoc --out_dir runs/trees
-    python benchmark.py --random_init llama-3.2-1b --planted_alpha 0.8 --planted_layer 1 --draft_vocab_size 32768 --torch_dtype bf16 \\
+    python sweep_settings.py --random_init llama-3.2-1b --planted_alpha 0.8 --planted_layer 1 --draft_vocab_size 32768 --torch_dtype bf16 \\
         --gammas 2 4 auto --spec_num_prompts 8 --spec_max_new_tokens 32 --out_dir runs/speed-1b
 
 All entries decode a prompt before the next prompt begins, in an order drawn anew for each prompt, and all prompts `repeats` times; the
