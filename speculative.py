@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from decoding.autojudge import AnyJudge, Judge, TopK
 from decoding.chain import chain_round
 from decoding.common_sense import CommonSense
 from decoding.draft_length import DraftLength, FixedLength
@@ -51,8 +52,8 @@ class DecodeOptions:
     """How to decode. `stop(tokens)` may end it: asked with the new tokens so far, true leaves the last of them out.
 
     `gamma`, of chains, is a number or a rule (decoding/draft_length.py), `verification` theirs; `tree`, of tree methods, is a StaticTree, a DynamicTree or a
-    SpecExec (the latter two have defaults), and `common_sense` helps them. `engine` "static" is the suite's own forward pass, where it can run the
-    models; "transformers" is theirs.
+    SpecExec (the latter two have defaults), and `common_sense` helps them. `judge` is the Judge or TopK of the methods that have one. `engine` "static" is the
+    suite's own forward pass, where it can run the models; "transformers" is theirs.
     """
 
     method: str = "vanilla"
@@ -60,6 +61,7 @@ class DecodeOptions:
     gamma: int | DraftLength = 4
     tree: TreePlan | None = None
     common_sense: CommonSense | None = None
+    judge: AnyJudge | None = None
     verification: Verification = "rejection"
     max_new_tokens: int = 128
     eos_ids: frozenset[int] = frozenset()
@@ -76,6 +78,9 @@ class DecodeOptions:
         if not 1 <= self.length().longest < KEPT_WIDTHS:
             raise ValueError(f"gamma {self.gamma} must lie between 1 and {KEPT_WIDTHS - 1}")
         self._check_tree()
+        judge = METHODS[self.method].judge
+        if (None if self.judge is None else type(self.judge)) is not judge:
+            raise ValueError(f"method {self.method!r} {'has no judge: leave out judge=' if judge is None else f'needs a {judge.__name__} as judge='}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
 
@@ -140,7 +145,7 @@ class Method:
 
     It has a `round`, or, as transformers' own decoders, decodes a `whole` text (target, prompt, options, draft, seed).
     `draft`: "none", "model" (any with the target's vocabulary), "exit" (a TruncatedLlama of this very target) or "any" (an exit that shares the target's
-    blocks where it can, else a model). `plan`: what DecodeOptions.tree has to be.
+    blocks where it can, else a model). `plan`, `judge`: what DecodeOptions.tree and DecodeOptions.judge have to be.
     """
 
     lossless: bool
@@ -148,6 +153,13 @@ class Method:
     round: Callable[[DecodeState, DecodeOptions], list[RoundResult]] | None = None
     whole: Callable[[nn.Module, list[int], DecodeOptions, nn.Module | None, int], tuple[list[int], DecodeStats]] | None = None
     plan: type | None = None
+    judge: type | None = None
+
+
+def _judged_round(state: DecodeState, options: DecodeOptions) -> list[RoundResult]:
+    """A chain's round, whichever its draft needs, with a judge."""
+    round_ = self_speculation_round if isinstance(state.draft, SharedExit) else chain_round
+    return round_(state, options.length(), options.verification, options.judge)
 
 
 def _hf_generate(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
@@ -176,6 +188,8 @@ METHODS = {
     "vanilla": Method(True, "none", lambda state, options: vanilla_round(state)),
     "speculative": Method(True, "model", lambda state, options: chain_round(state, options.length(), options.verification)),
     "self_speculative": Method(True, "exit", lambda state, options: self_speculation_round(state, options.length(), options.verification)),
+    "autojudge": Method(False, "any", _judged_round, judge=Judge),
+    "topk": Method(False, "any", _judged_round, judge=TopK),
     "static_tree": Method(True, "any", lambda state, options: static_tree_round(state, options.plan), plan=StaticTree),
     "dynamic_tree": Method(True, "any", lambda state, options: dynamic_tree_round(state, options.plan), plan=DynamicTree),
     "specexec": Method(True, "any", lambda state, options: specexec_round(state, options.plan), plan=SpecExec),
@@ -332,6 +346,16 @@ def _check_exit(target: nn.Module, draft: nn.Module, options: DecodeOptions) -> 
         raise ValueError(f"method {options.method!r} cannot share blocks {reason if options.engine != 'static' else 'of ' + reason}; use method 'speculative'")
 
 
+def _check_states(judge: Judge, target: Model, draft: Model | SharedExit) -> None:
+    """Raise ValueError where the hidden states that a judge reads are not there, or not its own."""
+    read = (target, draft) if judge.features == "both" else (target,)
+    if any(isinstance(model, CachedModel) for model in read):
+        raise ValueError("a judge of hidden states needs models that StaticLlama can run, and engine='static'; use a Judge of the draft's law, or method 'topk'")
+    sizes = [model.head.size for model in read]
+    if judge.mean.shape != (sum(sizes),) or judge.mean.device != target.device:
+        raise ValueError(f"the judge reads {len(judge.mean)} features on {judge.mean.device}, the models have {' + '.join(map(str, sizes))} on {target.device}")
+
+
 def context_length(config: object) -> int:
     """Positions that a model can have: without a limit where dynamic NTK scaling stretches them."""
     rope = getattr(config, "rope_parameters", None) or {}
@@ -363,6 +387,8 @@ def _prepare(engines: Engines, prompts: list[list[int]], options: DecodeOptions,
     """Empty caches of sufficient capacity for target and draft, and all else that a generation starts with."""
     kind = _draft_kind(engines.target, draft, options)
     drafter = None if kind == "none" else _draft_for(engines, draft, kind, _slots(prompts, options), options.engine)
+    if options.judge is not None and options.judge.reads_states:
+        _check_states(options.judge, engines.target, drafter)
     for model in filter(None, (engines.target, drafter)):
         model.start([len(prompt) for prompt in prompts], options.slots_ahead)
     return DecodeState(

@@ -1,6 +1,6 @@
 """Speculative sampling with a chain of drafted tokens (Leviathan et al. 2211.17192; Chen et al. 2302.01318).
 
-Lossless with both verifications. Deviation from the papers: the last drafted token is fed to the draft only in the
+Lossless with both verifications, LOSSY with a judge (autojudge.py). Deviation from the papers: the last drafted token is fed to the draft only in the
 next round, and only if it was kept. γ is not cut near the length limit, so that every round counts alike; surplus tokens
 are cut after verification.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from decoding.autojudge import AnyJudge
 from decoding.draft_length import DraftLength
 from decoding.drafting import ChainRound
 from decoding.state import DecodeState, RoundResult
@@ -16,10 +17,10 @@ from decoding.static_llama import KEPT_WIDTHS
 from decoding.verify import Verification
 
 
-def chain_round(state: DecodeState, length: DraftLength, verification: Verification) -> list[RoundResult]:
+def chain_round(state: DecodeState, length: DraftLength, verification: Verification, judge: AnyJudge | None = None) -> list[RoundResult]:
     """Draft, and verify in one target call. What both caches then hold too much is rolled back when tokens are committed."""
     target, draft = state.target, state.draft
-    this_round = ChainRound(state, length, verification, draft.token_ids)
+    this_round = ChainRound(state, length, verification, judge)
     pending = max(len(text) - held for text, held in zip(state.committed, draft.lengths, strict=True))
     draft.crop([max(len(text) - pending, 0) for text in state.committed])
     if this_round.drafts and pending > 2:  # behind rounds that did not: in passes of their own, which no program has to be captured for

@@ -1,4 +1,4 @@
-"""One round over a chain of drafted tokens: what independent drafts and the target's own exit share."""
+"""One round over a chain of drafted tokens: what independent drafts and the target's own exit share, with a judge (autojudge.py) or without."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import torch
 
+from decoding.autojudge import AnyJudge, judge_chain, law_features
 from decoding.draft_length import DraftLength
 from decoding.sampling import Noise, Purpose, draw, draw_with_margin, policy_probs
 from decoding.state import DecodeState, Forward, RoundResult
 from decoding.vanilla import vanilla_round
-from decoding.verify import Verification, expected_acceptance, over_vocabulary, overlap, verify_chain
+from decoding.verify import Verification, chain_choices, expected_acceptance, over_vocabulary, overlap, verify_chain
 
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -19,14 +20,17 @@ Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 class ChainRound:
     """Drafts token after token, or none where not `drafts`, then verifies them in one target call.
 
-    `token_ids` (V_d,) names the tokens that the draft knows where these are not all of them, in order.
+    `judge` is asked where verification would reject (autojudge.py). The draft's `token_ids` (V_d,) name the tokens that it knows where these are not all of them, in
+    order.
     """
 
-    def __init__(self, state: DecodeState, length: DraftLength, verification: Verification, token_ids: torch.Tensor | None = None) -> None:
-        self.state, self.length, self.verification, self.token_ids = state, length, verification, token_ids
+    def __init__(self, state: DecodeState, length: DraftLength, verification: Verification, judge: AnyJudge | None = None) -> None:
+        self.state, self.length, self.verification, self.judge, self.token_ids = state, length, verification, judge, state.draft.token_ids
         self.tokens: list[torch.Tensor] = []  # (B, 1) each: the last committed token, then the drafted ones
         self.rows: list[torch.Tensor] = []  # q (B, 1, V_d) of each drafted token
         self.signals: list[torch.Tensor] = []  # of the texts that have not ended (R, 1), see draw_draft
+        self.seen: list[torch.Tensor] = []  # (B, 1, F) each, Judge.of_draft
+        self._reads = None if judge is None else judge.of_draft
         self._began = time.perf_counter()
         self.drafts = length.goes_on(0, [])
 
@@ -44,16 +48,26 @@ class ChainRound:
                 self.tokens.append(pending[:, -1:])
             with self.state.clock("draft"):
                 pending, q, *signal = self.state.program(
-                    self.state.draft.programs, ("draft", index, key, self.verification, self.length.wants_signals),
-                    lambda tokens, starts, noise, i=index: self.draw_draft(step(tokens, starts, i), noise, starts, i), pending, self.starts,
+                    self.state.draft.programs, ("draft", index, key, self.verification, self.length.wants_signals, self._reads, self.length.longest),
+                    lambda tokens, starts, noise, i=index: self._take_step(step(tokens, starts, i), noise, starts, i), pending, self.starts,
                 )
             advance(index)
             self.tokens.append(pending)
             self.rows.append(q)
+            self.seen += [signal.pop()] if self._reads else []
             self.signals += signal if len(self.state.running) == self.state.target.batch else [each[self.state.running] for each in signal]
             if self.state.target.on_host and int(pending) in self.state.eos_ids:
                 break
             goes_on = self.length.goes_on(len(self.rows), self.signals)
+
+    def _take_step(self, logits: torch.Tensor, noise: Noise, starts: torch.Tensor, index: int) -> tuple[torch.Tensor, ...]:
+        """`draw_draft`, and what the judge reads of this step (Judge.of_draft)."""
+        drawn = self.draw_draft(logits, noise, starts, index)
+        if self._reads == "state":
+            return *drawn, self.state.draft.head.states().unflatten(0, (len(logits), -1))[:, -1:]
+        if self._reads == "law":
+            return *drawn, law_features(logits, drawn[0], self.token_ids, (index + 1) / self.length.longest)
+        return drawn
 
     def draw_draft(self, logits: torch.Tensor, noise: Noise, starts: torch.Tensor, index: int) -> tuple[torch.Tensor, ...]:
         """The drafted token (B, 1), its q (B, 1, V_d) and, where the length rule wants it, a signal (B, 1) of how likely it is to be kept.
@@ -87,20 +101,30 @@ class ChainRound:
 
     def _decide(self, forward: Forward) -> tuple[list[RoundResult], list[torch.Tensor]]:
         """The results, and p and q where they are to be recorded."""
-        def decide(tokens: torch.Tensor, q: torch.Tensor, starts: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, ...]:
-            p = policy_probs(forward(tokens, starts), self.state.policy)
+        def decide(tokens: torch.Tensor, q: torch.Tensor, starts: torch.Tensor, *seen_and_noise: torch.Tensor | Noise) -> tuple[torch.Tensor, ...]:
+            *seen, noise = seen_and_noise
+            logits = forward(tokens, starts)
+            p = policy_probs(logits, self.state.policy)
             positions = starts[:, None] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            decision = torch.stack(verify_chain(self.verification, p, q, tokens[:, 1:], noise, positions, self.token_ids), 1)
+            chain = self.verification, p, q, tokens[:, 1:], noise, positions, self.token_ids
+            decision = torch.stack(verify_chain(*chain), 1) if self.judge is None else self._judge(tokens[:, 1:], logits, *chain_choices(*chain), *seen)
             return (decision, p, q) if self.state.record_overlap else (decision,)
 
         tokens, q = torch.cat(self.tokens, 1), torch.cat(self.rows, 1)
+        key = "verify", self.verification, self.state.record_overlap, self.judge, self.judge and self.state.eos_ids
         with self.state.clock("verify"):
-            decision, *recorded = self.state.program(
-                self.state.draft.programs, ("verify", self.verification, self.state.record_overlap), decide, tokens, q, self.starts,
-            )
+            seen = [torch.cat(self.seen, 1)] if self.seen else []
+            decision, *recorded = self.state.program(self.state.draft.programs, key, decide, tokens, q, self.starts, *seen)
             results = self.state.results(tokens[:, 1:], decision)
         self.state.target.advance(len(self.tokens))
         return results, recorded
+
+    def _judge(
+        self, drafted: torch.Tensor, logits: torch.Tensor, kept: torch.Tensor, instead: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See autojudge.judge_chain."""
+        states = self.state.target.head.states().unflatten(0, logits.shape[:2]) if self.judge.reads_states else None
+        return judge_chain(self.judge, self.judge.scores(drafted, logits, states, seen), kept, instead, drafted, self.state.eos_ids)
 
     def record(self, results: list[RoundResult], p: torch.Tensor, q: torch.Tensor) -> None:
         """Fill in `overlaps` and `expected` of every text's result from p (B, γ+1, V) and q (B, γ, V_d)."""

@@ -3,23 +3,24 @@
 Draft and verification share embeddings, the first blocks' keys and values and their hidden states h_E: nothing is
 computed twice. A drafted token costs the first E blocks and the exit; verification takes the first E blocks of the last
 drafted token and the others of all γ+1. An exit with a block of its own keeps that block's keys and values itself.
-Lossless with both verifications. Deviation from the papers: the prompt goes through all blocks before the first round.
+Lossless with both verifications, LOSSY with a judge (autojudge.py). Deviation from the papers: the prompt goes through all blocks before the first round.
 """
 
 from __future__ import annotations
 
 import torch
 
+from decoding.autojudge import AnyJudge
 from decoding.draft_length import DraftLength
 from decoding.drafting import ChainRound
 from decoding.state import DecodeState, RoundResult
 from decoding.verify import Verification
 
 
-def self_speculation_round(state: DecodeState, length: DraftLength, verification: Verification) -> list[RoundResult]:
+def self_speculation_round(state: DecodeState, length: DraftLength, verification: Verification, judge: AnyJudge | None = None) -> list[RoundResult]:
     """Draft with the exit, and verify in one target call. What the caches then hold too much is rolled back when tokens are committed."""
     target, draft = state.target, state.draft
-    this_round = ChainRound(state, length, verification, draft.token_ids)
+    this_round = ChainRound(state, length, verification, judge)
     if this_round.drafts and draft.behind > 1:  # more than behind a round that kept all
         with state.clock("draft"):
             draft.catch_up()

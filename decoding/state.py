@@ -49,7 +49,8 @@ class RoundResult:
 
     `tested`: drafted positions that verification reached: the kept ones and, where there is one, the first rejected (in a tree, where something was
     drafted). `overlaps` and `expected` hold, for each of them, Σ min(p, q) and the verification's own chance of keeping
-    the drafted token; they are filled only when `record_overlap` is set, and not for trees.
+    the drafted token; they are filled only when `record_overlap` is set, and not for trees. `judged`: mismatches that a judge was asked about, and
+    `overridden`: those that it kept (autojudge.py).
     """
 
     tokens: list[int]
@@ -59,6 +60,8 @@ class RoundResult:
     overlaps: list[float] = field(default_factory=list)
     expected: list[float] = field(default_factory=list)
     tree: TreeCounts | None = None
+    judged: int = 0
+    overridden: int = 0
 
     def __post_init__(self) -> None:
         if self.tested is None:
@@ -181,16 +184,17 @@ class DecodeState:
         return programs(whole, lambda *tensors: function(*tensors[:-1], Noise(tensors[-1])), *inputs, self.noise.key)
 
     def results(self, drafted: torch.Tensor, decision: torch.Tensor) -> list[RoundResult]:
-        """Every text's result for drafted tokens (B, γ) and decision (B, 2): how many are kept, and the token that follows.
+        """Every text's result for drafted tokens (B, γ) and decision (B, 2): how many are kept, and the token that follows; (B, 4) with `judged` and `overridden`.
 
         Waits for the device. What was drafted behind an end-of-text token does not count as proposed.
         """
-        return [self._result(row[:-2], *row[-2:]) for row in torch.cat([drafted, decision], 1).tolist()]
+        gamma = drafted.shape[1]
+        return [self._result(row[:gamma], *row[gamma:]) for row in torch.cat([drafted, decision], 1).tolist()]
 
-    def _result(self, drafted: list[int], accepted: int, next_token: int) -> RoundResult:
+    def _result(self, drafted: list[int], accepted: int, next_token: int, judged: int = 0, overridden: int = 0) -> RoundResult:
         proposed = next((i + 1 for i, token in enumerate(drafted) if token in self.eos_ids), len(drafted))
         accepted = min(accepted, proposed)
-        return RoundResult([*drafted[:accepted], next_token], proposed, accepted)
+        return RoundResult([*drafted[:accepted], next_token], proposed, accepted, judged=judged, overridden=overridden)
 
 
 def synchronize(device: torch.device) -> None:

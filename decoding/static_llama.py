@@ -538,6 +538,7 @@ class Head:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (R, V); valid until the next call with as many rows."""
+        self._read = x
         if self._native is not None and len(x) <= native.UP_TO[x.dtype]:
             return self._run_native(x)
         norm, products = self._spaces.get(len(x)) or self._new_space(x)
@@ -545,6 +546,15 @@ class Head:
         for product, projection in zip(products, self._projections, strict=True):
             logits = product(projection)  # each product reads the one before
         return logits.contiguous()
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return len(self._norm)
+
+    def states(self) -> torch.Tensor:
+        """What the output matrix was given in the last call: hidden states (R, D) behind the norm, in fp32."""
+        return rms_norm(self._read.float(), self._norm.shape, self._norm.float(), self._eps)
 
     def _fits_cpp(self) -> bool:
         tensors = [self._norm, *chain.from_iterable(map(_tensors, self._projections))]

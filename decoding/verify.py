@@ -42,8 +42,23 @@ def verify_rejection(
         return _verify_rejection_natively(p, q, drafted, noise, positions, token_ids)
     q = over_vocabulary(q, token_ids, p.shape[-1])
     uniforms = noise.uniform(positions[..., :-1], Purpose.ACCEPT)
-    accepted = _leading(accepts(p[..., :-1, :], q, drafted, uniforms))
+    accepted = leading(accepts(p[..., :-1, :], q, drafted, uniforms))
     return accepted, draw(_source(p, q, accepted), noise, positions.gather(-1, accepted[..., None]), Purpose.RESIDUAL)[..., 0]
+
+
+def chain_choices(
+    verification: Verification, p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor,
+    token_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `verification` would make of each drafted token, were it reached: whether it keeps it, bool (..., γ), and what it puts in its place, int64
+    (..., γ+1), of which the last is the bonus. Arguments as for `verify_rejection`; the first token that is not kept gives `verify_chain`'s result."""
+    if verification == "coupled":
+        drawn = draw(p, noise, positions)
+        return drawn[..., :-1] == drafted, drawn
+    q = over_vocabulary(q, token_ids, p.shape[-1])
+    kept = accepts(p[..., :-1, :], q, drafted, noise.uniform(positions[..., :-1], Purpose.ACCEPT))
+    q = torch.cat([q, torch.zeros_like(p[..., :1, :])], -2)
+    return kept, draw(residual(p, q, normalised=not native.samples(p, q)), noise, positions, Purpose.RESIDUAL)  # as the C++, which need not normalise
 
 
 def over_vocabulary(q: torch.Tensor, token_ids: torch.Tensor | None, vocab_size: int) -> torch.Tensor:
@@ -53,7 +68,7 @@ def over_vocabulary(q: torch.Tensor, token_ids: torch.Tensor | None, vocab_size:
     return q.new_zeros(*q.shape[:-1], vocab_size).index_copy_(-1, token_ids, q)
 
 
-def _leading(kept: torch.Tensor) -> torch.Tensor:
+def leading(kept: torch.Tensor) -> torch.Tensor:
     """Number of true values before the first false one, for bool (..., γ)."""
     return kept.long().cumprod(-1).sum(-1)
 
@@ -99,14 +114,14 @@ def accepts(p: torch.Tensor, q: torch.Tensor, drafted: torch.Tensor, uniforms: t
     return uniforms * q.gather(-1, tokens)[..., 0] < p.gather(-1, tokens)[..., 0]
 
 
-def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Distribution (..., V) of the token after a rejection: (p − q)₊ normalised.
+def residual(p: torch.Tensor, q: torch.Tensor, normalised: bool = True) -> torch.Tensor:
+    """Distribution (..., V) of the token after a rejection: (p − q)₊ normalised, or without that what is proportional to it.
 
     Where rounding leaves nothing of p − q (p and q equal), p itself.
     """
     excess = (p - q).clamp(min=0)
     mass = excess.sum(-1, keepdim=True)
-    return torch.where(mass > 0, excess / mass, p)
+    return torch.where(mass > 0, excess / mass if normalised else excess, p)
 
 
 def verify_coupled(p: torch.Tensor, drafted: torch.Tensor, noise: Noise, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +133,7 @@ def verify_coupled(p: torch.Tensor, drafted: torch.Tensor, noise: Noise, positio
     if native.samples(p):
         return _verify_coupled_natively(p, drafted, noise, positions)
     drawn = draw(p, noise, positions)
-    accepted = _leading(drawn[..., :-1] == drafted)
+    accepted = leading(drawn[..., :-1] == drafted)
     return accepted, drawn.gather(-1, accepted[..., None])[..., 0]
 
 

@@ -12,7 +12,7 @@ LEVELS = {
     0: "answers command_line machine_speed processes decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap frozen_linear",
     1: "row_files results decoding.sampling decoding.kv_cache decoding.static_llama",
     2: "data_utils decoding.verify decoding.shared_exit decoding.common_sense",
-    3: "decoding.state decoding.children",
+    3: "decoding.state decoding.children decoding.autojudge",
     4: "decoding.draft_length decoding.vanilla",
     5: "decoding.drafting decoding.tree_drafting",
     6: "decoding.best_first",
