@@ -1,19 +1,19 @@
 # make help    the targets
 # make demo    install, tune exits of the embedded target, measure and plot them: offline but for the installation
 #
-# Variables: SYSTEM_PYTHON (makes the .venv; 3.10 to 3.13), PIP_FLAGS (for every pip install).
+# Variables: SYSTEM_PYTHON (makes the .venv; default: python3.11, else another from 3.10 to 3.13), PIP_FLAGS (for every pip install),
+# SETUP_FLAGS (for install_dependencies.sh, which also reads TORCH_INDEX_URL), BASE_IMAGE and others for images (see Dockerfile).
 
-SYSTEM_PYTHON ?= python3
+SYSTEM_PYTHON ?=
 PIP_FLAGS ?=
+SETUP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# Without an NVIDIA driver, Linux takes the CPU build of torch: the usual one brings gigabytes of CUDA packages.
-TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-ifeq ($(shell uname -sm)$(shell command -v nvidia-smi),Linux x86_64)
-TORCH := $(TORCH)+cpu
-endif
-# Where pip's index has no CPU build: uv knows where PyTorch keeps them.
-TORCH_BY_UV = { $(BIN)/pip install $(PIP_FLAGS) uv && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --torch-backend=cpu $(TORCH); }
+INSTALL = SYSTEM_PYTHON="$(SYSTEM_PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" bash install_dependencies.sh --venv $(VENV) $(SETUP_FLAGS)
+
+IMAGE ?= early-exit
+DOCKER ?= docker
+BUILD_ARGS = $(foreach name,BASE_IMAGE TORCH_VERSION TORCH_INDEX_URL PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CERT,$(if $($(name)),--build-arg $(name)="$($(name))"))
 
 # The demo's sweep, made for 2 CPU cores. See `bash run_sweep_ultrachat_two_stage.sh --help`. Word problems, because exits learn them in minutes.
 DEMO := env PYTHON=$(BIN)/python HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DEVICE=cpu SEED=0 NUM_THREADS=2 \
@@ -27,18 +27,18 @@ DEMO_SHORT := $(DEMO) LAYERS=3 MAX_STEPS_HEAD=4 MAX_STEPS_FTLAST=4 QUALITY_MAX_B
 	OUTPUT_DIR=runs/demo_short EVAL_DIR=runs/demo_short/evaluation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-short test check clean
+.PHONY: help setup setup-gpu demo demo-short test check docker-engine docker-build docker-build-gpu docker-test docker-bench clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 25
 
 setup: $(VENV)/.installed ## make the .venv with the tested versions; done once
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt
-	$(SYSTEM_PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(TORCH) || $(TORCH_BY_UV)
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -r requirements-dev.txt
-	touch $@
+	$(INSTALL)
+
+setup-gpu: ## the same with the CUDA build of torch; needs an NVIDIA driver
+	$(INSTALL) --gpu
 
 demo: setup ## tune and compare 6 exits of the embedded target on 2 CPU cores, in under 10 minutes: runs/demo/evaluation/
 	$(DEMO) bash run_sweep_ultrachat_two_stage.sh
@@ -52,6 +52,19 @@ test: setup ## all tests, offline
 check: setup ## lint, and the rule of the import levels
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests/test_import_layers.py
+
+docker-engine:
+	@command -v $(DOCKER) >/dev/null || { echo "error: $(DOCKER) is not installed; install Docker, name another by DOCKER=podman, or do without: make setup" >&2; exit 2; }
+	@$(DOCKER) info >/dev/null 2>&1 || { echo "error: $(DOCKER) does not reach its engine; start it, and see that you may use it: $(DOCKER) info" >&2; exit 2; }
+
+docker-build: docker-engine ## an image for the CPU; IMAGE names it, BASE_IMAGE and other build arguments as in Dockerfile
+	$(DOCKER) build $(BUILD_ARGS) -t $(IMAGE) .
+
+docker-build-gpu: docker-engine ## an image for NVIDIA GPUs, IMAGE-gpu; build arguments as in Dockerfile.gpu
+	$(DOCKER) build $(BUILD_ARGS) -f Dockerfile.gpu -t $(IMAGE)-gpu .
+
+docker-test: docker-engine ## all tests, in the image for the CPU
+	$(DOCKER) run --rm $(IMAGE)
 
 clean: ## delete the demos' results and the caches of the tools, but no other run and not the .venv
 	rm -rf runs/demo runs/demo_short .pytest_cache .ruff_cache

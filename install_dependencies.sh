@@ -1,0 +1,242 @@
+#!/usr/bin/env bash
+# Install what the suite needs on a bare Ubuntu or Debian, host or image: from apt what is missing, and a virtual environment
+# with the tested versions. A second run finds nothing to do. Drivers are never touched.
+#
+#   ./install_dependencies.sh                  # .venv with the CPU build of torch
+#   ./install_dependencies.sh --gpu            # with the CUDA build
+#   ./install_dependencies.sh --keep_torch     # in an NVIDIA container: with the container's own torch
+#
+# Flags:
+#   --gpu               install the CUDA build of torch; needs an NVIDIA driver
+#   --gpu_later         the same without a driver: for an image, which meets its driver when it runs
+#   --keep_torch        install no torch: the virtual environment sees the packages of the system's Python, and its torch stays
+#   --venv PATH         the virtual environment (default: .venv beside this script)
+#   --allow_eol_ubuntu  go on with a release of Ubuntu, or Debian, that gets no more updates
+#   --help
+#
+# A virtual environment keeps the kind of torch that it was made with, until a flag names another; then it is made anew.
+# On other systems, and without root or sudo, there is only the virtual environment; a line says what is missing.
+#
+# Settings (environment variables):
+#   SYSTEM_PYTHON    makes the virtual environment (default: python3.11, else another from 3.10 to 3.13)
+#   PIP_FLAGS        for every pip install
+#   TORCH_VERSION    (default: that of constraints.txt)
+#   TORCH_INDEX_URL  an index with builds of torch, asked beside pip's own
+#   OS_RELEASE       names the release of this system (default: /etc/os-release)
+set -euo pipefail
+
+readonly PYTHONS=(3.11 3.12 3.13 3.10) # the tested one first
+# What a Python has of what is needed here: its version, and words for the rest.
+readonly PROBE='
+import importlib.metadata, importlib.util, os, sys, sysconfig
+have = ["%d.%d" % sys.version_info[:2]]
+have += ["venv"] if importlib.util.find_spec("ensurepip") else []
+have += ["headers"] if os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")) else []
+have += ["torch==" + found.version for found in importlib.metadata.distributions(name="torch")][:1]
+print(*have)'
+
+main() {
+  local kind='' driver='' venv='' allow_eol='' python python_has packages torch
+  parse_flags "$@"
+  [[ -z $venv || $venv == /* ]] || venv=$PWD/$venv
+  cd "$(dirname "${BASH_SOURCE[0]}")"
+  venv=${venv:-.venv}
+  check_release
+  [[ -z $driver ]] || nvidia-smi -L >/dev/null 2>&1 ||
+    fail "--gpu: no NVIDIA driver answers (nvidia-smi -L); install one, or leave the flag out for the CPU build of torch"
+  [[ -n $kind ]] || read -r kind _ 2>/dev/null <"$venv/.installed" || kind=cpu
+  install_packages
+  choose_torch
+  if [[ -x $venv/bin/python && $(cat "$venv/.installed" 2>/dev/null) == "$(ingredients)" ]]; then
+    touch "$venv/.installed" 2>/dev/null || true # make compares times
+    say "nothing more to do: $venv has the tested versions and $torch"
+    return
+  fi
+  make_venv
+  fill_venv
+  ingredients >"$venv/.installed"
+  say "$venv has the tested versions and $torch"
+}
+
+parse_flags() {
+  while (($#)); do
+    case $1 in
+      --gpu) kind=cuda driver=needed ;;
+      --gpu_later) kind=cuda ;;
+      --keep_torch) kind=own ;;
+      --allow_eol_ubuntu) allow_eol=1 ;;
+      --venv)
+        [[ -n ${2:-} ]] || fail "--venv: give a path"
+        venv=$2
+        shift
+        ;;
+      --help | -h)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
+        exit
+        ;;
+      *) fail "unknown argument $1; --help lists the flags" ;;
+    esac
+    shift
+  done
+}
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+say() {
+  echo "==== $1"
+}
+
+# Free updates end for Ubuntu after five years (20.04: May 2025), for Debian with its long-term support (11: August 2026).
+# The line also falls where a release's own Python (3.8, 3.9) is too old for the suite. Ubuntu's short-lived releases between
+# two long-lived ones are not told apart, and other systems are not judged.
+check_release() {
+  local id version oldest
+  [[ -r ${OS_RELEASE:=/etc/os-release} ]] || return 0
+  # shellcheck disable=SC1090
+  read -r id version < <(. "$OS_RELEASE" && echo "${ID:-} ${VERSION_ID:-}")
+  case $id in
+    ubuntu) oldest=22.04 ;;
+    debian) oldest=12 ;;
+    *) return 0 ;;
+  esac
+  [[ -z $version || -n $allow_eol ]] || ((${version%%.*} >= ${oldest%%.*})) ||
+    fail "$id $version gets no more updates; move to $oldest or later, or give --allow_eol_ubuntu"
+}
+
+# ---- apt ----
+
+install_packages() {
+  local as_root=env
+  find_missing
+  [[ -n $python || -z ${SYSTEM_PYTHON:-} ]] || fail "SYSTEM_PYTHON=$SYSTEM_PYTHON: no such Python, or not one from 3.10 to 3.13"
+  [[ -z $python ]] || ((${#packages[@]})) || return 0
+  (($(id -u) == 0)) || as_root=sudo
+  if command -v apt-get >/dev/null && command -v "$as_root" >/dev/null; then
+    "$as_root" apt-get update || say "apt-get update failed; going on with the lists that are here"
+    [[ -n $python ]] || mapfile -t -O "${#packages[@]}" packages < <(apt_python)
+    say "apt-get install ${packages[*]}"
+    "$as_root" env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${packages[@]}"
+    find_missing
+  fi
+  [[ -n $python ]] || fail "there is no Python from 3.10 to 3.13; install one with its venv module, and name it by SYSTEM_PYTHON"
+  [[ $python_has == *" venv"* ]] || fail "$python makes no virtual environments; as root: apt-get install python${python_has%% *}-venv"
+  ((${#packages[@]} == 0)) || echo "warning: going on without ${packages[*]}, which apt-get would install for root" >&2
+}
+
+# Sets `packages` to apt's names of what is missing, but for a Python where there is none.
+find_missing() {
+  local command
+  packages=()
+  for command in make g++ git; do # git: results name the revision that made them
+    command -v "$command" >/dev/null || packages+=("$command")
+  done
+  [[ -e /etc/ssl/certs/ca-certificates.crt ]] || packages+=(ca-certificates) # for downloads from the hub
+  find_python
+  [[ -n $python ]] || return 0
+  [[ $python_has == *" venv"* ]] || packages+=("python${python_has%% *}-venv")
+  [[ $python_has == *" headers"* ]] || packages+=("python${python_has%% *}-dev") # torch.compile compiles against them
+}
+
+# Sets `python` to the first that will do and `python_has` to what it has, or both to nothing.
+find_python() {
+  local candidates=(python3.11 python3 "${PYTHONS[@]/#/python}") # the release's own before other versions
+  [[ $kind != own ]] || candidates=(python3)
+  [[ -z ${SYSTEM_PYTHON:-} ]] || candidates=("$SYSTEM_PYTHON")
+  for python in "${candidates[@]}"; do
+    python_has=$("$python" -c "$PROBE" 2>/dev/null) || continue
+    [[ " ${PYTHONS[*]} " != *" ${python_has%% *} "* ]] || return 0
+  done
+  python='' python_has=''
+}
+
+# Packages of the first Python that apt has, release candidates aside (Ubuntu 22.04's python3.11 is one).
+apt_python() {
+  local name candidate
+  for name in "${PYTHONS[@]/#/python}"; do
+    candidate=$(LC_ALL=C apt-cache policy "$name" | sed -n 's/^ *Candidate: //p')
+    [[ -n $candidate && $candidate != "(none)" && $candidate != *~rc* ]] || continue
+    printf '%s\n' "$name" "$name-venv" "$name-dev"
+    return
+  done
+}
+
+# ---- the virtual environment ----
+
+# Sets `torch` to what pip is to install, or to what the system's Python has.
+choose_torch() {
+  torch=torch==${TORCH_VERSION:-$(sed -n 's/^torch==//p' constraints.txt)}
+  case $kind in
+    cpu) # pip's own index has CUDA builds for Linux, which bring gigabytes of CUDA packages
+      [[ $(uname -s) != Linux || $torch == *+* ]] || torch+=+cpu
+      ! nvidia-smi -L >/dev/null 2>&1 || say "an NVIDIA driver is here: --gpu would install the CUDA build of torch"
+      ;;
+    own)
+      [[ $python_has == *torch==* ]] || fail "--keep_torch: $python has no torch; leave the flag out, or give --gpu"
+      torch=torch==${python_has##*torch==}
+      ;;
+  esac
+}
+
+# What the virtual environment is made of, in a line; its file .installed holds that of the last installation.
+ingredients() {
+  echo "$kind python${python_has%% *} $torch $(cat requirements.txt requirements-dev.txt constraints.txt | cksum)"
+}
+
+make_venv() {
+  local made_for make=("$python" -m venv)
+  if [[ ! -e $venv/pyvenv.cfg && -n $(ls -A "$venv" 2>/dev/null) ]]; then
+    fail "--venv $venv: is there already, and is no virtual environment"
+  fi
+  made_for=$(cut -d ' ' -f 1,2 "$venv/.installed" 2>/dev/null) || true
+  if [[ -n $made_for && $made_for != "$kind python${python_has%% *}" ]] || [[ -e $venv/pyvenv.cfg && ! -x $venv/bin/python ]]; then
+    say "$venv was made for another kind of torch or Python (${made_for:-gone}): made anew"
+    make+=(--clear)
+  fi
+  [[ $kind != own ]] || make+=(--system-site-packages)
+  "${make[@]}" "$venv"
+  rm -f "$venv/.installed" # until all is in place
+}
+
+fill_venv() {
+  local install constraints=$venv/constraints.txt
+  constrain >"$constraints"
+  read -ra install <<<"-m pip install ${PIP_FLAGS:-}"
+  install+=(-c "$constraints")
+  if [[ $kind != own ]]; then
+    "$venv/bin/python" "${install[@]}" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} "$torch" || torch_by_uv
+  fi
+  "$venv/bin/python" "${install[@]}" -r requirements-dev.txt
+  check_torch
+}
+
+# The tested versions, and whatever torch was chosen. They need Python 3.11, and may not fit what a container brings: there
+# the ranges of requirements.txt decide.
+constrain() {
+  [[ $kind == own || $python_has == 3.10* ]] || sed '/^torch==/d' constraints.txt
+  echo "${torch%+cpu}"
+}
+
+# Where pip's index has no CPU build: uv knows where PyTorch keeps them.
+torch_by_uv() {
+  [[ $kind == cpu ]] || fail "pip found no $torch; name an index that has it by TORCH_INDEX_URL"
+  "$venv/bin/python" "${install[@]}" uv
+  VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --torch-backend=cpu "$torch"
+}
+
+check_torch() {
+  case $kind in
+    cuda)
+      "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
+        fail "pip found a build of torch without CUDA; name another index by TORCH_INDEX_URL, e.g. https://download.pytorch.org/whl/cu130"
+      ;;
+    own)
+      [[ $("$venv/bin/python" -c "$PROBE") == *" $torch" ]] ||
+        fail "$venv does not see $torch of $python; give the Python that it is installed for by SYSTEM_PYTHON, not a virtual environment's"
+      ;;
+  esac
+}
+
+main "$@"
