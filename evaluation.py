@@ -225,16 +225,16 @@ class DraftArgs:
     checkpoint: str | None = field(default=None, metadata={"help": "an exit made by train.py"})
     draft_model_path: str | None = field(default=None, metadata={"help": "an independent model with the target's tokenizer"})
 
-    def check_draft(self, model_path: str, longest: int) -> None:
-        """Raise UserError unless one draft is named that exists and, if a model, fits the target at `model_path` and texts of `longest` tokens."""
+    def check_draft(self, model_path: str, longest: int, families: tuple[str, ...] | None = ("llama",)) -> None:
+        """Raise UserError unless one draft is named that exists and, if a model (of `families`), fits the target at `model_path` and texts of `longest` tokens."""
         if (self.checkpoint is None) == (self.draft_model_path is None):
             raise UserError("give either --checkpoint EXIT or --draft_model_path MODEL")
         if self.checkpoint is not None:
             read_exit_info(self.checkpoint)
             return
-        config = load_config(self.draft_model_path)
+        config = load_config(self.draft_model_path, families)
         hashes = {tokenizer_hash(load_tokenizer(path)) for path in (model_path, self.draft_model_path)}
-        if len(hashes) > 1 or config.vocab_size != load_config(model_path).vocab_size:
+        if len(hashes) > 1 or config.vocab_size != load_config(model_path, families).vocab_size:
             raise UserError(f"{self.draft_model_path} and {model_path} have different tokenizers; a draft needs the target's own")
         if longest > config.max_position_embeddings:
             raise UserError(f"the context of {self.draft_model_path} is {config.max_position_embeddings} tokens: lower --spec_prompt_length, "

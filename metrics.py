@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -98,6 +99,7 @@ TOP_K = 5
 CHUNK_ROWS = 2048  # rows of V logits in fp32 at a time: 1 GB at V = 128k
 ROUNDING = 1e-3  # what fp32 probabilities may be off in a sum over one evaluation
 NUM_RESAMPLES, INTERVAL = 2000, (2.5, 97.5)
+NORMAL_95 = 1.959964  # of the standard normal distribution, 97.5 % lie below
 
 
 # ---- quality: teacher-forced, token-weighted ----
@@ -282,6 +284,23 @@ def _interval(name: str, resampled: np.ndarray, prompts: int) -> dict[str, float
 def _resamples(count: int, seed: int) -> np.ndarray:
     """Indices (NUM_RESAMPLES, count) drawn with replacement."""
     return np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
+
+
+# ---- accuracy ----
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share, `right` of `total` (Wilson 1927): it stays within 0 and 1, and is not empty where all or none are right."""
+    share, z = right / total, NORMAL_95
+    centre, spread = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, (centre - spread) / (1 + z * z / total)), min(1.0, (centre + spread) / (1 + z * z / total))
+
+
+def mcnemar_p(one: Sequence[bool], other: Sequence[bool]) -> float:
+    """Exact two-sided p of McNemar's test: whether two methods that answered the same questions are equally often right. Only questions that one of them got right count."""
+    only_one, only_other = (sum(bool(a) and not b for a, b in zip(first, second, strict=True)) for first, second in ((one, other), (other, one)))
+    total = only_one + only_other
+    tail = sum(math.comb(total, count) for count in range(min(only_one, only_other) + 1)) / 2**total
+    return min(1.0, 2 * tail)
 
 
 # ---- cost model ----

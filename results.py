@@ -155,6 +155,14 @@ def _driver_version() -> str | None:
     return _output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
 
 
+def display_active() -> str | None:
+    """"enabled" where a GPU drives a display, "disabled" where none does, None where nvidia-smi cannot tell."""
+    answer = _output_of(["nvidia-smi", "--query-gpu=display_active", "--format=csv,noheader"])
+    if not answer:
+        return None
+    return "enabled" if any(line.strip().lower() in ("enabled", "on", "active") for line in answer.splitlines()) else "disabled"
+
+
 def _output_of(command: list[str]) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -29,14 +29,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from decoding.children import Chooser, Coupling
 from decoding.draft_length import AdaptiveLength
 from decoding.dynamic_tree import DynamicTree
-from decoding.growmap import LARGEST, BestTrees, most_nodes
+from decoding.growmap import LARGEST, most_nodes
 from decoding.specexec import SpecExec
 from decoding.state import DecodeStats
-from decoding.static_tree import StaticTree
-from decoding.verify import TREE_RULES, VERIFICATIONS, TreeVerification, Verification
+from decoding.verify import TREE_RULES, VERIFICATIONS, Verification
 from evaluation import DraftArgs, PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, fitted_to, load_draft, training_texts
 from machine_speed import counts_memory, held_memory, memory_bandwidth, peak_memory, restart_peak
 from metrics import pace, speculation_metrics, speedup_interval, with_interval
@@ -44,8 +42,7 @@ from planted import planted_pair
 from results import new_output_dir, record_run, write_csv
 from speculative import METHODS, DecodeOptions, TreePlan, generate_batch
 from target_model import Target, eos_token_ids, load_target, named_config
-from tree_args import TREE_METHODS, Fitted, coupling_for, fitted_plan, fitting_options
-from tree_tuning import acceptance_by_rank, mean_acceptance, own_texts, replayed
+from tree_args import TREE_METHODS, Fitted, best_static_trees, fitted_plan
 from truncated_llama import TruncatedLlama, step_bytes
 from tuning import frequent_tokens, round_costs
 
@@ -242,7 +239,8 @@ def tree_plans(method: str, options: DecodeOptions, subject: Subject, args: Args
     found: list[TreePlan] = []
     for verification in (name for name in args.verifications if name in TREE_RULES):
         if method == "static_tree":
-            found += static_plans(verification, options, subject, args)
+            found += best_static_trees(
+                verification, args.tree_budgets, args.tree_depth, args.tree_topk, subject.target, subject.draft, options, subject.fitted)
             continue
         kind, depth = (SpecExec, 2 * args.tree_depth) if method == "specexec" else (DynamicTree, args.tree_depth)
         if kind is SpecExec and verification != "match":
@@ -251,16 +249,6 @@ def tree_plans(method: str, options: DecodeOptions, subject: Subject, args: Args
         plan = fitted_plan(kind(depth=depth, verification=verification, **wide), subject.target, subject.draft, options, subject.fitted)
         found += [replace(plan, budget=size) for size in args.tree_budgets]
     return found
-
-
-def static_plans(verification: TreeVerification, options: DecodeOptions, subject: Subject, args: Args) -> list[StaticTree]:
-    """The best shape of every size."""
-    coupling = coupling_for(subject.target, subject.draft, options, subject.fitted) if verification == "coupled" else Coupling()
-    chooser = Chooser(TREE_RULES[verification], options.policy, subject.model.config.vocab_size, coupling)
-    texts = own_texts(subject.model, subject.fitted.prompts(), fitting_options(options))
-    by_text = acceptance_by_rank(subject.model, subject.draft, texts, chooser, args.tree_topk)
-    trees = BestTrees(mean_acceptance(by_text), max(args.tree_budgets), args.tree_depth)
-    return [StaticTree(replayed(trees.growmap(size, args.tree_depth, {}), by_text), verification, coupling) for size in args.tree_budgets]
 
 
 def drafting_entries(options: DecodeOptions, subject: Subject, args: Args) -> list[Entry]:

@@ -10,13 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from command_line import UserError, first_line
+from command_line import UserError, first_line, import_optional
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Quant = Literal["8bit", "4bit"]
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_TARGET, CONFIGS = ASSETS / "pydoc-llama-7m", ASSETS / "configs"
 
@@ -75,13 +84,13 @@ class Target:
     name: str
 
 
-def load_config(path: str) -> PretrainedConfig:
-    """The configuration of the model at `path`, a Llama. Raises UserError."""
+def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> PretrainedConfig:
+    """The configuration of the model at `path`, of one of `families` (None: of any). Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
-    if config.model_type != "llama":
+    if families is not None and config.model_type not in families:
         raise UserError(f"{path} is a {config.model_type} model; this suite exits early from Llama models only")
     return config
 
@@ -105,16 +114,33 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise UserError(f"no tokenizer at {path} ({first_line(error)})") from error
 
 
-def load_target(path: str, args: DeviceArgs) -> Target:
-    """The model at `path` in evaluation mode with frozen weights, and its tokenizer."""
+def load_target(
+    path: str, args: DeviceArgs, *, quant: Quant | None = None, compute_dtype: str = "bf16", families: tuple[str, ...] | None = ("llama",),
+) -> Target:
+    """The model at `path` in evaluation mode with frozen weights, and its tokenizer; `quant`: see check_quant, products then run in `compute_dtype`."""
     device, dtype, attention = args.resolve()
-    load_config(path)
+    load_config(path, families)
     tokenizer = load_tokenizer(path)
+    stored = {"quantization_config": _quantization(quant, compute_dtype), "device_map": {"": device}} if quant is not None else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **stored)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
-    return Target(model.to(device).eval().requires_grad_(False), tokenizer, path)
+    placed = model if quant is not None else model.to(device)
+    return Target(placed.eval().requires_grad_(False), tokenizer, path)
+
+
+def check_quant(flag: str, quant: Quant | None, args: DeviceArgs) -> None:
+    """Raise UserError where weights cannot be stored in 8 or 4 bit: it takes CUDA and bitsandbytes."""
+    if quant is None:
+        return
+    if args.resolve()[0].type != "cuda":
+        raise UserError(f"--{flag} {quant}: needs a CUDA device; leave it out, or use --dtype bf16")
+    import_optional("bitsandbytes", "bitsandbytes", f"--{flag} {quant}")
+
+
+def _quantization(quant: Quant, compute_dtype: str) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_8bit=quant == "8bit", load_in_4bit=quant == "4bit", bnb_4bit_compute_dtype=DTYPES[compute_dtype])
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,7 +6,7 @@ The weights of coupled values are kept beside the exit (or in the draft's folder
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -16,18 +16,18 @@ from command_line import UserError
 import torch
 from torch import nn
 
-from decoding.children import Coupling
+from decoding.children import Chooser, Coupling
 from decoding.common_sense import CommonSense
 from decoding.dynamic_tree import DynamicTree
-from decoding.growmap import Growmap, load_growmap
+from decoding.growmap import BestTrees, Growmap, load_growmap
 from decoding.specexec import SpecExec
 from decoding.static_tree import StaticTree
-from decoding.verify import TREE_RULES
+from decoding.verify import TREE_RULES, TreeVerification
 from followers import load_followers
 from results import file_hash, write_json
 from speculative import METHODS, DecodeOptions, TreePlan
 from target_model import Target, weights_hash
-from tree_tuning import fit_coupling, fit_trust, own_texts, tree_costs
+from tree_tuning import acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed, tree_costs
 
 TREE_METHODS = tuple(name for name, method in METHODS.items() if method.plan is not None)
 FIT_SEED = 1  # of the texts that are fitted to: not the noise of the texts that are measured
@@ -108,16 +108,10 @@ class TreeArgs:
                 raise UserError(f"--verification {verification}: trees are verified by {', '.join(TREE_RULES)}")
             own["verification"] = verification
         if method == "static_tree":
-            return static_plan(self._read_growmap(), verification)
+            return static_plan(read_growmap(self.growmap), verification)
         if method == "specexec":
             return SpecExec(budget=self.tree_budget, branches=self.parallel_branches, prune_threshold=self.branch_prune_threshold, **own)
         return DynamicTree(budget=self.tree_budget, top_k=self.tree_topk, **own)
-
-    def _read_growmap(self) -> Growmap:
-        try:
-            return load_growmap(self.growmap)
-        except ValueError as error:
-            raise UserError(str(error)) from error
 
     def common_sense(self, target: Target) -> CommonSense | None:
         """What --commonsense asks for. Raises UserError for a table that does not fit the target."""
@@ -130,6 +124,14 @@ class TreeArgs:
 
     def _sense(self, table: torch.Tensor) -> CommonSense | None:
         return None if self.commonsense == "off" else CommonSense(table, self.commonsense, self.commonsense_nodes, self.commonsense_repair)
+
+
+def read_growmap(path: str) -> Growmap:
+    """The growmap at `path`. Raises UserError."""
+    try:
+        return load_growmap(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def static_plan(growmap: Growmap, verification: str | None = None) -> StaticTree:
@@ -166,6 +168,18 @@ def fitted_plan(
             level_cost = tree_costs(target.model, draft, fitted.prompts()[0], options, [plan]).level_cost
         plan = replace(plan, level_cost=level_cost)
     return plan
+
+
+def best_static_trees(
+    verification: TreeVerification, budgets: Sequence[int], depth: int, width: int, target: Target, draft: nn.Module, options: DecodeOptions, fitted: Fitted,
+) -> list[StaticTree]:
+    """The best shape of every size, of at most `depth` levels and `width` children."""
+    coupling = coupling_for(target, draft, options, fitted) if verification == "coupled" else Coupling()
+    chooser = Chooser(TREE_RULES[verification], options.policy, target.model.config.vocab_size, coupling)
+    texts = own_texts(target.model, fitted.prompts(), fitting_options(options))
+    by_text = acceptance_by_rank(target.model, draft, texts, chooser, width)
+    trees = BestTrees(mean_acceptance(by_text), max(budgets), depth)
+    return [StaticTree(replayed(trees.growmap(size, depth, {}), by_text), verification, coupling) for size in budgets]
 
 
 def fitting_options(options: DecodeOptions) -> DecodeOptions:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # The tens are the tiers, from what everything stands on to what a user starts; the ones order a tier within itself.
 LEVELS = {
     0: "answers command_line machine_speed processes decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap frozen_linear",
-    1: "row_files results decoding.sampling decoding.kv_cache decoding.static_llama",
+    1: "row_files results presets record_file records decoding.sampling decoding.kv_cache decoding.static_llama",
     2: "data_utils decoding.verify decoding.shared_exit decoding.common_sense",
     3: "decoding.state decoding.children decoding.autojudge",
     4: "decoding.draft_length decoding.vanilla",
@@ -27,9 +27,11 @@ LEVELS = {
     30: "speculative",
     31: "tuning tree_tuning",
     32: "potential tree_args",
-    40: "evaluation",
+    40: "evaluation bench_prompts",
+    41: "bench_methods bench_records",
+    42: "bench_args",
     50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft sweep_settings benchmark_torch_compile tune build_followers build_growmap"
-        " generate_dataset benchmark_training",
+        " generate_dataset benchmark_training benchmark validate_results validate_configs plot_results",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

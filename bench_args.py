@@ -1,0 +1,127 @@
+"""The flags of benchmark.py, and what can be wrong with them before a model is loaded."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from command_line import UserError
+
+from bench_methods import Settings, chosen_methods
+from decoding.sampling import SamplingPolicy
+from evaluation import DraftArgs
+from presets import PresetArgs
+from target_model import ASSETS, DeviceArgs, check_quant, load_tokenizer
+from tree_args import read_growmap
+
+EMBEDDED_EXIT = ASSETS / "pydoc-llama-7m-exit" / "layer1.safetensors"
+EMBEDDED_FOLLOWERS = EMBEDDED_EXIT.with_name("followers.safetensors")
+RESULTS_NAME = "results.jsonl"
+
+
+@dataclass(kw_only=True)
+class Args(PresetArgs, DraftArgs, DeviceArgs):
+    """Run decoding methods on prompts."""
+
+    out: str = field(default="runs/benchmark", metadata={"help": f"the file, .jsonl, or a folder for {RESULTS_NAME}"})
+    method: list[str] = field(default_factory=lambda: ["all"], metadata={"help": "methods, all, or all_lossless"})
+    model_path: str | None = field(default=None, metadata={"help": "the target: a Hugging Face id or folder (default: the embedded one)", "aliases": ["--hf_model"]})
+    draft_model_path: str | None = field(default=None, metadata={"help": "an independent draft with the target's tokenizer", "aliases": ["--hf_draft_model"]})
+    toy: bool = field(default=False, metadata={"help": "random weights of a tiny shape: to try the harness"})
+    torch_dtype: Literal["auto", "bf16", "fp16", "fp32"] = field(default="auto", metadata={"help": "auto: bf16 on cuda, fp32 on cpu", "aliases": ["--dtype"]})
+    quant: Literal["8bit", "4bit"] | None = field(default=None, metadata={"help": "store the target's weights so, with bitsandbytes on CUDA"})
+    bnb_compute_dtype: Literal["bf16", "fp16", "fp32"] = field(default="bf16", metadata={"help": "number format of products with quantised weights"})
+    draft_dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = field(default=None, metadata={"help": "an independent draft's (default: the target's)"})
+    draft_device: Literal["auto", "cpu", "cuda"] | None = field(default=None, metadata={"help": "must be the target's: p and q are compared on one device"})
+    draft_quant: Literal["8bit", "4bit"] | None = field(default=None, metadata={"help": "an independent draft's"})
+    draft_bnb_compute_dtype: Literal["bf16", "fp16", "fp32"] | None = field(default=None, metadata={"help": "an independent draft's (default: the target's)"})
+
+    dataset: str = field(default="builtin", metadata={"help": "builtin, a data set of the suite, or a file in the form of MT-Bench, GSM8K, ShareGPT or UltraChat"})
+    turn_index: int = field(default=0, metadata={"help": "1: the second turn, behind the target's own greedy answer to the first"})
+    max_samples: int = field(default=50, metadata={"help": "prompts, at most"})
+    use_chat_template: bool = field(default=True, metadata={"help": "ask through the tokenizer's chat template"})
+    system_prompt: str | None = field(default=None, metadata={"help": "the system's turn before each prompt"})
+
+    max_new_tokens: int = field(default=64, metadata={"help": "new tokens per prompt, at most"})
+    temperature: float = field(default=0.7, metadata={"help": "0: greedy"})
+    top_p: float = field(default=1.0, metadata={"help": "1: off"})
+    top_k: int = field(default=0, metadata={"help": "0: off"})
+    gamma: str = field(default="4", metadata={"help": "tokens that a chain drafts in a round, or auto: as many as pay", "aliases": ["--k"]})
+    verification: Literal["rejection", "coupled"] = field(default="rejection", metadata={"help": "of chains; coupled returns vanilla's own tokens for the seed"})
+    tree_verification: Literal["coupled", "match", "swor"] = field(default="coupled", metadata={"help": "of static and dynamic trees"})
+    tree_budget: int = field(default=16, metadata={"help": "nodes of a tree, the root included"})
+    tree_depth: int = field(default=8, metadata={"help": "levels of a tree; specexec: twice as many"})
+    parallel_branches: int = field(default=8, metadata={"help": "trees: children of a node and nodes of a draft pass"})
+    branch_prune_threshold: float = field(default=0.0, metadata={"help": "specexec: a child needs this share of its best sibling's probability"})
+    growmap: str | None = field(default=None, metadata={"help": "static_tree: the shape, made by build_growmap.py (default: fitted on the spot)"})
+    commonsense: Literal["exact", "overwrite"] = field(default="exact", metadata={"help": "common_sense: exact (lossless), or the published form, which is LOSSY"})
+    followers: str | None = field(default=None, metadata={"help": "common_sense: the table, made by build_followers.py (default: the embedded target's)"})
+    topk_rank: str = field(default="4", metadata={"help": "topk (LOSSY): a drafted token is kept where it is among so many of the target's most likely, or all"})
+    autojudge_checkpoint: str | None = field(default=None, metadata={"help": "autojudge (LOSSY): the judge, made by train_judge.py (default: the embedded one)"})
+    autojudge_threshold: float | None = field(default=None, metadata={"help": "autojudge: instead of the judge's own; mode paper keeps a token below it, draft at or above"})
+
+    runs: int = field(default=1, metadata={"help": "times that all prompts are decoded"})
+    seed: int = field(default=0, metadata={"help": "of the first run's noise, the order and the bootstrap"})
+    fit_prompts: int = field(default=16, metadata={"help": "prompts that trees are fitted to"})
+    require_headless: bool = field(default=False, metadata={"help": "stop where a GPU drives a display"})
+
+    def check(self) -> None:
+        """Raise UserError for flags that cannot work, before a model is loaded."""
+        self.check_device()
+        self.methods()
+        for name in ("max_samples", "max_new_tokens", "runs", "fit_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.turn_index not in (0, 1):
+            raise UserError(f"--turn_index {self.turn_index}: must be 0 or 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative")
+        if self.toy and (self.model_path or self.checkpoint or self.draft_model_path):
+            raise UserError("--toy has models of its own: leave out the others, or --toy")
+        if self.draft_device not in (None, self.device):
+            raise UserError(f"--draft_device {self.draft_device}: must be the target's, {self.device}; p and q are compared on one device")
+        if self.growmap is not None:
+            read_growmap(self.growmap)
+        self._check_draft()
+        self.settings()
+
+    def _check_draft(self) -> None:
+        """Raise UserError for flags of the draft and of quantised weights that cannot work."""
+        independent = self.draft_model_path is not None
+        for name in ("draft_dtype", "draft_quant", "draft_bnb_compute_dtype"):
+            if getattr(self, name) is not None and not independent:
+                raise UserError(f"--{name} belongs to an independent draft: give --hf_draft_model, or leave it out")
+        if self.checkpoint is not None or independent:
+            if self.model_path is None:
+                raise UserError("a draft needs its target: give --hf_model")
+            self.check_draft(self.model_path, 0, families=None if independent else ("llama",))
+            if independent and load_tokenizer(self.model_path).chat_template != load_tokenizer(self.draft_model_path).chat_template:
+                print(f"note: {self.draft_model_path} was made with another chat template than {self.model_path}; prompts use the target's", file=sys.stderr)
+        check_quant("quant", self.quant, self)
+        check_quant("draft_quant", self.draft_quant, self)
+
+    def settings(self) -> Settings:
+        """What methods are set to. Raises UserError."""
+        try:
+            policy = SamplingPolicy(self.temperature, self.top_k, self.top_p)
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
+        shared = {name: getattr(self, name) for name in Settings.__dataclass_fields__ if name not in ("policy", "followers")}
+        return Settings(policy=policy, followers=self.followers or (str(EMBEDDED_FOLLOWERS) if self.embedded or self.toy else None), **shared)
+
+    def methods(self) -> tuple[list[str], set[str]]:
+        """The methods to measure, and those of them that were named themselves. Raises UserError."""
+        return chosen_methods(self.method)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the target is the repository's own."""
+        return not self.toy and self.model_path is None
+
+    @property
+    def file(self) -> Path:
+        """Where records go."""
+        path = Path(self.out)
+        return path if path.suffix == ".jsonl" else path / RESULTS_NAME

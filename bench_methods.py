@@ -1,0 +1,219 @@
+"""The methods of benchmark.py: for each of them how it decodes, fitted to the draft, and what its figures depend on.
+
+All run on `speculative.generate` with one sampling policy. common_sense is a dynamic tree whose further leaves are frequent followers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from command_line import UserError
+
+from torch import nn
+
+from decoding.common_sense import CommonSense
+from decoding.draft_length import AdaptiveLength
+from decoding.dynamic_tree import DynamicTree
+from decoding.growmap import LARGEST
+from decoding.sampling import SamplingPolicy
+from decoding.specexec import SpecExec
+from decoding.static_llama import why_unsupported
+from evaluation import Draft, drafted_at_most
+from followers import load_followers
+from plain_llama import why_not_a_llama
+from results import file_hash
+from speculative import DecodeOptions
+from target_model import Target
+from tree_args import Fitted, best_static_trees, fitted_plan, read_growmap, static_plan
+from truncated_llama import TruncatedLlama
+from tuning import round_costs
+
+NAMES = ("vanilla", "speculative", "self_speculative", "static_tree", "dynamic_tree", "specexec", "autojudge", "topk", "common_sense", "hf_generate", "hf_assisted")
+LOSSY = ("autojudge", "topk")
+FOLLOWERS_SHARE = 4  # one node of so many is a follower in common_sense
+GROUPS = {"all": NAMES, "all_lossless": tuple(name for name in NAMES if name not in LOSSY)}
+
+
+class Unavailable(Exception):
+    """A method that cannot run with what was given; the message says what to give."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What methods are set to, beside the draft: benchmark.py's flags."""
+
+    policy: SamplingPolicy
+    max_new_tokens: int
+    seed: int
+    gamma: str
+    verification: Literal["rejection", "coupled"]
+    tree_verification: Literal["coupled", "match", "swor"]
+    tree_budget: int
+    tree_depth: int
+    parallel_branches: int
+    branch_prune_threshold: float
+    growmap: str | None
+    commonsense: Literal["exact", "overwrite"]
+    followers: str | None
+
+    def __post_init__(self) -> None:
+        drafted_at_most(self.gamma)
+        if not 2 <= self.tree_budget <= LARGEST:
+            raise UserError(f"--tree_budget {self.tree_budget}: must lie between 2 and {LARGEST} nodes")
+        for name in ("tree_depth", "parallel_branches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.branch_prune_threshold <= 1:
+            raise UserError(f"--branch_prune_threshold {self.branch_prune_threshold}: must lie between 0 and 1")
+
+    @property
+    def longest(self) -> int:
+        """Positions behind the committed tokens that a method may draft."""
+        return max(drafted_at_most(self.gamma), 2 * self.tree_depth + 1)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What decodes: target, draft if there is one, and what trees are fitted to."""
+
+    target: Target
+    draft: Draft | None
+    eos_ids: frozenset[int]
+    fitted: Fitted
+
+    @property
+    def draft_model(self) -> nn.Module | None:
+        """The draft's own, None where there is none."""
+        return None if self.draft is None else self.draft.model
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a method will decode: `columns` of its records say so, `inputs` are what its figures depend on; `make(calibration)` fits it to the draft and to this
+    machine, where something has to be measured behind the prompt `calibration`."""
+
+    method: str
+    columns: dict
+    inputs: dict
+    make: Callable[[list[int]], DecodeOptions]
+
+
+def chosen_methods(words: list[str]) -> tuple[list[str], set[str]]:
+    """The methods that --method names, in the order of NAMES, and those of them that were named themselves. Raises UserError for unknown words."""
+    unknown = [word for word in words if word not in NAMES and word not in GROUPS]
+    if unknown:
+        raise UserError(f"--method {' '.join(unknown)}: choose from {', '.join((*NAMES, *GROUPS))}")
+    wanted = {name for word in words for name in GROUPS.get(word, (word,))}
+    return [name for name in NAMES if name in wanted], wanted & set(words)
+
+
+def way_of(method: str, subject: Subject, settings: Settings) -> Way:
+    """How `method` will decode. Raises Unavailable."""
+    options = DecodeOptions(policy=settings.policy, max_new_tokens=settings.max_new_tokens, eos_ids=subject.eos_ids, seed=settings.seed)
+    if method in ("vanilla", "hf_generate"):
+        return Way(method, {}, {}, lambda calibration: replace(options, method=method))
+    if subject.draft is None:
+        raise Unavailable("needs a draft: give --checkpoint EXIT or --hf_draft_model MODEL")
+    return MAKERS[method](method, subject, settings, options)
+
+
+# ---- chains ----
+
+def _chain(method: str, subject: Subject, settings: Settings, options: DecodeOptions) -> Way:
+    if method == "self_speculative":
+        _check_shares(subject)
+    options = replace(options, method=method, verification=settings.verification, gamma=drafted_at_most(settings.gamma), record_overlap=True)
+
+    def make(calibration: list[int]) -> DecodeOptions:
+        if settings.gamma != "auto":
+            return options
+        return replace(options, gamma=AdaptiveLength(round_costs(subject.target.model, subject.draft_model, calibration, options)))
+
+    columns = {"k": _number(settings.gamma), "verification": settings.verification}
+    return Way(method, columns, columns, make)
+
+
+def _number(gamma: str) -> int | str:
+    return gamma if gamma == "auto" else int(gamma)
+
+
+def _check_shares(subject: Subject) -> None:
+    """Raise Unavailable unless the draft is an exit that shares blocks and cache with the target."""
+    draft, target = subject.draft_model, subject.target.model
+    if not isinstance(draft, TruncatedLlama):
+        raise Unavailable("drafts with an exit of the target: give --checkpoint EXIT")
+    reason = why_unsupported(target, draft.parts())
+    if reason is not None:
+        raise Unavailable(f"cannot share blocks of {reason}")
+
+
+def _hf_assisted(method: str, subject: Subject, settings: Settings, options: DecodeOptions) -> Way:
+    draft = subject.draft_model
+    reason = why_not_a_llama(draft.exit, subject.target.model.config) if isinstance(draft, TruncatedLlama) else None
+    if reason is not None:
+        raise Unavailable(f"transformers cannot draft with this exit: {reason}")
+    if settings.gamma == "auto":
+        raise Unavailable("drafts a fixed number of tokens: give --k")
+    columns = {"k": int(settings.gamma)}
+    return Way(method, columns, columns, lambda calibration: replace(options, method=method, gamma=int(settings.gamma)))
+
+
+# ---- trees ----
+
+def _static_tree(method: str, subject: Subject, settings: Settings, options: DecodeOptions) -> Way:
+    target, draft, fitted = subject.target, subject.draft_model, subject.fitted
+    columns = {"verification": settings.tree_verification, "tree_budget": settings.tree_budget}
+    if settings.growmap is not None:
+        plan = static_plan(read_growmap(settings.growmap), settings.tree_verification)
+        columns |= {"tree_budget": plan.budget}
+        inputs = {**columns, "growmap": file_hash(settings.growmap), "fitted_to": fitted.data}
+        return Way(method, columns, inputs, lambda calibration: replace(options, method=method, tree=fitted_plan(plan, target, draft, options, fitted)))
+
+    def make(calibration: list[int]) -> DecodeOptions:
+        plan, = best_static_trees(
+            settings.tree_verification, [settings.tree_budget], settings.tree_depth, settings.parallel_branches, target, draft, options, fitted)
+        return replace(options, method=method, tree=plan)
+
+    return Way(method, columns, {**columns, **_shape(settings), "fitted_to": fitted.data}, make)
+
+
+def _growing_tree(method: str, subject: Subject, settings: Settings, options: DecodeOptions) -> Way:
+    width, depth = settings.parallel_branches, settings.tree_depth
+    plan: DynamicTree | SpecExec = DynamicTree(settings.tree_budget, depth, width, verification=settings.tree_verification)
+    if method == "specexec":
+        plan = SpecExec(settings.tree_budget, 2 * depth, width, settings.branch_prune_threshold)
+    own = {"branch_prune_threshold": settings.branch_prune_threshold} if method == "specexec" else {}
+    columns = {"verification": plan.verification, "tree_budget": plan.budget, "parallel_branches": width, **own}
+
+    def make(calibration: list[int]) -> DecodeOptions:
+        fitted = fitted_plan(plan, subject.target, subject.draft_model, options, subject.fitted, None)
+        return replace(options, method=method, tree=fitted)
+
+    return Way(method, columns, {**columns, **_shape(settings), "fitted_to": subject.fitted.data}, make)
+
+
+def _shape(settings: Settings) -> dict:
+    return {name: getattr(settings, name) for name in ("tree_depth", "parallel_branches")}
+
+
+def _common_sense(method: str, subject: Subject, settings: Settings, options: DecodeOptions) -> Way:
+    if settings.followers is None:
+        raise Unavailable("needs --followers TABLE, which build_followers.py makes")
+    if settings.tree_verification == "swor":
+        raise Unavailable("goes with --tree_verification coupled or match")
+    tree = _growing_tree("dynamic_tree", subject, settings, options)
+    own = {"commonsense": settings.commonsense}
+
+    def make(calibration: list[int]) -> DecodeOptions:
+        table = load_followers(settings.followers, subject.target.tokenizer).table.to(subject.target.model.device)
+        return replace(tree.make(calibration), common_sense=CommonSense(table, settings.commonsense, nodes=max(1, settings.tree_budget // FOLLOWERS_SHARE)))
+
+    return Way(method, {**tree.columns, **own}, {**tree.inputs, **own, "followers": file_hash(settings.followers)}, make)
+
+
+MAKERS: dict[str, Callable[[str, Subject, Settings, DecodeOptions], Way]] = {
+    "speculative": _chain, "self_speculative": _chain, "hf_assisted": _hf_assisted,
+    "static_tree": _static_tree, "dynamic_tree": _growing_tree, "specexec": _growing_tree, "common_sense": _common_sense,
+}

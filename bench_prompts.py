@@ -1,0 +1,152 @@
+"""The prompts of benchmark.py: questions of a data set or a file, first turns or follow-ups, as the target reads them.
+
+A file is read by its form: `turns` (MT-Bench, Spec-Bench), `question` and `answer` (GSM8K), `conversations` (ShareGPT) or `messages` (UltraChat), as
+JSON, JSONL, Parquet or Arrow; a .json may hold a list or {"data": list}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from command_line import UserError
+
+from transformers import PreTrainedTokenizerBase
+
+import gsm8k_dataset
+import mt_bench_dataset
+import share_gpt_dataset
+import ultrachat_dataset
+from answers import final_answer
+from data_utils import encode_prompt
+from row_files import ExampleStream, TextDataset, describe_skipped, open_rows
+from text_datasets import DATASETS, find_dataset
+
+BUILT_IN = (
+    "Ada has 14 apples. Ada finds 9 more and then loses 5. How many apples are left?",
+    "Ben keeps books in 6 boxes with 7 books in each. Ben buys 4 more. How many books does Ben have?",
+    "What does the function json.dumps of the Python standard library do?",
+    "Cara buys 8 pens for 3 dollars each and pays with 40 dollars. How much change does Cara get?",
+    "How do I use torch.nn.functional.softmax?",
+    "Finn has 12 coins. Iris has 3 times as many. How many coins do they have together?",
+    "What is pandas.DataFrame.groupby for?",
+    "Hugo has 47 shells, keeps 5 and shares the rest equally among 6 friends. How many shells does each friend get?",
+    "Explain what numpy.linspace returns.",
+    "Mia sorts cards for 4 dollars an hour, 6 hours a day. How much does Mia earn in 3 days?",
+)
+FORMS = {"turns": mt_bench_dataset.DATASET, "question": gsm8k_dataset.DATASET, "conversations": share_gpt_dataset.DATASET, "messages": ultrachat_dataset.DATASET}
+WITH_ANSWERS = ("gsm8k", "arithmetic")  # data sets whose answers end in a number that can be checked
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is decoded behind: token ids, and the final number of its reference answer where that can be checked."""
+
+    input_ids: list[int]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: messages that wait for an answer (or a text to continue), the turns that follow, and the answer to each turn that can be checked."""
+
+    example: dict
+    follow_ups: tuple[str, ...] = ()
+    answers: tuple[str | None, ...] = ()
+
+    def behind(self, answers: list[str]) -> Question:
+        """The follow-up, asked behind the answers to the turns before it."""
+        messages = list(self.example["messages"])
+        for answer, follow_up in zip(answers, self.follow_ups, strict=False):
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": follow_up}]
+        return Question({"messages": messages}, self.follow_ups[len(answers) :], self.answers[len(answers) :])
+
+
+def read_questions(dataset: str, turn_index: int, count: int | None = None) -> list[Question]:
+    """The first `count` usable questions (None: all) of a data set's test split, of all of a file, or BUILT_IN; those of
+    `turn_index` 1 have a follow-up. Raises UserError."""
+    if dataset == "builtin":
+        found = [Question({"messages": [{"role": "user", "content": text}]}) for text in BUILT_IN]
+    else:
+        found = list(_stream_questions(dataset))
+    found = [question for question in found if len(question.follow_ups) >= turn_index]
+    if not found:
+        raise UserError(f"--dataset {dataset}: no question{' with a second turn; use --turn_index 0' if turn_index else ''}")
+    return found[:count]
+
+
+def _stream_questions(dataset: str) -> Iterator[Question]:
+    """All usable questions in order; what is skipped is told on stderr."""
+    stream = _open(dataset)
+    for example in stream.rest_of_epoch():
+        yield _question(example, stream.dataset.name)
+    if stream.skipped:
+        print(f"--dataset {dataset}: {describe_skipped(stream.skipped)}", file=sys.stderr)
+
+
+def _open(dataset: str) -> ExampleStream:
+    if not Path(dataset).exists() and dataset not in DATASETS:
+        if Path(dataset).suffix or "/" in dataset:
+            raise UserError(f"--dataset {dataset}: no such file; give a JSON, JSONL, Parquet or Arrow file, builtin, or one of {', '.join(sorted(DATASETS))}")
+        found = find_dataset(dataset)
+        return ExampleStream(found, open_rows(found, "test"), 0, shuffle=False)
+    if dataset in DATASETS:
+        return ExampleStream(DATASETS[dataset], open_rows(DATASETS[dataset], "test"), 0, shuffle=False)
+    rows = open_rows(replace(mt_bench_dataset.DATASET, name=dataset), "test", dataset)  # a data set that is not cut: all rows
+    return ExampleStream(_form(dataset, rows), rows, 0, shuffle=False)
+
+
+def _form(path: str, rows: list) -> TextDataset:
+    """The data set in whose form most rows are. Raises UserError."""
+    seen = Counter(name for row in rows if isinstance(row, dict) for name in FORMS if name in row)
+    if not seen:
+        raise UserError(f"--dataset {path}: its rows have none of the fields {', '.join(FORMS)}; reshape it to one of these forms")
+    return FORMS[seen.most_common(1)[0][0]]
+
+
+def _question(example: dict, form: str) -> Question:
+    if "text" in example:
+        return Question(example)
+    messages = example["messages"]
+    asked, answered = (messages[:-1], messages[-1]["content"]) if messages[-1]["role"] == "assistant" else (messages, None)
+    if form in WITH_ANSWERS:
+        return Question({"messages": asked}, answers=(final_answer(answered),))
+    return Question({"messages": asked}, tuple(example.get("follow_ups", ())), tuple(map(final_answer, example.get("references", ()))))
+
+
+def encode(question: Question, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, chat_template: bool) -> Prompt:
+    """The prompt of a question; without a chat template the contents of the turns, a blank line between them. Raises UserError where the tokenizer has no template."""
+    example = question.example
+    if "messages" in example and system_prompt is not None:
+        own = [message for message in example["messages"] if message["role"] != "system"]
+        example = {"messages": [{"role": "system", "content": system_prompt}, *own]}
+    if "messages" in example and not chat_template:
+        example = {"text": "\n\n".join(message["content"] for message in example["messages"]) + "\n"}
+    return Prompt(encode_prompt(tokenizer, example), next(iter(question.answers), None))
+
+
+def follow_ups(questions: list[Question], turn_index: int, answer: Callable[[Question], str]) -> list[Question]:
+    """The questions at `turn_index`: behind the answers that `answer` gives to the turns before."""
+    for _ in range(turn_index):
+        questions = [question.behind([answer(question)]) for question in questions]
+    return questions
+
+
+def prompts_hash(prompts: list[Prompt]) -> str:
+    """Identifies prompts by their token ids and answers."""
+    return hashlib.sha256(json.dumps([[prompt.input_ids, prompt.answer] for prompt in prompts]).encode()).hexdigest()
+
+
+def fitting(prompts: list[Prompt], longest: int) -> list[Prompt]:
+    """Those that leave room in the context: of at most `longest` tokens. How many do not is told on stderr. Raises UserError where none does."""
+    found = [prompt for prompt in prompts if 0 < len(prompt.input_ids) <= longest]
+    if not found:
+        raise UserError(f"every prompt has more than {longest} tokens, which is what the context leaves: lower --max_new_tokens")
+    if len(found) < len(prompts):
+        print(f"{len(prompts) - len(found)} prompts are left out: more than {longest} tokens, which is what the context leaves", file=sys.stderr)
+    return found

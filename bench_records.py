@@ -1,0 +1,209 @@
+"""From generations to the records of benchmark.py: keys, the figures of a run, and summaries over all runs that a file holds."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from decoding.state import DecodeStats
+from metrics import mcnemar_p, pace, speculation_metrics, speedup_interval, wilson_interval, with_interval
+from records import FIELDS, SCHEMA_VERSION
+from results import display_active, environment
+from speculative import METHODS, DecodeOptions
+
+MEDIANS = {
+    "tokens_per_sec_median": "tokens_per_sec", "acceptance_rate_median": "acceptance_rate", "avg_tokens_per_step_median": "avg_tokens_per_step",
+    "tokens_per_call_median": "tokens_per_call", "judge_accept_rate_median": "judge_accept_rate", "target_fallback_rate_median": "target_fallback_rate",
+    "cache_hit_rate_median": "cache_hit_rate", "spec_overlap_median": "spec_overlap",
+}
+BASELINES = ("vanilla", "hf_generate")
+UNJUDGED = ("self_speculative", "speculative", "vanilla")  # what a lossy method's accuracy is compared with: the first that was measured
+OF_TREES = ("branches_total", "branches_kept", "branches_pruned", "branch_prune_rate", "effective_parallelism", "max_active_branches", "cache_hits", "cache_misses",
+            "cache_hit_rate", "draft_calls_per_token")
+
+
+# ---- what identifies a record ----
+
+@dataclass(frozen=True)
+class Finished:
+    """One run of a method with what its own figures depend on."""
+
+    method: str
+    inputs: dict
+    run: int
+
+    def fields(self, shared: dict, status: str) -> dict:
+        """What every record of a run says of itself."""
+        seed = shared["seed"] + self.run - 1
+        return {"timestamp": now(), "status": status, "summary": False, "method": self.method, "run": self.run, "seed": seed,
+                "resume_key": key_of(shared, self), "inputs": {"shared": shared, "method": self.inputs}}
+
+
+def key_of(shared: dict, finished: Finished) -> str:
+    """The key of a run: the same inputs make the same key."""
+    return _hash({"shared": shared, "method": finished.method, "inputs": finished.inputs, "run": finished.run})
+
+
+def _hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps({"schema_version": SCHEMA_VERSION, **content}, sort_keys=True).encode()).hexdigest()
+
+
+def now() -> str:
+    """The time, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def system_fields() -> dict:
+    """The machine and the libraries."""
+    found = environment()
+    return {
+        "schema_version": SCHEMA_VERSION, "git_sha": found["git_sha"], "hostname": platform.node() or None, "gpu_name": found.get("gpu"),
+        "gpu_driver": found.get("driver"), "cuda_runtime": found.get("cuda"), "torch_version": found["versions"]["torch"],
+        "transformers_version": found["versions"]["transformers"], "display_active": display_active(), "num_threads": torch.get_num_threads(),
+    }
+
+
+# ---- one run ----
+
+def run_fields(runs: list[DecodeStats], correct: list[bool], options: DecodeOptions) -> dict:
+    """The figures of one run over all prompts; `correct` of those whose answer can be checked."""
+    tokens, seconds = pace([[run] for run in runs])
+    emitted, steps, calls = (sum(counts) for counts in zip(*((run.emitted, len(run.rounds), run.target_calls) for run in runs), strict=True))
+    prefill = sum(run.seconds["prefill"] for run in runs)
+    row = {
+        "prompts": len(runs), "total_prompt_tokens": sum(run.prompt_tokens for run in runs), "total_generated_tokens": emitted,
+        "duration_sec": prefill + seconds.sum(), "prefill_sec": prefill, "decode_sec": seconds.sum(), "tokens_per_sec": tokens.sum() / seconds.sum(),
+        "tokens_by_prompt": tokens.tolist(), "decode_sec_by_prompt": seconds.tolist(), "target_calls_by_prompt": [run.target_calls for run in runs],
+        "steps": steps, "avg_tokens_per_step": tokens.sum() / steps, "tokens_per_call": tokens.sum() / calls, "target_calls": calls,
+        "target_calls_per_token": calls / tokens.sum(),
+    }
+    if correct:
+        row |= {"correct_by_prompt": correct, "exact_match": sum(correct) / len(correct)}
+    if torch.cuda.is_available():
+        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if METHODS[options.method].whole is None:
+        row |= {"draft_sec": sum(run.seconds["draft"] for run in runs), "verify_sec": sum(run.seconds["verify"] for run in runs)}
+        row |= drafting_fields(runs, options) if METHODS[options.method].draft != "none" else {}
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+
+
+def drafting_fields(runs: list[DecodeStats], options: DecodeOptions) -> dict:
+    """Acceptance, calls, and what judges and trees counted."""
+    figures = speculation_metrics(runs, options.ahead, options.seed)
+    rounds = [one for run in runs for one in run.rounds]
+    proposed, accepted, judged, overridden = (sum(getattr(one, name) for one in rounds) for name in ("proposed", "accepted", "judged", "overridden"))
+    rejections = sum(one.accepted < one.tested for one in rounds)
+    emitted, draft_calls = sum(run.emitted for run in runs), sum(run.draft_calls for run in runs)
+    row = {"proposed": proposed, "accepted": accepted, "rejections": rejections, "draft_calls": draft_calls, "draft_calls_per_token": draft_calls / emitted}
+    rate = figures.get("acceptance_rate", figures.get("spec_accept_rate"))
+    row |= {} if rate is None else {"acceptance_rate": rate}
+    row |= {"spec_overlap": figures["spec_overlap"]} if "spec_overlap" in figures else {}
+    row |= {name: figures[name] for name in OF_TREES if name in figures}
+    if judged:
+        row |= {"judge_total": judged, "judge_accepted": overridden, "judge_rejected": judged - overridden, "judge_accept_rate": overridden / judged}
+    if options.judge is not None:
+        row |= {"target_fallbacks": rejections, "target_fallback_rate": rejections / proposed}
+    return row
+
+
+# ---- summaries ----
+
+def needed_summaries(records: list[dict], shared: dict, methods: list[str], seed: int) -> list[dict]:
+    """A summary of each of `methods` over the file's runs with the `shared` inputs, unless the latest one says the same already."""
+    own = [record for record in records if not record["summary"] and (record.get("inputs") or {}).get("shared") == shared]
+    found = []
+    for method in methods:
+        for inputs in _distinct([record["inputs"]["method"] for record in own if record["method"] == method]):
+            made = _summary(method, inputs, own, shared, seed)
+            before = [record for record in records if record["summary"] and record["resume_key"] == made["resume_key"]]
+            if not before or any(before[-1].get(name) != value for name, value in made.items() if name != "timestamp"):
+                found.append(made)
+    return found
+
+
+def _distinct(settings: list[dict]) -> list[dict]:
+    """Of equal ones the last; those of runs that went well are the ones that are not empty."""
+    found = {json.dumps(one, sort_keys=True): one for one in settings}
+    return list(found.values())
+
+
+def _summary(method: str, inputs: dict, own: list[dict], shared: dict, seed: int) -> dict:
+    runs = _by_run([record for record in own if record["method"] == method and record["inputs"]["method"] == inputs])
+    good = {number: record for number, record in runs.items() if record["status"] == "ok"}
+    counts = {status: sum(record["status"] == status for record in runs.values()) for status in ("ok", "error", "skipped")}
+    last = list(runs.values())[-1]
+    made = {
+        "timestamp": now(), "status": "ok" if good else last["status"], "summary": True, "method": method, "resume_key": _hash({"shared": shared, "method": method, "inputs": inputs}),
+        "runs": len(runs), "runs_successful": counts["ok"], "runs_failed": counts["error"], "runs_skipped": counts["skipped"],
+    }
+    if not good:
+        kept = ("error_type", "error_message", "traceback", "info_message", "lossless")
+        return made | {name: last[name] for name in kept if last.get(name) is not None}
+    first = next(iter(good.values()))
+    made |= {name: first[name] for name in FIELDS if name in SETTINGS and name in first}
+    for name, of in MEDIANS.items():
+        values = [record[of] for record in good.values() if record.get(of) is not None]
+        made |= {name: median(values)} if values else {}
+    made |= with_interval("tokens_per_call_mean", _summed(good, "tokens_by_prompt"), _summed(good, "target_calls_by_prompt"), seed)
+    return made | _speedups(good, own, seed) | _accuracy(method, good, own)
+
+
+SETTINGS = ("lossless", "k", "verification", "tree_budget", "parallel_branches", "branch_prune_threshold", "commonsense", "judge_rule", "autojudge_threshold", "autojudge_checkpoint")
+
+
+def _by_run(records: list[dict]) -> dict[int, dict]:
+    """The record of each run that counts: the last that went well, or else the last."""
+    found: dict[int, dict] = {}
+    for record in records:
+        if record["status"] == "ok" or found.get(record["run"], record)["status"] != "ok":
+            found[record["run"]] = record
+    return dict(sorted(found.items()))
+
+
+def _good_runs(method: str, own: list[dict]) -> dict[int, dict]:
+    """The runs of `method` that went well, in its latest settings."""
+    records = [record for record in own if record["method"] == method and record["status"] == "ok"]
+    return {record["run"]: record for record in records if record["inputs"]["method"] == records[-1]["inputs"]["method"]}
+
+
+def _summed(runs: dict[int, dict], name: str) -> np.ndarray:
+    """A field by prompt, summed over runs."""
+    return np.sum([record[name] for record in runs.values()], 0)
+
+
+def _speedups(good: dict[int, dict], own: list[dict], seed: int) -> dict:
+    """Tokens per second over those of the baselines, over the runs that both have."""
+    found, pairs = {}, {}
+    for base in BASELINES:
+        common = sorted(good.keys() & (other := _good_runs(base, own)).keys())
+        if common:
+            pairs[base] = tuple(tuple(_summed({number: runs[number] for number in common}, name) for name in ("tokens_by_prompt", "decode_sec_by_prompt"))
+                                for runs in (other, good))
+    if "hf_generate" in pairs:
+        found |= speedup_interval("speedup_over_hf_generate", *pairs["hf_generate"], seed)
+    if pairs:
+        fastest = max(pairs, key=lambda base: pairs[base][0][0].sum() / pairs[base][0][1].sum())
+        found |= {**speedup_interval("speedup", *pairs[fastest], seed), "speedup_baseline": fastest}
+    return found
+
+
+def _accuracy(method: str, good: dict[int, dict], own: list[dict]) -> dict:
+    """Accuracy, and how it compares with the same decoding without a judge on the same questions."""
+    checked = [record["correct_by_prompt"] for record in good.values() if "correct_by_prompt" in record]
+    if not checked:
+        return {}
+    right, total = sum(map(sum, checked)), sum(map(len, checked))
+    low, high = wilson_interval(right, total)
+    found = {"exact_match_mean": right / total, "exact_match_mean_ci_low": low, "exact_match_mean_ci_high": high}
+    base = next((name for name in UNJUDGED if name != method and _good_runs(name, own).keys() & good.keys()), None)
+    if base is not None and method not in BASELINES:
+        number = min(good.keys() & _good_runs(base, own).keys())
+        found |= {"exact_match_baseline": base, "mcnemar_p": mcnemar_p(_good_runs(base, own)[number]["correct_by_prompt"], good[number]["correct_by_prompt"])}
+    return found
