@@ -26,8 +26,15 @@ DEMO := env PYTHON=$(BIN)/python HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false D
 DEMO_SHORT := $(DEMO) LAYERS=3 MAX_STEPS_HEAD=4 MAX_STEPS_FTLAST=4 QUALITY_MAX_BATCHES=2 SPEC_NUM_PROMPTS=2 SPEC_MAX_NEW=24 \
 	OUTPUT_DIR=runs/demo_short EVAL_DIR=runs/demo_short/evaluation
 
+# Flags of benchmark.py that variables set.
+DATASET ?=
+OUT ?= runs/benchmark
+EXPERIMENT ?=
+HEADLESS ?=
+BENCH = $(BIN)/python benchmark.py --out $(OUT) $(if $(DATASET),--dataset $(DATASET)) $(if $(HEADLESS),--require_headless)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo demo-short test check docker-engine docker-build docker-build-gpu docker-test docker-bench clean
+.PHONY: help setup setup-gpu demo demo-short test check bench bench-toy smoke-hf autojudge specexec list-presets validate-configs validate-results docker-engine docker-build docker-build-gpu docker-test docker-bench clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 25
@@ -49,9 +56,33 @@ demo-short: setup ## the demo's steps at their smallest, for CI
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-check: setup ## lint, and the rule of the import levels
+check: setup validate-configs ## lint, the rule of the import levels, and the presets
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests/test_import_layers.py
+
+bench: setup ## decoding methods side by side: DATASET (builtin, a name or a file), OUT, EXPERIMENT, HEADLESS=1
+	$(BENCH) --experiment $(or $(EXPERIMENT),embedded_all)
+
+bench-toy: setup ## the whole harness in seconds, on random weights: OUT
+	$(BENCH) --experiment toy_all --max_samples 3 --max_new_tokens 16 --runs 2
+
+smoke-hf: setup ## a few tokens of every method with the embedded target, loaded as from the hub: OUT
+	$(BENCH) --hf_model assets/pydoc-llama-7m --checkpoint assets/pydoc-llama-7m-exit/layer1.safetensors --max_samples 2 --max_new_tokens 8
+
+autojudge: setup ## AutoJudge beside exact decoding: DATASET, OUT, EXPERIMENT
+	$(BENCH) --experiment $(or $(EXPERIMENT),embedded_autojudge_k4)
+
+specexec: setup ## SpecExec beside vanilla decoding: DATASET, OUT
+	$(BENCH) --experiment $(or $(EXPERIMENT),embedded_specexec)
+
+list-presets: setup ## what EXPERIMENT can be, and the presets of models and methods
+	$(BIN)/python benchmark.py --list_presets
+
+validate-configs: setup ## check the presets
+	$(BIN)/python validate_configs.py
+
+validate-results: setup ## check benchmark.py's JSONL strictly: OUT
+	$(BIN)/python validate_results.py --strict --path $(OUT)
 
 docker-engine:
 	@command -v $(DOCKER) >/dev/null || { echo "error: $(DOCKER) is not installed; install Docker, name another by DOCKER=podman, or do without: make setup" >&2; exit 2; }

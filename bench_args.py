@@ -13,11 +13,9 @@ from bench_methods import Settings, chosen_methods
 from decoding.sampling import SamplingPolicy
 from evaluation import DraftArgs
 from presets import PresetArgs
-from target_model import ASSETS, DeviceArgs, check_quant, load_tokenizer
+from target_model import DeviceArgs, check_quant, load_tokenizer
 from tree_args import read_growmap
 
-EMBEDDED_EXIT = ASSETS / "pydoc-llama-7m-exit" / "layer1.safetensors"
-EMBEDDED_FOLLOWERS = EMBEDDED_EXIT.with_name("followers.safetensors")
 RESULTS_NAME = "results.jsonl"
 
 
@@ -57,10 +55,10 @@ class Args(PresetArgs, DraftArgs, DeviceArgs):
     branch_prune_threshold: float = field(default=0.0, metadata={"help": "specexec: a child needs this share of its best sibling's probability"})
     growmap: str | None = field(default=None, metadata={"help": "static_tree: the shape, made by build_growmap.py (default: fitted on the spot)"})
     commonsense: Literal["exact", "overwrite"] = field(default="exact", metadata={"help": "common_sense: exact (lossless), or the published form, which is LOSSY"})
-    followers: str | None = field(default=None, metadata={"help": "common_sense: the table, made by build_followers.py (default: the embedded target's)"})
-    topk_rank: str = field(default="4", metadata={"help": "topk (LOSSY): a drafted token is kept where it is among so many of the target's most likely, or all"})
-    autojudge_checkpoint: str | None = field(default=None, metadata={"help": "autojudge (LOSSY): the judge, made by train_judge.py (default: the embedded one)"})
-    autojudge_threshold: float | None = field(default=None, metadata={"help": "autojudge: instead of the judge's own; mode paper keeps a token below it, draft at or above"})
+    followers: str | None = field(default=None, metadata={"help": "common_sense: the table, made by build_followers.py"})
+    topk_rank: list[str] = field(default_factory=lambda: ["4"], metadata={"help": "topk (LOSSY): a drafted token is kept if it is among so many of the target's most likely, or all"})
+    autojudge_checkpoint: str | None = field(default=None, metadata={"help": "autojudge (LOSSY): the judge, made by train_judge.py"})
+    autojudge_threshold: list[float] | None = field(default=None, metadata={"help": "autojudge: instead of the judge's own; mode paper keeps a token below it, draft above"})
 
     runs: int = field(default=1, metadata={"help": "times that all prompts are decoded"})
     seed: int = field(default=0, metadata={"help": "of the first run's noise, the order and the bootstrap"})
@@ -78,6 +76,8 @@ class Args(PresetArgs, DraftArgs, DeviceArgs):
             raise UserError(f"--turn_index {self.turn_index}: must be 0 or 1")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: must not be negative")
+        if not self.toy and self.model_path is None:
+            raise UserError("no target: give --hf_model, --model_preset or --toy")
         if self.toy and (self.model_path or self.checkpoint or self.draft_model_path):
             raise UserError("--toy has models of its own: leave out the others, or --toy")
         if self.draft_device not in (None, self.device):
@@ -94,8 +94,6 @@ class Args(PresetArgs, DraftArgs, DeviceArgs):
             if getattr(self, name) is not None and not independent:
                 raise UserError(f"--{name} belongs to an independent draft: give --hf_draft_model, or leave it out")
         if self.checkpoint is not None or independent:
-            if self.model_path is None:
-                raise UserError("a draft needs its target: give --hf_model")
             self.check_draft(self.model_path, 0, families=None if independent else ("llama",))
             if independent and load_tokenizer(self.model_path).chat_template != load_tokenizer(self.draft_model_path).chat_template:
                 print(f"note: {self.draft_model_path} was made with another chat template than {self.model_path}; prompts use the target's", file=sys.stderr)
@@ -108,17 +106,11 @@ class Args(PresetArgs, DraftArgs, DeviceArgs):
             policy = SamplingPolicy(self.temperature, self.top_k, self.top_p)
         except ValueError as error:
             raise UserError(f"--{error}") from error
-        shared = {name: getattr(self, name) for name in Settings.__dataclass_fields__ if name not in ("policy", "followers")}
-        return Settings(policy=policy, followers=self.followers or (str(EMBEDDED_FOLLOWERS) if self.embedded or self.toy else None), **shared)
+        return Settings(policy=policy, **{name: getattr(self, name) for name in Settings.__dataclass_fields__ if name != "policy"})
 
     def methods(self) -> tuple[list[str], set[str]]:
         """The methods to measure, and those of them that were named themselves. Raises UserError."""
         return chosen_methods(self.method)
-
-    @property
-    def embedded(self) -> bool:
-        """Whether the target is the repository's own."""
-        return not self.toy and self.model_path is None
 
     @property
     def file(self) -> Path:

@@ -13,6 +13,7 @@ from command_line import UserError
 
 from torch import nn
 
+from decoding.autojudge import AnyJudge, TopK
 from decoding.common_sense import CommonSense
 from decoding.draft_length import AdaptiveLength
 from decoding.dynamic_tree import DynamicTree
@@ -22,6 +23,7 @@ from decoding.specexec import SpecExec
 from decoding.static_llama import why_unsupported
 from evaluation import Draft, drafted_at_most
 from followers import load_followers
+from judges import load_judge
 from plain_llama import why_not_a_llama
 from results import file_hash
 from speculative import DecodeOptions
@@ -57,9 +59,18 @@ class Settings:
     growmap: str | None
     commonsense: Literal["exact", "overwrite"]
     followers: str | None
+    topk_rank: list[str]
+    autojudge_checkpoint: str | None
+    autojudge_threshold: list[float] | None
 
     def __post_init__(self) -> None:
         drafted_at_most(self.gamma)
+        for rank in self.topk_rank:
+            if rank != "all" and not (rank.isdecimal() and int(rank) >= 1):
+                raise UserError(f"--topk_rank {rank}: must be all, or a number of at least 1")
+        for threshold in self.autojudge_threshold or []:
+            if not 0 <= threshold <= 1:
+                raise UserError(f"--autojudge_threshold {threshold}: must lie between 0 and 1")
         if not 2 <= self.tree_budget <= LARGEST:
             raise UserError(f"--tree_budget {self.tree_budget}: must lie between 2 and {LARGEST} nodes")
         for name in ("tree_depth", "parallel_branches"):
@@ -98,6 +109,12 @@ class Way:
     columns: dict
     inputs: dict
     make: Callable[[list[int]], DecodeOptions]
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other ways of one start."""
+        return f"{self.method} {self.label}".strip()
 
 
 def chosen_methods(words: list[str]) -> tuple[list[str], set[str]]:
@@ -109,14 +126,16 @@ def chosen_methods(words: list[str]) -> tuple[list[str], set[str]]:
     return [name for name in NAMES if name in wanted], wanted & set(words)
 
 
-def way_of(method: str, subject: Subject, settings: Settings) -> Way:
-    """How `method` will decode. Raises Unavailable."""
+def ways_of(method: str, subject: Subject, settings: Settings) -> list[Way]:
+    """How `method` will decode: one way, but for a method of which several thresholds or ranks were asked for. Raises Unavailable."""
     options = DecodeOptions(policy=settings.policy, max_new_tokens=settings.max_new_tokens, eos_ids=subject.eos_ids, seed=settings.seed)
     if method in ("vanilla", "hf_generate"):
-        return Way(method, {}, {}, lambda calibration: replace(options, method=method))
+        return [Way(method, {}, {}, lambda calibration: replace(options, method=method))]
     if subject.draft is None:
         raise Unavailable("needs a draft: give --checkpoint EXIT or --hf_draft_model MODEL")
-    return MAKERS[method](method, subject, settings, options)
+    if method in JUDGED:
+        return JUDGED[method](subject, settings, options)
+    return [MAKERS[method](method, subject, settings, options)]
 
 
 # ---- chains ----
@@ -158,6 +177,34 @@ def _hf_assisted(method: str, subject: Subject, settings: Settings, options: Dec
         raise Unavailable("drafts a fixed number of tokens: give --k")
     columns = {"k": int(settings.gamma)}
     return Way(method, columns, columns, lambda calibration: replace(options, method=method, gamma=int(settings.gamma)))
+
+
+# ---- lossy chains ----
+
+def _judged(method: str, judge: AnyJudge, label: str, own: dict, settings: Settings, options: DecodeOptions, **identity: str) -> Way:
+    options = replace(options, method=method, judge=judge, verification=settings.verification, gamma=drafted_at_most(settings.gamma))
+    columns = {"k": options.gamma, "verification": settings.verification, **own}
+    return Way(method, columns, {**columns, **identity}, lambda calibration: options, label)
+
+
+def _autojudge(subject: Subject, settings: Settings, options: DecodeOptions) -> list[Way]:
+    if settings.autojudge_checkpoint is None:
+        raise Unavailable("needs --autojudge_checkpoint JUDGE, which train_judge.py makes")
+    judge, _ = load_judge(settings.autojudge_checkpoint, subject.target, subject.draft_model)
+    rule = "P(important) < {:g}" if judge.mode == "paper" else "P(accept) >= {:g}"
+    found = []
+    for threshold in settings.autojudge_threshold or [judge.threshold]:
+        own = {"judge_rule": rule.format(threshold), "autojudge_threshold": threshold, "autojudge_checkpoint": settings.autojudge_checkpoint}
+        found.append(_judged("autojudge", replace(judge, threshold=threshold), f"at {threshold:g}", own, settings, options, judge=file_hash(settings.autojudge_checkpoint)))
+    return found
+
+
+def _topk(subject: Subject, settings: Settings, options: DecodeOptions) -> list[Way]:
+    return [_judged("topk", TopK(None if rank == "all" else int(rank)), f"of {rank}", {"judge_rule": f"among the target's top {rank}"}, settings, options)
+            for rank in settings.topk_rank]
+
+
+JUDGED = {"autojudge": _autojudge, "topk": _topk}
 
 
 # ---- trees ----

@@ -117,30 +117,35 @@ def drafting_fields(runs: list[DecodeStats], options: DecodeOptions) -> dict:
 
 def needed_summaries(records: list[dict], shared: dict, methods: list[str], seed: int) -> list[dict]:
     """A summary of each of `methods` over the file's runs with the `shared` inputs, unless the latest one says the same already."""
-    own = [record for record in records if not record["summary"] and (record.get("inputs") or {}).get("shared") == shared]
+    own = [record for record in records if belongs(record, shared)]
     found = []
     for method in methods:
-        for inputs in _distinct([record["inputs"]["method"] for record in own if record["method"] == method]):
-            made = _summary(method, inputs, own, shared, seed)
+        for key in dict.fromkeys(summary_key(shared, record) for record in own if record["method"] == method):
+            made = {**_summary(method, [record for record in own if summary_key(shared, record) == key], own, seed), "resume_key": key}
             before = [record for record in records if record["summary"] and record["resume_key"] == made["resume_key"]]
             if not before or any(before[-1].get(name) != value for name, value in made.items() if name != "timestamp"):
                 found.append(made)
     return found
 
 
-def _distinct(settings: list[dict]) -> list[dict]:
-    """Of equal ones the last; those of runs that went well are the ones that are not empty."""
-    found = {json.dumps(one, sort_keys=True): one for one in settings}
-    return list(found.values())
+def belongs(record: dict, shared: dict) -> bool:
+    """Whether a record is a run with the `shared` inputs."""
+    return not record["summary"] and record["inputs"]["shared"] == shared
 
 
-def _summary(method: str, inputs: dict, own: list[dict], shared: dict, seed: int) -> dict:
-    runs = _by_run([record for record in own if record["method"] == method and record["inputs"]["method"] == inputs])
+def summary_key(shared: dict, record: dict) -> str:
+    """The key of the summary that a run belongs to: the same method with the same inputs."""
+    return _hash({"shared": shared, "method": record["method"], "inputs": record["inputs"]["method"]})
+
+
+def _summary(method: str, records: list[dict], own: list[dict], seed: int) -> dict:
+    """Of the runs `records` of `method`; `own` are all runs that they can be compared with."""
+    runs = _by_run(records)
     good = {number: record for number, record in runs.items() if record["status"] == "ok"}
     counts = {status: sum(record["status"] == status for record in runs.values()) for status in ("ok", "error", "skipped")}
     last = list(runs.values())[-1]
     made = {
-        "timestamp": now(), "status": "ok" if good else last["status"], "summary": True, "method": method, "resume_key": _hash({"shared": shared, "method": method, "inputs": inputs}),
+        "timestamp": now(), "status": "ok" if good else last["status"], "summary": True, "method": method,
         "runs": len(runs), "runs_successful": counts["ok"], "runs_failed": counts["error"], "runs_skipped": counts["skipped"],
     }
     if not good:

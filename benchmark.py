@@ -36,17 +36,17 @@ import torch
 from tqdm import tqdm
 
 from answers import final_answer, same_answer
-from bench_args import EMBEDDED_EXIT, Args
-from bench_methods import Subject, Unavailable, Way, way_of
+from bench_args import Args
+from bench_methods import Subject, Unavailable, Way, ways_of
 from bench_prompts import Prompt, Question, encode, fitting, follow_ups, prompts_hash, read_questions
-from bench_records import Finished, key_of, needed_summaries, run_fields, system_fields
+from bench_records import Finished, belongs, key_of, needed_summaries, run_fields, summary_key, system_fields
 from decoding.sampling import SamplingPolicy
-from decoding.state import DecodeStats
-from evaluation import Draft, DraftArgs, load_draft, model_draft
+from evaluation import Draft, load_draft, model_draft
+from judges import draft_hash
 from planted import planted_pair
 from presets import listing, with_presets
 from record_file import RecordFile
-from results import display_active, file_hash
+from results import display_active
 from speculative import DecodeOptions, Generation, context_length, generate
 from target_model import EMBEDDED_TARGET, Target, eos_token_ids, load_target, load_tokenizer, named_config, weights_hash
 from tree_args import Fitted
@@ -62,10 +62,8 @@ def load_pair(args: Args) -> tuple[Target, Draft | None]:
     """The target and its draft, if there is one."""
     if args.toy:
         return toy_pair(args)
-    path = str(EMBEDDED_TARGET) if args.embedded else args.model_path
-    target = load_target(path, args, quant=args.quant, compute_dtype=args.bnb_compute_dtype, families=("llama",) if args.checkpoint or args.embedded else None)
-    if args.embedded:
-        return target, load_draft(target, DraftArgs(checkpoint=str(EMBEDDED_EXIT)))
+    families = ("llama",) if args.checkpoint is not None else None
+    target = load_target(args.model_path, args, quant=args.quant, compute_dtype=args.bnb_compute_dtype, families=families)
     if args.draft_model_path is not None:
         own = replace(args, torch_dtype=args.draft_dtype or args.torch_dtype)
         model = load_target(args.draft_model_path, own, quant=args.draft_quant, compute_dtype=args.draft_bnb_compute_dtype or args.bnb_compute_dtype, families=None).model
@@ -116,99 +114,94 @@ def greedy_answer(target: Target, question: Question, args: Args) -> str:
 # ---- measurement ----
 
 class Benchmark:
-    """One start of the command: the methods that are still to be measured, and the records that they leave."""
+    """One start of the command: the ways to decode, and the records that they leave."""
 
     def __init__(self, args: Args, file: RecordFile, target: Target, draft: Draft | None, data: Data) -> None:
         self.args, self.file, self.data, self.target = args, file, data, target
-        self.subject = Subject(target, draft, eos_token_ids(target), Fitted(data.fit, f"{data.fitted_to}: {prompts_hash(data.prompts)[:16]}", self._draft_path(draft)))
+        path = None if draft is None or not Path(draft.columns["checkpoint"]).exists() else draft.columns["checkpoint"]
+        self.subject = Subject(target, draft, eos_token_ids(target), Fitted(data.fit, f"{data.fitted_to}: {prompts_hash(data.prompts)[:16]}", path))
         self.shared = shared_inputs(args, target, draft, data)
         self.fields = {**base_fields(args, target, draft, self.shared), **system_fields(), "command": shlex.join([Path(sys.executable).name, *sys.argv])}
-        self.options: dict[str, DecodeOptions] = {}  # of the methods that are ready: fitted, and warm
-
-    @staticmethod
-    def _draft_path(draft: Draft | None) -> str | None:
-        path = None if draft is None else draft.columns["checkpoint"]
-        return path if path is not None and Path(path).exists() else None
+        self.options: dict[str, DecodeOptions] = {}  # of the ways that are ready: fitted, and warm
 
     def measure(self, methods: list[str]) -> None:
         """All runs of all methods, then the summaries."""
+        ways: list[Way] = []
+        for method in methods:
+            try:
+                ways += ways_of(method, self.subject, self.args.settings())
+            except Unavailable as reason:
+                self._skip(method, str(reason))
         for number in range(1, self.args.runs + 1):
-            self._measure_run(number, methods)
+            self._measure_run(number, {way.name: way for way in ways if not self._finished(way, number) and self._ready(way, number)})
         for record in needed_summaries(self.file.records, self.shared, methods, self.args.seed):
             self.file.append({**self.fields, **record})
 
-    def _measure_run(self, number: int, methods: list[str]) -> None:
-        todo = {method: way for method in methods if (way := self._wanted(method, number)) is not None and self._ready(way, number)}
-        found: dict[str, list[tuple[list[int], DecodeStats]]] = {method: [] for method in todo}
+    def _measure_run(self, number: int, todo: dict[str, Way]) -> None:
+        found: dict[str, list[Generation]] = {name: [] for name in todo}
         orders = random.Random(self.args.seed + number)
         bar = tqdm(self.data.prompts if todo else (), desc=f"run {number}", unit="prompt", disable=not todo or None)
         for index, prompt in enumerate(bar):
-            for method in orders.sample(list(todo), len(todo)):
+            for name in orders.sample(list(todo), len(todo)):
                 try:
-                    generation = self._decode(method, prompt, index, number)
+                    found[name].append(self._decode(name, prompt, index, number))
                 except Exception as error:  # noqa: BLE001  whatever a method raises, the others go on
-                    self._fail(todo.pop(method), number, error)
-                else:
-                    found[method].append((generation.tokens, generation.stats))
-            bar.set_postfix_str(" ".join(f"{method} {progress(found[method])}" for method in todo if found[method]))
-        for method, way in todo.items():
-            self._append(way, number, "ok", self._figures(method, found[method]))
+                    self._fail(todo.pop(name), number, error)
+            bar.set_postfix_str(" ".join(f"{name} {progress(found[name])}" for name in todo))
+        for name, way in todo.items():
+            self._append(Finished(way.method, way.inputs, number), "ok", {**way.columns, **self._figures(name, found[name])})
 
-    def _wanted(self, method: str, number: int) -> Way | None:
-        """How the method will decode, unless this run of it is finished or it cannot run."""
-        try:
-            way = way_of(method, self.subject, self.args.settings())
-        except Unavailable as reason:
-            self._skip(method, number, str(reason))
-            return None
-        key = key_of(self.shared, Finished(method, way.inputs, number))
-        return None if any(record["resume_key"] == key and record["status"] == "ok" for record in self.file.records) else way
+    def _finished(self, way: Way, number: int) -> bool:
+        key = key_of(self.shared, Finished(way.method, way.inputs, number))
+        return any(record["resume_key"] == key and record["status"] == "ok" for record in self.file.records)
 
     def _ready(self, way: Way, number: int) -> bool:
-        """Whether the method could be fitted and decode a first prompt, which nothing counts; done once."""
+        """Whether it could be fitted and decode a first prompt, which nothing counts; done once."""
         try:
-            if way.method not in self.options:
-                self.options[way.method] = way.make(self.data.prompts[0].input_ids)
-                self._decode(way.method, self.data.prompts[0], 0, number)
+            if way.name not in self.options:
+                self.options[way.name] = way.make(self.data.prompts[0].input_ids)
+                self._decode(way.name, self.data.prompts[0], 0, number)
         except Exception as error:  # noqa: BLE001  as above
-            self.options.pop(way.method, None)
+            self.options.pop(way.name, None)
             self._fail(way, number, error)
             return False
         return True
 
-    def _decode(self, method: str, prompt: Prompt, index: int, number: int) -> Generation:
-        options = replace(self.options[method], seed=self.args.seed + number - 1)
+    def _decode(self, name: str, prompt: Prompt, index: int, number: int) -> Generation:
+        options = replace(self.options[name], seed=self.args.seed + number - 1)
         return generate(self.target.model, prompt.input_ids, options, self.subject.draft_model, prompt_id=index)
 
-    def _figures(self, method: str, found: list[tuple[list[int], DecodeStats]]) -> dict:
-        correct = [same_answer(final_answer(self.target.tokenizer.decode(tokens, skip_special_tokens=True)), prompt.answer)
-                   for prompt, (tokens, _) in zip(self.data.prompts, found, strict=True) if prompt.answer is not None]
-        options = self.options[method]
-        return {"lossless": options.lossless, **run_fields([stats for _, stats in found], correct, options)}
+    def _figures(self, name: str, found: list[Generation]) -> dict:
+        correct = [same_answer(final_answer(self.target.tokenizer.decode(generation.tokens, skip_special_tokens=True)), prompt.answer)
+                   for prompt, generation in zip(self.data.prompts, found, strict=True) if prompt.answer is not None]
+        options = self.options[name]
+        return {"lossless": options.lossless, **run_fields([generation.stats for generation in found], correct, options)}
 
-    def _skip(self, method: str, number: int, reason: str) -> None:
-        way = Way(method, {}, {}, lambda calibration: DecodeOptions())
-        key = key_of(self.shared, Finished(method, way.inputs, number))
-        if not any(record["resume_key"] == key and record.get("info_message") == reason for record in self.file.records):
-            tqdm.write(f"{method} is skipped: {reason}", file=sys.stderr)
-            self._append(way, number, "skipped", {"info_message": reason})
+    def _skip(self, method: str, reason: str) -> None:
+        """A record for each run, where the file has none yet."""
+        for number in range(1, self.args.runs + 1):
+            finished = Finished(method, {}, number)
+            key = key_of(self.shared, finished)
+            if not any(record["resume_key"] == key and record.get("info_message") == reason for record in self.file.records):
+                self._append(finished, "skipped", {"info_message": reason})
+        print(f"{method} is skipped: {reason}", file=sys.stderr)
 
     def _fail(self, way: Way, number: int, error: Exception) -> None:
-        tqdm.write(f"{way.method} failed in run {number}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        tqdm.write(f"{way.name} failed in run {number}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         told = {"error_type": type(error).__name__, "error_message": str(error) or type(error).__name__, "traceback": "".join(traceback.format_exception(error))}
         error.__traceback__ = None  # which keeps the tensors of its frames
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._append(way, number, "error", told)
+        self._append(Finished(way.method, way.inputs, number), "error", {**way.columns, **told})
 
-    def _append(self, way: Way, number: int, status: str, figures: dict) -> None:
-        self.file.append({**self.fields, **way.columns, **Finished(way.method, way.inputs, number).fields(self.shared, status), **figures})
+    def _append(self, finished: Finished, status: str, figures: dict) -> None:
+        self.file.append({**self.fields, **finished.fields(self.shared, status), **figures})
 
 
-def progress(found: list[tuple[list[int], DecodeStats]]) -> str:
+def progress(found: list[Generation]) -> str:
     """Tokens per second so far, and the share of drafted tokens that were kept."""
-    runs = [stats for _, stats in found]
+    runs = [generation.stats for generation in found]
     proposed, accepted = (sum(getattr(one, name) for stats in runs for one in stats.rounds) for name in ("proposed", "accepted"))
     pace = f"{sum(stats.timed for stats in runs) / sum(stats.decode_s for stats in runs):.0f}/s"
     return f"{pace} {accepted / proposed:.0%}" if proposed else pace
@@ -217,20 +210,12 @@ def progress(found: list[tuple[list[int], DecodeStats]]) -> str:
 def shared_inputs(args: Args, target: Target, draft: Draft | None, data: Data) -> dict:
     """Everything that the figures of all methods depend on, beside the machine and the code."""
     return {
-        "target": weights_hash(target.model), "draft": draft_hash(draft),
+        "target": weights_hash(target.model), "draft": None if draft is None else draft_hash(draft.model),
         "prompts": prompts_hash(data.prompts), "seed": args.seed,
         **{name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens", "turn_index", "use_chat_template", "system_prompt", "num_threads",
                                                   "quant", "draft_dtype", "draft_quant")},
         "device": str(target.model.device), "dtype": str(target.model.dtype).removeprefix("torch."), "toy": args.toy,
     }
-
-
-def draft_hash(draft: Draft | None) -> str | None:
-    """Identifies the draft: an exit by its file."""
-    if draft is None or draft.columns["checkpoint"] == "toy":
-        return None if draft is None else "toy"
-    path = Path(draft.columns["checkpoint"])
-    return file_hash(path) if path.is_file() else weights_hash(draft.model)
 
 
 def base_fields(args: Args, target: Target, draft: Draft | None, shared: dict) -> dict:
@@ -239,24 +224,22 @@ def base_fields(args: Args, target: Target, draft: Draft | None, shared: dict) -
     drafting = {}
     if draft is not None:
         own = draft.model
-        drafting = {"draft_model": Path(draft.columns["checkpoint"]).name if args.embedded else draft.columns["checkpoint"], "draft_tokenizer": target.name,
-                    "draft_device": str(own.device), "draft_dtype": str(own.dtype).removeprefix("torch."), "draft_quant": args.draft_quant}
+        drafting = {"draft_model": draft.columns["checkpoint"], "draft_tokenizer": args.draft_model_path or target.name, "draft_device": str(own.device), "draft_dtype": str(own.dtype).removeprefix("torch."), "draft_quant": args.draft_quant}
     named = {name: getattr(args, name) for name in ("use_chat_template", "system_prompt", "max_samples", "turn_index", "max_new_tokens", "temperature", "top_p", "top_k")}
-    name = Path(target.name).name if args.embedded else target.name
-    return {"backend": "toy" if args.toy else "hf", "target_model": name, "tokenizer": name, **drafting, "device": shared["device"], "dtype": shared["dtype"], **quantised,
+    return {"backend": "toy" if args.toy else "hf", "target_model": target.name, "tokenizer": target.name, **drafting, "device": shared["device"], "dtype": shared["dtype"], **quantised,
             **named, "dataset": args.dataset, "dataset_sha256": shared["prompts"]}
 
 
-def table(records: list[dict], methods: list[str]) -> str:
-    """The latest summaries as they are printed."""
-    latest = {record["method"]: record for record in records if record["summary"]}
+def table(records: list[dict], shared: dict, methods: list[str]) -> str:
+    """The latest summaries with the `shared` inputs, as they are printed."""
+    keys = [key for method in methods for key in dict.fromkeys(summary_key(shared, record) for record in records if record["method"] == method and belongs(record, shared))]
+    latest = {record["resume_key"]: record for record in records if record["summary"]}
     shown = {
-        "method": "method", "lossless": "lossless", "runs": "runs_successful", "tokens/s": "tokens_per_sec_median", "speedup": "speedup", "low": "speedup_ci_low",
-        "high": "speedup_ci_high", "over hf": "speedup_over_hf_generate", "accepted": "acceptance_rate_median", "τ": "tokens_per_call_median", "overlap": "spec_overlap_median",
-        "accuracy": "exact_match_mean", "p": "mcnemar_p", "note": "note",
+        "method": "method", "lossless": "lossless", "γ": "k", "nodes": "tree_budget", "judged": "judge_rule", "runs": "runs_successful", "tokens/s": "tokens_per_sec_median",
+        "speedup": "speedup", "low": "speedup_ci_low", "high": "speedup_ci_high", "over hf": "speedup_over_hf_generate", "accepted": "acceptance_rate_median",
+        "τ": "tokens_per_call_median", "overlap": "spec_overlap_median", "accuracy": "exact_match_mean", "p": "mcnemar_p", "note": "note",
     }
-    rows = [{**record, "note": (record.get("info_message") or record.get("error_message") or "")[:NOTE_LETTERS] or None}
-            for record in (latest[method] for method in methods if method in latest)]
+    rows = [{**latest[key], "note": (latest[key].get("info_message") or latest[key].get("error_message") or "")[:NOTE_LETTERS] or None} for key in keys]
     frame = pd.DataFrame([{title: row.get(column) for title, column in shown.items()} for row in rows])
     return frame.dropna(axis="columns", how="all").to_string(index=False, float_format="%.2f", na_rep="")
 
@@ -276,12 +259,12 @@ def main() -> int:
             print(f"{args.file}: the last line was cut off and is left out", file=sys.stderr)
         before = len(file.records)
         target, draft = load_pair(args)
-        Benchmark(args, file, target, draft, load_data(target, args, questions)).measure(methods)
+        benchmark = Benchmark(args, file, target, draft, load_data(target, args, questions))
+        benchmark.measure(methods)
         records = file.records
-    print(table(records, methods))
+    print(table(records, benchmark.shared, methods))
     added = [record for record in records[before:] if not record["summary"]]
-    print(f"{args.file}: {sum(record['status'] == 'ok' for record in added)} runs added, {len(methods) * args.runs - len(added)} were there" if added
-          else f"{args.file}: nothing left to do")
+    print(f"{args.file}: {f'{len(added)} runs added' if added else 'nothing left to do'}")
     if any(record["status"] == "error" or (record["status"] == "skipped" and record["method"] in named) for record in added):
         return 1
     return 0

@@ -8,6 +8,7 @@ are prefixed: hf_model is hf_draft_model, dtype is draft_dtype. What is later in
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +56,12 @@ def preset_flags(chosen: PresetArgs, folder: Path = FOLDER) -> dict:
             continue
         found = _find("methods" if part == "method_preset" else "models", name, folder)
         flags |= as_draft(found, name) if part == "draft_preset" else found
-    return {key: value for key, value in flags.items() if value is not None}
+    return {key: _path(value) for key, value in flags.items() if value is not None}
+
+
+def _path(value: object) -> object:
+    """A path into assets/, which lies beside the presets, from where the command runs."""
+    return os.path.relpath(FOLDER.parent / value) if isinstance(value, str) and value.startswith("assets/") else value
 
 
 def as_draft(flags: dict, name: str) -> dict:
@@ -87,6 +93,9 @@ def listing(folder: Path = FOLDER) -> str:
 
 EXCLUSIVE = (("toy", "hf_model", "model_path"), ("checkpoint", "hf_draft_model", "draft_model_path"))  # where one is typed, a preset's other gives way
 
+OF_TARGET = {"experiment", "model_preset", *EXCLUSIVE[0]}
+EMBEDDED = ("embedded", "embedded_exit")  # where no target is named
+
 
 def with_presets(words: list[str], folder: Path = FOLDER) -> list[str]:
     """A command line with what its presets set put before what was typed, which so has the last word."""
@@ -96,6 +105,8 @@ def with_presets(words: list[str], folder: Path = FOLDER) -> list[str]:
     chosen, _ = parser.parse_known_args(words)
     typed = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     out = {name for group in EXCLUSIVE if typed & set(group) for name in group}
+    if not typed & OF_TARGET:
+        chosen.model_preset, chosen.draft_preset = EMBEDDED[0], chosen.draft_preset or EMBEDDED[1]
     return [*as_words({name: value for name, value in preset_flags(chosen, folder).items() if name not in out}), *words]
 
 
