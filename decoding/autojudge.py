@@ -69,12 +69,16 @@ class Judge:
         layers = tuple((weight.to(device), bias.to(device)) for weight, bias in self.layers)
         return replace(self, mean=self.mean.to(device), scale=self.scale.to(device), layers=layers)
 
-    def predict(self, features: torch.Tensor) -> torch.Tensor:
-        """P(important) (...) of tokens with `features` (..., F)."""
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Log odds (...) of what the classifier predicts, for tokens with `features` (..., F)."""
         x = (features - self.mean) / self.scale
         for weight, bias in self.layers[:-1]:
             x = linear(x, weight, bias).relu()
-        logits = linear(x, *self.layers[-1])[..., 0]
+        return linear(x, *self.layers[-1])[..., 0]
+
+    def predict(self, features: torch.Tensor) -> torch.Tensor:
+        """P(important) (...) of tokens with `features` (..., F)."""
+        logits = self.logits(features)
         return (-logits if self.mode == "draft" else logits).sigmoid()
 
     def scores(self, drafted: torch.Tensor, logits: torch.Tensor, states: torch.Tensor | None, seen: torch.Tensor | None) -> torch.Tensor:

@@ -25,13 +25,13 @@ LEVELS = {
         " decoding.specexec decoding.hf_peers",
     21: "tuned_llama plain_llama planted",
     30: "speculative",
-    31: "tuning tree_tuning",
+    31: "judges judge_mining tuning tree_tuning",
     32: "potential tree_args",
     40: "evaluation bench_prompts",
     41: "bench_methods bench_records",
     42: "bench_args",
     50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft sweep_settings benchmark_torch_compile tune build_followers build_growmap"
-        " generate_dataset benchmark_training benchmark validate_results validate_configs plot_results",
+        " generate_dataset benchmark_training train_judge evaluate_judge benchmark validate_results validate_configs plot_results",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 
