@@ -20,7 +20,7 @@ ARG PIP_FIND_LINKS
 ARG PIP_CERT
 
 WORKDIR /app
-RUN useradd --create-home suite && install -d -o suite -g suite /app /data
+RUN useradd --create-home suite && install -d -o suite -g suite /app && install -d -m 1777 /data
 # Before the sources, so that a change to them installs nothing anew.
 COPY install_dependencies.sh requirements.txt requirements-dev.txt constraints.txt ./
 RUN PIP_FLAGS=--no-cache-dir ./install_dependencies.sh && rm -rf /var/lib/apt/lists/* \

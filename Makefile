@@ -13,7 +13,10 @@ INSTALL = SYSTEM_PYTHON="$(SYSTEM_PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" bash install
 
 IMAGE ?= early-exit
 DOCKER ?= docker
+DOCKER_FLAGS ?=
 BUILD_ARGS = $(foreach name,BASE_IMAGE TORCH_VERSION TORCH_INDEX_URL PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CERT,$(if $($(name)),--build-arg $(name)="$($(name))"))
+OUT_FOLDER = $(abspath $(if $(filter %.jsonl,$(OUT)),$(dir $(OUT)),$(OUT)))
+DATASET_FILE = $(abspath $(wildcard $(DATASET)))
 
 # The demo's sweep, made for 2 CPU cores. See `bash run_sweep_ultrachat_two_stage.sh --help`. Word problems, because exits learn them in minutes.
 DEMO := env PYTHON=$(BIN)/python HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DEVICE=cpu SEED=0 NUM_THREADS=2 \
@@ -94,8 +97,15 @@ docker-build: docker-engine ## an image for the CPU; IMAGE names it, BASE_IMAGE 
 docker-build-gpu: docker-engine ## an image for NVIDIA GPUs, IMAGE-gpu; build arguments as in Dockerfile.gpu
 	$(DOCKER) build $(BUILD_ARGS) -f Dockerfile.gpu -t $(IMAGE)-gpu .
 
-docker-test: docker-engine ## all tests, in the image for the CPU
-	$(DOCKER) run --rm $(IMAGE)
+docker-test: docker-engine ## all tests, in the image; for GPUs IMAGE=early-exit-gpu DOCKER_FLAGS="--gpus all --ipc host"
+	$(DOCKER) run --rm $(DOCKER_FLAGS) $(IMAGE)
+
+# Files have the same paths inside, and results belong to who starts the container: a user without a name there, who needs a home.
+docker-bench: docker-engine ## make bench in the image: DATASET, OUT, EXPERIMENT; downloads are kept in the volume early-exit
+	mkdir -p $(OUT_FOLDER)
+	$(DOCKER) run --rm $(DOCKER_FLAGS) --user "$$(id -u):$$(id -g)" -e HOME=/tmp -e USER=suite -v early-exit:/data -v $(OUT_FOLDER):$(OUT_FOLDER) \
+		$(if $(DATASET_FILE),-v $(DATASET_FILE):$(DATASET_FILE):ro) $(IMAGE) \
+		make bench OUT=$(abspath $(OUT)) DATASET=$(or $(DATASET_FILE),$(DATASET)) EXPERIMENT=$(EXPERIMENT)
 
 clean: ## delete the demos' results and the caches of the tools, but no other run and not the .venv
 	rm -rf runs/demo runs/demo_short .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Installation: the script with stubs for apt-get, pip and Python, which say what they were asked for; images by their files."""
+"""Installation: the script with stubs for apt-get, pip and Python, which say what they were asked for; images and CI by their files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from command_line import SUPPORTED
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "install_dependencies.sh"
@@ -305,7 +306,26 @@ def test_make_hands_its_variables_to_the_script(tmp_path: Path):
         f'SYSTEM_PYTHON="python3.12" PIP_FLAGS="-q --no-cache-dir" bash install_dependencies.sh --venv {tmp_path}/venv --gpu_later')
 
 
-@pytest.mark.parametrize("target", ["docker-build", "docker-build-gpu", "docker-test"])
+@pytest.mark.parametrize("target", ["docker-build", "docker-build-gpu", "docker-test", "docker-bench"])
 def test_images_need_docker(target: str):
     status, output = make(target, "DOCKER=no_docker")
     assert status == 2 and output.startswith("error: no_docker is not installed")
+
+
+def test_benchmark_in_the_image_sees_the_files_and_writes_the_results(tmp_path: Path):
+    questions = tmp_path / "questions.jsonl"
+    questions.touch()
+    flags = ["-n", "docker-bench", "VENV=" + str(tmp_path), "DOCKER=echo"]
+    output = make(*flags, f"OUT={tmp_path}/out/all.jsonl", f"DATASET={questions}", "EXPERIMENT=toy_all")[1]
+    assert f"-v {tmp_path}/out:{tmp_path}/out" in output and f"-v {questions}:{questions}:ro" in output
+    assert f"make bench OUT={tmp_path}/out/all.jsonl DATASET={questions} EXPERIMENT=toy_all" in output
+    output = make(*flags, f"OUT={tmp_path}/out", "DATASET=gsm8k")[1]
+    assert f"-v {tmp_path}/out:{tmp_path}/out" in output and ":ro" not in output and "DATASET=gsm8k" in output
+
+
+def test_ci_runs_targets_that_exist():
+    job, = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    targets = re.findall(r"\bmake (.+)", "\n".join(step.get("run", "") for step in job["steps"]))
+    targets = {word for words in targets for word in words.split() if "=" not in word}
+    assert targets == {"setup", "check", "test", "bench-toy", "validate-results"} and job["timeout-minutes"]
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
