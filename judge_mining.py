@@ -91,7 +91,8 @@ class Reader:
 
     def start(self, texts: list[list[int]]) -> None:
         """Forget all, and take in `texts` (a list of up to `batch`)."""
-        self.engine.start([len(text) for text in texts])
+        self.engine.crop([0] * self.batch)  # engine.start would write zeros over the whole cache, a third of the time of a swap here
+        self.engine.rotary.start([len(text) for text in texts] + [0] * (self.batch - len(texts)))
         self.engine.prefill(texts)
 
     def feed(self, tokens: list[list[int]]) -> torch.Tensor:
@@ -129,7 +130,7 @@ class Reader:
         self.start([text[:-1] for text in texts])
         logits = self.feed([text[-1:] for text in texts])
         states, found = self.engine.head.states()[: len(texts)].cpu(), [[] for _ in texts]
-        open_ = [text[-1] not in ends and count > 0 for text, count in zip(texts, most, strict=True)]
+        open_ = [count > 0 for count in most]
         while any(open_):
             drawn = self.ids(logits[:, -1].argmax(-1)).tolist()
             for row, token in enumerate(drawn):
@@ -186,7 +187,8 @@ class Miner:
         """Put the draft's token in at the next mismatch of each, let the target go on, and label the token by the answer."""
         swapped = [search.swapped for search in searches]
         texts = [search.question.ids + response for search, response in zip(searches, swapped, strict=True)]
-        rests, target_states = self.target.continued(texts, [self.max_new_tokens - len(response) for response in swapped], self.ends)
+        most = [0 if response[-1] in self.ends else self.max_new_tokens - len(response) for response in swapped]
+        rests, target_states = self.target.continued(texts, most, self.ends)
         draft_states, changed = self.draft.states(texts), []
         for search, begun, rest, *states in zip(searches, swapped, rests, draft_states, target_states, strict=True):
             place, response = search.mismatch, begun + rest
@@ -227,7 +229,7 @@ def draft_labels(target: Reader, draft: Reader, question: Question, max_new_toke
     noise = Noise.of(seed, [question.index], draft.engine.device)
     draft.start([question.ids[:-1]])
     tokens, laws, features = [question.ids[-1]], [], []
-    while len(tokens) <= max_new_tokens and tokens[-1] not in ends:
+    while len(tokens) <= max_new_tokens and not (features and tokens[-1] in ends):
         logits = draft.feed([tokens[-1:]])
         q = policy_probs(logits, LABEL_POLICY)
         drawn = draw(q, noise, torch.tensor([[len(tokens)]], device=q.device), Purpose.DRAFT, draft.engine.token_ids)
