@@ -212,11 +212,11 @@ fill_venv() {
   check_torch
 }
 
-# The tested versions, and whatever torch was chosen. They need Python 3.11, and may not fit what a container brings: there
-# the ranges of requirements.txt decide.
+# Exactly the torch that was chosen, so that no other build can take its place, and the tested versions. Those need Python
+# 3.11, and may not fit what a container brings: there the ranges of requirements.txt decide.
 constrain() {
   [[ $kind == own || $python_has == 3.10* ]] || sed '/^torch==/d' constraints.txt
-  echo "${torch%+cpu}"
+  echo "$torch"
 }
 
 # Where pip's index has no CPU build: uv knows where PyTorch keeps them.
