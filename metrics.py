@@ -200,12 +200,12 @@ def speculation_metrics(runs: list[DecodeStats], longest: int, seed: int = 0) ->
 def acceptance_z(runs: list[DecodeStats]) -> float | None:
     """z of Σ (accepted − expected) over tested positions, each a Bernoulli draw with its expected chance.
 
-    Where every chance is 0 or 1 (T = 0, or draft = target) nothing varies: None if the counts agree, else infinite.
+    Where every chance is 0 or 1 (T = 0, or draft = target) nothing varies: None if the counts agree, else infinite. None for trees, and where a judge was asked.
     """
     difference = variance = 0.0
     for run in runs:
         for r in run.rounds:
-            if r.tree is not None:
+            if r.tree is not None or r.judged:
                 return None
             difference += r.accepted - sum(r.expected)
             variance += sum(chance * (1 - chance) for chance in r.expected)

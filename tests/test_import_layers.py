@@ -20,7 +20,7 @@ LEVELS = {
         " mt_bench_dataset oasst_dataset openwebtext_dataset pydoc_dataset share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
     11: "metrics capacity_plots",
     12: "plots",
-    13: "tree_plots",
+    13: "judge_plots tree_plots",
     20: "text_datasets truncated_llama followers decoding.chain decoding.self_speculation decoding.static_tree decoding.dynamic_tree"
         " decoding.specexec decoding.hf_peers",
     21: "tuned_llama plain_llama planted",

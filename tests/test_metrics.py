@@ -31,6 +31,12 @@ def test_acceptance_figures():
     assert row["spec_mean_accepted_ci_low"] <= row["spec_mean_accepted"] <= row["spec_mean_accepted_ci_high"]
 
 
+def test_tokens_that_a_judge_kept_are_no_draws():
+    judged = run((3, 3), (3, 0))
+    judged.rounds[0].judged = judged.rounds[0].overridden = 1
+    assert metrics.acceptance_z([judged]) is None is not metrics.acceptance_z([run((3, 3), (3, 0))])
+
+
 def test_a_position_never_reached_has_no_rate():
     assert "spec_accept_at_2" not in metrics.speculation_metrics([run((3, 0))], longest=3)
 
