@@ -49,13 +49,13 @@ main() {
   choose_torch
   if [[ -x $venv/bin/python && $(cat "$venv/.installed" 2>/dev/null) == "$(ingredients)" ]]; then
     touch "$venv/.installed" 2>/dev/null || true # make compares times
-    say "nothing more to do: $venv has the tested versions and $torch"
+    say "nothing more to do: $venv has $torch and the suite's other packages"
     return
   fi
   make_venv
   fill_venv
   ingredients >"$venv/.installed"
-  say "$venv has the tested versions and $torch"
+  say "$venv has $torch and the suite's other packages"
 }
 
 parse_flags() {
