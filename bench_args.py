@@ -12,8 +12,10 @@ from command_line import UserError
 from bench_methods import Settings, chosen_methods
 from decoding.sampling import SamplingPolicy
 from evaluation import DraftArgs
+from followers import load_followers
+from judges import read_judge_info
 from presets import PresetArgs
-from target_model import DeviceArgs, check_quant, load_tokenizer
+from target_model import EMBEDDED_TARGET, DeviceArgs, check_quant, load_config, load_tokenizer
 from tree_args import read_growmap
 
 RESULTS_NAME = "results.jsonl"
@@ -82,10 +84,26 @@ class Args(PresetArgs, DraftArgs, DeviceArgs):
             raise UserError("--toy has models of its own: leave out the others, or --toy")
         if self.draft_device not in (None, self.device):
             raise UserError(f"--draft_device {self.draft_device}: must be the target's, {self.device}; p and q are compared on one device")
+        if not self.toy:
+            load_config(self.model_path, self.families)
+        self.settings()
+        self._check_draft()
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Raise UserError for a file of a chosen method that cannot be read."""
+        methods, _ = self.methods()
         if self.growmap is not None:
             read_growmap(self.growmap)
-        self._check_draft()
-        self.settings()
+        if self.followers is not None and "common_sense" in methods:
+            load_followers(self.followers, load_tokenizer(self.model_path or str(EMBEDDED_TARGET)))
+        if self.autojudge_checkpoint is not None and "autojudge" in methods:
+            read_judge_info(self.autojudge_checkpoint)
+
+    @property
+    def families(self) -> tuple[str, ...] | None:
+        """Families of models that the target may be of (None: any): only Llamas have exits."""
+        return None if self.checkpoint is None else ("llama",)
 
     def _check_draft(self) -> None:
         """Raise UserError for flags of the draft and of quantised weights that cannot work."""
@@ -94,11 +112,16 @@ class Args(PresetArgs, DraftArgs, DeviceArgs):
             if getattr(self, name) is not None and not independent:
                 raise UserError(f"--{name} belongs to an independent draft: give --hf_draft_model, or leave it out")
         if self.checkpoint is not None or independent:
-            self.check_draft(self.model_path, 0, families=None if independent else ("llama",))
+            self.check_draft(self.model_path, 0, self.families)
             if independent and load_tokenizer(self.model_path).chat_template != load_tokenizer(self.draft_model_path).chat_template:
                 print(f"note: {self.draft_model_path} was made with another chat template than {self.model_path}; prompts use the target's", file=sys.stderr)
         check_quant("quant", self.quant, self)
         check_quant("draft_quant", self.draft_quant, self)
+
+    @property
+    def draft_compute_dtype(self) -> str:
+        """Number format of products with an independent draft's quantised weights."""
+        return self.draft_bnb_compute_dtype or self.bnb_compute_dtype
 
     def settings(self) -> Settings:
         """What methods are set to. Raises UserError."""
@@ -110,7 +133,7 @@ class Args(PresetArgs, DraftArgs, DeviceArgs):
 
     def methods(self) -> tuple[list[str], set[str]]:
         """The methods to measure, and those of them that were named themselves. Raises UserError."""
-        return chosen_methods(self.method)
+        return chosen_methods(self.method, self.commonsense)
 
     @property
     def file(self) -> Path:

@@ -35,7 +35,7 @@ from tuning import round_costs
 NAMES = ("vanilla", "speculative", "self_speculative", "static_tree", "dynamic_tree", "specexec", "autojudge", "topk", "common_sense", "hf_generate", "hf_assisted")
 LOSSY = ("autojudge", "topk")
 FOLLOWERS_SHARE = 4  # one node of so many is a follower in common_sense
-GROUPS = {"all": NAMES, "all_lossless": tuple(name for name in NAMES if name not in LOSSY)}
+GROUPS = ("all", "all_lossless")
 
 
 class Unavailable(Exception):
@@ -82,7 +82,10 @@ class Settings:
     @property
     def longest(self) -> int:
         """Positions behind the committed tokens that a method may draft."""
-        return max(drafted_at_most(self.gamma), 2 * self.tree_depth + 1)
+        levels = 2 * self.tree_depth + 1  # specexec's, and more than common_sense's
+        if self.growmap is not None:
+            levels = max(levels, read_growmap(self.growmap).depth)
+        return max(drafted_at_most(self.gamma), levels)
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,14 @@ class Way:
         return f"{self.method} {self.label}".strip()
 
 
-def chosen_methods(words: list[str]) -> tuple[list[str], set[str]]:
+def chosen_methods(words: list[str], commonsense: Literal["exact", "overwrite"] = "exact") -> tuple[list[str], set[str]]:
     """The methods that --method names, in the order of NAMES, and those of them that were named themselves. Raises UserError for unknown words."""
     unknown = [word for word in words if word not in NAMES and word not in GROUPS]
     if unknown:
         raise UserError(f"--method {' '.join(unknown)}: choose from {', '.join((*NAMES, *GROUPS))}")
-    wanted = {name for word in words for name in GROUPS.get(word, (word,))}
-    return [name for name in NAMES if name in wanted], wanted & set(words)
+    named, lossy = set(words) - set(GROUPS), {*LOSSY, *(["common_sense"] if commonsense == "overwrite" else [])}
+    grouped = NAMES if "all" in words else [name for name in NAMES if name not in lossy] if "all_lossless" in words else []
+    return [name for name in NAMES if name in named or name in grouped], named
 
 
 def ways_of(method: str, subject: Subject, settings: Settings) -> list[Way]:
@@ -195,7 +199,7 @@ def _autojudge(subject: Subject, settings: Settings, options: DecodeOptions) -> 
     found = []
     for threshold in settings.autojudge_threshold or [judge.threshold]:
         own = {"judge_rule": rule.format(threshold), "autojudge_threshold": threshold, "autojudge_checkpoint": settings.autojudge_checkpoint}
-        found.append(_judged("autojudge", replace(judge, threshold=threshold), f"at {threshold:g}", own, settings, options, judge=file_hash(settings.autojudge_checkpoint)))
+        found.append(_judged("autojudge", replace(judge, threshold=threshold), f"at {threshold:g}", own, settings, options, judge_hash=file_hash(settings.autojudge_checkpoint)))
     return found
 
 
@@ -250,11 +254,14 @@ def _common_sense(method: str, subject: Subject, settings: Settings, options: De
         raise Unavailable("needs --followers TABLE, which build_followers.py makes")
     if settings.tree_verification == "swor":
         raise Unavailable("goes with --tree_verification coupled or match")
+    table, vocab_size = load_followers(settings.followers, subject.target.tokenizer).table, subject.target.model.config.vocab_size
+    if len(table) < vocab_size:
+        raise UserError(f"{settings.followers} knows {len(table)} tokens, the target {vocab_size}; build it again with --model_path {subject.target.name}")
+    table = table.to(subject.target.model.device)
     tree = _growing_tree("dynamic_tree", subject, settings, options)
     own = {"commonsense": settings.commonsense}
 
     def make(calibration: list[int]) -> DecodeOptions:
-        table = load_followers(settings.followers, subject.target.tokenizer).table.to(subject.target.model.device)
         return replace(tree.make(calibration), common_sense=CommonSense(table, settings.commonsense, nodes=max(1, settings.tree_budget // FOLLOWERS_SHARE)))
 
     return Way(method, {**tree.columns, **own}, {**tree.inputs, **own, "followers": file_hash(settings.followers)}, make)

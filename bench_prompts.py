@@ -1,7 +1,7 @@
 """The prompts of benchmark.py: questions of a data set or a file, first turns or follow-ups, as the target reads them.
 
 A file is read by its form: `turns` (MT-Bench, Spec-Bench), `question` and `answer` (GSM8K), `conversations` (ShareGPT) or `messages` (UltraChat), as
-JSON, JSONL, Parquet or Arrow; a .json may hold a list or {"data": list}.
+JSON, JSONL, Parquet or Arrow; a .json may hold a list or {"data": list}. A conversation is asked up to its last answer.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from command_line import UserError
@@ -71,32 +72,24 @@ def read_questions(dataset: str, turn_index: int, count: int | None = None) -> l
     """The first `count` usable questions (None: all) of a data set's test split, of all of a file, or BUILT_IN; those of
     `turn_index` 1 have a follow-up. Raises UserError."""
     if dataset == "builtin":
-        found = [Question({"messages": [{"role": "user", "content": text}]}) for text in BUILT_IN]
+        stream, skipped = (Question({"messages": [{"role": "user", "content": text}]}) for text in BUILT_IN), Counter()
     else:
-        found = list(_stream_questions(dataset))
-    found = [question for question in found if len(question.follow_ups) >= turn_index]
+        opened = _open(dataset)
+        stream, skipped = (_question(example, opened.dataset.name) for example in opened.rest_of_epoch()), opened.skipped
+    found = list(islice((question for question in stream if len(question.follow_ups) >= turn_index), count))
+    if skipped:
+        print(f"--dataset {dataset}: {describe_skipped(skipped)}", file=sys.stderr)
     if not found:
         raise UserError(f"--dataset {dataset}: no question{' with a second turn; use --turn_index 0' if turn_index else ''}")
-    return found[:count]
-
-
-def _stream_questions(dataset: str) -> Iterator[Question]:
-    """All usable questions in order; what is skipped is told on stderr."""
-    stream = _open(dataset)
-    for example in stream.rest_of_epoch():
-        yield _question(example, stream.dataset.name)
-    if stream.skipped:
-        print(f"--dataset {dataset}: {describe_skipped(stream.skipped)}", file=sys.stderr)
+    return found
 
 
 def _open(dataset: str) -> ExampleStream:
-    if not Path(dataset).exists() and dataset not in DATASETS:
+    if dataset in DATASETS or not Path(dataset).exists():
         if Path(dataset).suffix or "/" in dataset:
             raise UserError(f"--dataset {dataset}: no such file; give a JSON, JSONL, Parquet or Arrow file, builtin, or one of {', '.join(sorted(DATASETS))}")
         found = find_dataset(dataset)
         return ExampleStream(found, open_rows(found, "test"), 0, shuffle=False)
-    if dataset in DATASETS:
-        return ExampleStream(DATASETS[dataset], open_rows(DATASETS[dataset], "test"), 0, shuffle=False)
     rows = open_rows(replace(mt_bench_dataset.DATASET, name=dataset), "test", dataset)  # a data set that is not cut: all rows
     return ExampleStream(_form(dataset, rows), rows, 0, shuffle=False)
 
@@ -113,10 +106,11 @@ def _question(example: dict, form: str) -> Question:
     if "text" in example:
         return Question(example)
     messages = example["messages"]
-    asked, answered = (messages[:-1], messages[-1]["content"]) if messages[-1]["role"] == "assistant" else (messages, None)
-    if form in WITH_ANSWERS:
-        return Question({"messages": asked}, answers=(final_answer(answered),))
-    return Question({"messages": asked}, tuple(example.get("follow_ups", ())), tuple(map(final_answer, example.get("references", ()))))
+    if messages[-1]["role"] == "assistant":
+        answers = (final_answer(messages[-1]["content"]),) if form in WITH_ANSWERS else ()
+        return Question({"messages": messages[:-1]}, answers=answers)
+    references = (None if text is None else final_answer(text) for text in example.get("references", ()))
+    return Question({"messages": messages}, tuple(example.get("follow_ups", ())), tuple(references))
 
 
 def encode(question: Question, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, chat_template: bool) -> Prompt:
@@ -127,26 +121,32 @@ def encode(question: Question, tokenizer: PreTrainedTokenizerBase, system_prompt
         example = {"messages": [{"role": "system", "content": system_prompt}, *own]}
     if "messages" in example and not chat_template:
         example = {"text": "\n\n".join(message["content"] for message in example["messages"]) + "\n"}
+    elif "messages" in example and tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template; give --use_chat_template false, or an instruct model")
     return Prompt(encode_prompt(tokenizer, example), next(iter(question.answers), None))
 
 
-def follow_ups(questions: list[Question], turn_index: int, answer: Callable[[Question], str]) -> list[Question]:
-    """The questions at `turn_index`: behind the answers that `answer` gives to the turns before."""
+def turn_prompts(
+    questions: list[Question], turn_index: int, as_prompt: Callable[[Question], Prompt], answer: Callable[[Prompt], str], longest: int,
+) -> list[Prompt]:
+    """The prompts at `turn_index`, behind the answers that `answer` gives to the turns before; those of more than `longest` tokens are left out, see `fitting`."""
     for _ in range(turn_index):
-        questions = [question.behind([answer(question)]) for question in questions]
-    return questions
+        questions = [question.behind([answer(prompt)]) for question, prompt in fitting(questions, as_prompt, longest)]
+    return [prompt for _, prompt in fitting(questions, as_prompt, longest)]
 
 
-def prompts_hash(prompts: list[Prompt]) -> str:
-    """Identifies prompts by their token ids and answers."""
-    return hashlib.sha256(json.dumps([[prompt.input_ids, prompt.answer] for prompt in prompts]).encode()).hexdigest()
+def hash_of(prompts: list[Prompt] | list[Question]) -> str:
+    """Identifies prompts by their token ids and answers, questions by their words."""
+    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True).encode()).hexdigest()
 
 
-def fitting(prompts: list[Prompt], longest: int) -> list[Prompt]:
-    """Those that leave room in the context: of at most `longest` tokens. How many do not is told on stderr. Raises UserError where none does."""
-    found = [prompt for prompt in prompts if 0 < len(prompt.input_ids) <= longest]
+def fitting(questions: list[Question], as_prompt: Callable[[Question], Prompt], longest: int) -> list[tuple[Question, Prompt]]:
+    """Questions with their prompts, where these leave room in the context: of at most `longest` tokens. How many do not is told on stderr. Raises
+    UserError where none does."""
+    pairs = [(question, as_prompt(question)) for question in questions]
+    found = [(question, prompt) for question, prompt in pairs if 0 < len(prompt.input_ids) <= longest]
     if not found:
-        raise UserError(f"every prompt has more than {longest} tokens, which is what the context leaves: lower --max_new_tokens")
-    if len(found) < len(prompts):
-        print(f"{len(prompts) - len(found)} prompts are left out: more than {longest} tokens, which is what the context leaves", file=sys.stderr)
+        raise UserError(f"no prompt has at least one and at most {longest} tokens, which is what the context leaves: lower --max_new_tokens, or choose other prompts")
+    if len(found) < len(pairs):
+        print(f"{len(pairs) - len(found)} prompts are left out: more than {longest} tokens, which is what the context leaves, or none", file=sys.stderr)
     return found

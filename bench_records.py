@@ -14,7 +14,7 @@ import torch
 
 from decoding.state import DecodeStats
 from metrics import mcnemar_p, pace, speculation_metrics, speedup_interval, wilson_interval, with_interval
-from records import FIELDS, SCHEMA_VERSION
+from records import SCHEMA_VERSION
 from results import display_active, environment
 from speculative import METHODS, DecodeOptions
 
@@ -24,9 +24,9 @@ MEDIANS = {
     "cache_hit_rate_median": "cache_hit_rate", "spec_overlap_median": "spec_overlap",
 }
 BASELINES = ("vanilla", "hf_generate")
-UNJUDGED = ("self_speculative", "speculative", "vanilla")  # what a lossy method's accuracy is compared with: the first that was measured
+UNJUDGED = ("self_speculative", "speculative", "vanilla")  # what a judged method's accuracy is compared with; that of others with the last
 OF_TREES = ("branches_total", "branches_kept", "branches_pruned", "branch_prune_rate", "effective_parallelism", "max_active_branches", "cache_hits", "cache_misses",
-            "cache_hit_rate", "draft_calls_per_token")
+            "cache_hit_rate")
 
 
 # ---- what identifies a record ----
@@ -73,8 +73,10 @@ def system_fields() -> dict:
 # ---- one run ----
 
 def run_fields(runs: list[DecodeStats], correct: list[bool], options: DecodeOptions) -> dict:
-    """The figures of one run over all prompts; `correct` of those whose answer can be checked."""
+    """The figures of one run over all prompts; `correct` of those whose answer can be checked. Raises ValueError where nothing was decoded behind the prefill."""
     tokens, seconds = pace([[run] for run in runs])
+    if not tokens.any():
+        raise ValueError("every text ended with its prefill: there is no decoding to time; raise --max_new_tokens, or choose other prompts")
     emitted, steps, calls = (sum(counts) for counts in zip(*((run.emitted, len(run.rounds), run.target_calls) for run in runs), strict=True))
     prefill = sum(run.seconds["prefill"] for run in runs)
     row = {
@@ -86,8 +88,6 @@ def run_fields(runs: list[DecodeStats], correct: list[bool], options: DecodeOpti
     }
     if correct:
         row |= {"correct_by_prompt": correct, "exact_match": sum(correct) / len(correct)}
-    if torch.cuda.is_available():
-        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if METHODS[options.method].whole is None:
         row |= {"draft_sec": sum(run.seconds["draft"] for run in runs), "verify_sec": sum(run.seconds["verify"] for run in runs)}
         row |= drafting_fields(runs, options) if METHODS[options.method].draft != "none" else {}
@@ -115,17 +115,15 @@ def drafting_fields(runs: list[DecodeStats], options: DecodeOptions) -> dict:
 
 # ---- summaries ----
 
-def needed_summaries(records: list[dict], shared: dict, methods: list[str], seed: int) -> list[dict]:
-    """A summary of each of `methods` over the file's runs with the `shared` inputs, unless the latest one says the same already."""
+def needed_summaries(records: list[dict], shared: dict, seed: int) -> list[dict]:
+    """A summary of each method and setting over the file's runs with the `shared` inputs, unless the latest one says the same already."""
     own = [record for record in records if belongs(record, shared)]
-    found = []
-    for method in methods:
-        for key in dict.fromkeys(summary_key(shared, record) for record in own if record["method"] == method):
-            made = {**_summary(method, [record for record in own if summary_key(shared, record) == key], own, seed), "resume_key": key}
-            before = [record for record in records if record["summary"] and record["resume_key"] == made["resume_key"]]
-            if not before or any(before[-1].get(name) != value for name, value in made.items() if name != "timestamp"):
-                found.append(made)
-    return found
+    latest = {record["resume_key"]: record for record in records if record["summary"]}
+    groups: dict[str, list[dict]] = {}
+    for record in own:
+        groups.setdefault(summary_key(record), []).append(record)
+    made = [{**_summary(group, own, seed), "inputs": group[0]["inputs"], "resume_key": key} for key, group in groups.items()]
+    return [one for one in made if any(latest.get(one["resume_key"], {}).get(name) != value for name, value in one.items() if name != "timestamp")]
 
 
 def belongs(record: dict, shared: dict) -> bool:
@@ -133,14 +131,14 @@ def belongs(record: dict, shared: dict) -> bool:
     return not record["summary"] and record["inputs"]["shared"] == shared
 
 
-def summary_key(shared: dict, record: dict) -> str:
+def summary_key(record: dict) -> str:
     """The key of the summary that a run belongs to: the same method with the same inputs."""
-    return _hash({"shared": shared, "method": record["method"], "inputs": record["inputs"]["method"]})
+    return _hash({"shared": record["inputs"]["shared"], "method": record["method"], "inputs": record["inputs"]["method"]})
 
 
-def _summary(method: str, records: list[dict], own: list[dict], seed: int) -> dict:
-    """Of the runs `records` of `method`; `own` are all runs that they can be compared with."""
-    runs = _by_run(records)
+def _summary(records: list[dict], own: list[dict], seed: int) -> dict:
+    """Of the runs `records` of one method and setting; `own` are all runs that they can be compared with."""
+    method, runs = records[0]["method"], _by_run(records)
     good = {number: record for number, record in runs.items() if record["status"] == "ok"}
     counts = {status: sum(record["status"] == status for record in runs.values()) for status in ("ok", "error", "skipped")}
     last = list(runs.values())[-1]
@@ -152,15 +150,16 @@ def _summary(method: str, records: list[dict], own: list[dict], seed: int) -> di
         kept = ("error_type", "error_message", "traceback", "info_message", "lossless")
         return made | {name: last[name] for name in kept if last.get(name) is not None}
     first = next(iter(good.values()))
-    made |= {name: first[name] for name in FIELDS if name in SETTINGS and name in first}
+    made |= {name: first[name] for name in SETTINGS if name in first}
     for name, of in MEDIANS.items():
         values = [record[of] for record in good.values() if record.get(of) is not None]
         made |= {name: median(values)} if values else {}
     made |= with_interval("tokens_per_call_mean", _summed(good, "tokens_by_prompt"), _summed(good, "target_calls_by_prompt"), seed)
-    return made | _speedups(good, own, seed) | _accuracy(method, good, own)
+    return made | _speedups(good, own, seed) | _accuracy(good, own)
 
 
-SETTINGS = ("lossless", "k", "verification", "tree_budget", "parallel_branches", "branch_prune_threshold", "commonsense", "judge_rule", "autojudge_threshold", "autojudge_checkpoint")
+SETTINGS = ("lossless", "k", "verification", "tree_budget", "parallel_branches", "branch_prune_threshold", "commonsense", "judge_rule", "autojudge_threshold",
+            "autojudge_checkpoint")
 
 
 def _by_run(records: list[dict]) -> dict[int, dict]:
@@ -199,16 +198,24 @@ def _speedups(good: dict[int, dict], own: list[dict], seed: int) -> dict:
     return found
 
 
-def _accuracy(method: str, good: dict[int, dict], own: list[dict]) -> dict:
-    """Accuracy, and how it compares with the same decoding without a judge on the same questions."""
+def _accuracy(good: dict[int, dict], own: list[dict]) -> dict:
+    """Accuracy, and how it compares with that of exact decoding on the same questions."""
     checked = [record["correct_by_prompt"] for record in good.values() if "correct_by_prompt" in record]
     if not checked:
         return {}
-    right, total = sum(map(sum, checked)), sum(map(len, checked))
-    low, high = wilson_interval(right, total)
-    found = {"exact_match_mean": right / total, "exact_match_mean_ci_low": low, "exact_match_mean_ci_high": high}
-    base = next((name for name in UNJUDGED if name != method and _good_runs(name, own).keys() & good.keys()), None)
-    if base is not None and method not in BASELINES:
-        number = min(good.keys() & _good_runs(base, own).keys())
-        found |= {"exact_match_baseline": base, "mcnemar_p": mcnemar_p(_good_runs(base, own)[number]["correct_by_prompt"], good[number]["correct_by_prompt"])}
+    prompts, share = len(checked[0]), sum(map(sum, checked)) / sum(map(len, checked))
+    low, high = wilson_interval(share * prompts, prompts)  # runs of the same questions are no further trials
+    found = {"exact_match_mean": share, "exact_match_mean_ci_low": low, "exact_match_mean_ci_high": high}
+    for base in _compared_with(next(iter(good.values()))):
+        others = _good_runs(base, own)
+        if good.keys() & others.keys():
+            number = min(good.keys() & others.keys())
+            return found | {"exact_match_baseline": base, "mcnemar_p": mcnemar_p(others[number]["correct_by_prompt"], good[number]["correct_by_prompt"])}
     return found
+
+
+def _compared_with(record: dict) -> tuple[str, ...]:
+    """The methods that accuracy is compared with: the first that was measured."""
+    if record["method"] in BASELINES:
+        return ()
+    return UNJUDGED if "judge_rule" in record else UNJUDGED[-1:]

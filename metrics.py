@@ -259,7 +259,8 @@ def speedup_interval(name: str, baseline: tuple[np.ndarray, np.ndarray], other: 
     (base_n, base_s), (other_n, other_s) = baseline, other
 
     def speedup(pick: np.ndarray) -> np.ndarray:
-        return (base_s[pick].sum(-1) / base_n[pick].sum(-1)) / (other_s[pick].sum(-1) / other_n[pick].sum(-1))
+        with np.errstate(divide="ignore", invalid="ignore"):  # all prompts that were picked may have ended with the prefill
+            return (base_s[pick].sum(-1) / base_n[pick].sum(-1)) / (other_s[pick].sum(-1) / other_n[pick].sum(-1))
 
     count = len(base_n)
     return {name: float(speedup(np.arange(count))), **_interval(name, speedup(_resamples(count, seed)), count)}
@@ -288,7 +289,7 @@ def _resamples(count: int, seed: int) -> np.ndarray:
 
 # ---- accuracy ----
 
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
+def wilson_interval(right: float, total: int) -> tuple[float, float]:
     """95 % interval of a share, `right` of `total` (Wilson 1927): it stays within 0 and 1, and is not empty where all or none are right."""
     share, z = right / total, NORMAL_95
     centre, spread = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))

@@ -5,7 +5,7 @@
 
 Row: {"question_id": ..., "category": ..., "turns": [first question, follow-up], "reference": [answer, answer]} (FastChat's `question.jsonl`, some
 rows with a reference; Spec-Bench's file has the same form), or the turns under `prompt` (the hub's form). The example is the first question, with
-the further turns as `follow_ups` and, of a mathematical question, the `references`. Every split holds all rows.
+the further turns as `follow_ups` and, of a mathematical question, the `references` (None: a turn without). Every split holds all rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def parse(row: dict) -> dict:
         raise SkipRow("without turns")
     references = row.get("reference") if row.get("category") in WITH_NUMBERS else None
     return {"messages": [{"role": "user", "content": turns[0].strip()}], "follow_ups": [turn.strip() for turn in turns[1:]],
-            "references": [text for text in references or [] if isinstance(text, str)]}
+            "references": [text if isinstance(text, str) else None for text in references or []]}
 
 
 DATASET = TextDataset(name="mt_bench", parse=parse, hub_id="HuggingFaceH4/mt_bench_prompts", hub_splits=dict.fromkeys(SPLITS, "train"), cut=False)

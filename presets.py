@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,13 +39,14 @@ def read_presets(kind: str, folder: Path = FOLDER) -> dict[str, dict]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); mend it, or fetch it again") from error
-    if not isinstance(content, dict) or set(content) != {kind} or not all(isinstance(flags, dict) for flags in content[kind].values()):
-        raise UserError(f'{path}: must be {{"{kind}": {{name: {{…}}}}}}')
-    return content[kind]
+    presets = content.get(kind) if isinstance(content, dict) and set(content) == {kind} else None
+    if not isinstance(presets, dict) or not all(isinstance(flags, dict) for flags in presets.values()):
+        raise UserError(f'{path}: must be {{"{kind}": {{name: {{…}}}}}}; mend it')
+    return {name: {key: value for key, value in flags.items() if value is not None} for name, flags in presets.items()}
 
 
-def preset_flags(chosen: PresetArgs, folder: Path = FOLDER) -> dict:
-    """What the named presets set. Raises UserError for unknown names."""
+def preset_flags(chosen: PresetArgs, folder: Path = FOLDER, out: Collection[str] = ()) -> dict:
+    """What the named presets set, those of the PARTS `out` left out. Raises UserError for unknown names."""
     names = {}
     if chosen.experiment is not None:
         experiment = _find("experiments", chosen.experiment, folder)
@@ -52,11 +54,11 @@ def preset_flags(chosen: PresetArgs, folder: Path = FOLDER) -> dict:
     names |= {part: own for part, own in zip(PARTS, (chosen.model_preset, chosen.draft_preset, chosen.method_preset), strict=True) if own is not None}
     flags: dict = {}
     for part, name in names.items():
-        if name is None:
+        if name is None or part in out:
             continue
         found = _find("methods" if part == "method_preset" else "models", name, folder)
         flags |= as_draft(found, name) if part == "draft_preset" else found
-    return {key: _path(value) for key, value in flags.items() if value is not None}
+    return {key: _path(value) for key, value in flags.items()}
 
 
 def _path(value: object) -> object:
@@ -74,7 +76,7 @@ def as_draft(flags: dict, name: str) -> dict:
 
 def _find(kind: str, name: str, folder: Path) -> dict:
     known = read_presets(kind, folder)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"unknown preset {name!r}: choose one of {', '.join(known)}")
     return known[name]
 
@@ -91,23 +93,26 @@ def listing(folder: Path = FOLDER) -> str:
 
 # ---- presets as words of a command line ----
 
-EXCLUSIVE = (("toy", "hf_model", "model_path"), ("checkpoint", "hf_draft_model", "draft_model_path"))  # where one is typed, a preset's other gives way
-
-OF_TARGET = {"experiment", "model_preset", *EXCLUSIVE[0]}
+TARGETS, DRAFTS = {"toy", "hf_model", "model_path"}, {"checkpoint", "hf_draft_model", "draft_model_path"}
 EMBEDDED = ("embedded", "embedded_exit")  # where no target is named
 
 
 def with_presets(words: list[str], folder: Path = FOLDER) -> list[str]:
-    """A command line with what its presets set put before what was typed, which so has the last word."""
+    """A command line with what its presets set put before what was typed, which so has the last word. A typed model takes the place of a preset's, a typed
+    draft or a toy that of a preset's draft with all its flags. Raises UserError."""
     from transformers import HfArgumentParser
 
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; --list_presets lists them")
+
     parser = HfArgumentParser(PresetArgs, allow_abbrev=False, add_help=False)
+    parser.error = refuse
     chosen, _ = parser.parse_known_args(words)
-    typed = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    out = {name for group in EXCLUSIVE if typed & set(group) for name in group}
-    if not typed & OF_TARGET:
+    typed = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    if not typed & {"experiment", "model_preset", *TARGETS}:
         chosen.model_preset, chosen.draft_preset = EMBEDDED[0], chosen.draft_preset or EMBEDDED[1]
-    return [*as_words({name: value for name, value in preset_flags(chosen, folder).items() if name not in out}), *words]
+    flags = preset_flags(chosen, folder, ("draft_preset",) if typed & {"toy", *DRAFTS} else ())
+    return [*as_words({name: value for name, value in flags.items() if name not in TARGETS or not typed & TARGETS}), *words]
 
 
 def as_words(flags: dict) -> list[str]:

@@ -6,13 +6,13 @@ is absent or null, never 0.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 SCHEMA_VERSION = 1
-STATUSES = ("ok", "error", "skipped")
 INTERVALS = ("_ci_low", "_ci_high")
 
 
@@ -31,8 +31,8 @@ class Record:
     status: Literal["ok", "error", "skipped"] = _said("error: the method raised; skipped: it cannot run with what was given", "all")
     summary: bool = _said("true: over all runs with the same inputs; false: one run", "all")
     run: int | None = _said("number of the run, from 1", "run")
-    resume_key: str = _said("sha256 of `inputs` (of a summary: without its run and seed): a record with the same key is the same measurement", "all")
-    inputs: dict | None = _said("everything that the figures depend on, beside the machine and the code", "run")
+    resume_key: str = _said("sha256 of `inputs`, method and, but for a summary, run: a record with the same key is the same measurement", "all")
+    inputs: dict = _said("everything that the figures depend on, beside machine and code: `shared` by all methods, and the `method`'s own", "all")
     command: str | None = _said("the command that made the record")
     error_type: str | None = _said("class of the exception", "error")
     error_message: str | None = _said("its message; of a summary: the last run's", "error")
@@ -43,8 +43,8 @@ class Record:
     method: str = _said("a method of benchmark.py", "all")
     lossless: bool | None = _said("whether the output has the target's law", "ok measured")
     backend: Literal["hf", "toy"] = _said("hf: real models; toy: random weights", "all")
-    target_model: str = _said("the target: a Hugging Face id or a folder's name", "all")
-    draft_model: str | None = _said("the draft: an exit's file or an independent model")
+    target_model: str = _said("the target, as it was named: a Hugging Face id or a folder", "all")
+    draft_model: str | None = _said("the draft, as it was named: an exit's file or an independent model")
     tokenizer: str = _said("the tokenizer, as the target", "all")
     draft_tokenizer: str | None = _said("the draft's")
     device: str = _said("the target's", "all")
@@ -70,7 +70,7 @@ class Record:
     k: int | str | None = _said("γ, tokens that a chain drafts in a round; auto: as many as pay")
     verification: str | None = _said("how drafts are accepted")
     tree_budget: int | None = _said("nodes of a tree, the root included")
-    parallel_branches: int | None = _said("specexec: nodes of a draft pass")
+    parallel_branches: int | None = _said("trees that grow: children of a node, and nodes of a draft pass")
     branch_prune_threshold: float | None = _said("specexec: share of its best sibling's probability that a child needs")
     commonsense: str | None = _said("common_sense: exact, or overwrite (lossy)")
     judge_rule: str | None = _said("autojudge: how score and threshold decide; topk: the rank")
@@ -129,7 +129,7 @@ class Record:
     target_fallbacks: int | None = _said("corrections by the target")
     target_fallback_rate: float | None = _said("target_fallbacks / proposed")
     exact_match: float | None = _said("share of prompts with the right final number")
-    peak_memory_bytes: int | None = _said("most bytes that torch held on the GPU")
+    peak_memory_bytes: int | None = _said("most bytes that torch held on the GPU while the method decoded, the others' caches included")
 
     # summary
     runs: int | None = _said("runs that are summed up", "summary")
@@ -148,9 +148,9 @@ class Record:
     speedup: float | None = _said("tokens per second / those of speedup_baseline, over the same prompts, all runs; paired bootstrap over prompts", interval=True)
     speedup_baseline: str | None = _said("the faster of vanilla and hf_generate")
     speedup_over_hf_generate: float | None = _said("tokens per second / those of transformers' generate", interval=True)
-    exact_match_mean: float | None = _said("accuracy over all runs; Wilson interval", interval=True)
-    exact_match_baseline: str | None = _said("the method that mcnemar_p compares with: the same decoding without a judge, or vanilla")
-    mcnemar_p: float | None = _said("exact two-sided McNemar test of the same questions in the first run")
+    exact_match_mean: float | None = _said("accuracy over all runs; Wilson interval, of as many trials as prompts", interval=True)
+    exact_match_baseline: str | None = _said("what mcnemar_p compares with: of judged methods the same decoding without a judge, of others vanilla")
+    mcnemar_p: float | None = _said("exact two-sided McNemar test of the same questions, in the first run that both have")
 
 
 FIELDS: dict[str, Field] = {found.name: found for found in fields(Record)}
@@ -182,6 +182,12 @@ def complaints(record: object, strict: bool = True) -> list[str]:
     return found
 
 
+def first_complaint(records: list) -> str | None:
+    """The first thing that is wrong with the lines of a file, None where nothing is; unknown fields are not."""
+    found = ((number, what) for number, record in enumerate(records, start=1) for what in complaints(record, strict=False))
+    return next((f"line {number}: {what}, so it is no record of this version" for number, what in found), None)
+
+
 def unknown_fields(record: dict) -> list[str]:
     """Its fields that the schema does not have."""
     return [name for name in record if name not in TYPES]
@@ -196,7 +202,7 @@ def _fits(value: object, hint: object) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 

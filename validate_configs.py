@@ -15,7 +15,7 @@ from pathlib import Path
 from command_line import UserError, parse_args, run
 
 from bench_args import Args as BenchmarkArgs
-from presets import FOLDER, PARTS, PresetArgs, as_draft, as_words, preset_flags, read_presets
+from presets import FOLDER, PARTS, PresetArgs, as_words, preset_flags, read_presets
 
 OF_EXPERIMENTS = {"description", *PARTS}
 
@@ -55,8 +55,6 @@ def _experiment_complaints(name: str, experiment: dict, folder: Path) -> Iterato
         yield f"{experiment['target_preset']} would draft for itself"
     try:
         yield from _flag_complaints(preset_flags(PresetArgs(experiment=name), folder))
-        if experiment.get("draft_preset") is not None:
-            as_draft(read_presets("models", folder)[experiment["draft_preset"]], experiment["draft_preset"])
     except UserError as error:
         yield str(error)
 

@@ -6,12 +6,12 @@ import shutil
 import pandas as pd
 import pytest
 
-import sweep_settings
 import build_followers
 import build_growmap
 import evaluate
 import evaluate_checkpoints
 import prove
+import sweep_settings
 from decoding.growmap import Growmap, chain, save_growmap
 from test_commands import EVALUATION, check_one_line, exit_path, run_main  # noqa: F401
 from toy_models import tiny_llama

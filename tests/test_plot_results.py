@@ -1,0 +1,93 @@
+"""Figures of benchmark.py's records: which are drawn, of what, and what rows are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import plot_results
+from bench_records import needed_summaries
+from plot_results import latest_summaries, way_names
+from test_commands import check_one_line, run_main
+from test_records import KINDS, OF_ALL, SHARED, run_record
+
+CHECKED = {"correct_by_prompt": [True, False], "exact_match": 0.5}
+
+
+def write(path: Path, records: list[dict], shared: dict = SHARED) -> Path:
+    """The records of runs with the `shared` inputs, and their summaries, behind what is there."""
+    records = [{**record, "inputs": {**record["inputs"], "shared": shared}} for record in records]
+    made = [{**OF_ALL, **one} for one in needed_summaries(records, shared, 0)]
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in [*records, *made])
+    return path
+
+
+def chain(gamma: int, **more: object) -> dict:
+    own = {"k": gamma, "verification": "rejection", **more}
+    return run_record("speculative", 1, (10, 20), (1, 1), inputs=own, acceptance_rate=0.5, **own)
+
+
+def names_of(path: Path) -> list[str]:
+    return way_names(latest_summaries(path))
+
+
+def test_every_figure_is_written(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "out.jsonl", [run_record("vanilla", **CHECKED), chain(4, **CHECKED), run_record("topk", judge_rule="among the target's top 4", acceptance_rate=0.9, **CHECKED)])
+    assert run_main(plot_results, [path], monkeypatch) == 0
+    names = ("speedup", "acceptance_speedup", "accuracy_speedup", "accuracy_tokens_per_call")
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "plots" / f"{name}.{kind}") for name in names for kind in ("png", "pdf")]
+
+
+def test_figures_without_numbers_are_left_out_with_a_line(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "out.jsonl", [run_record("vanilla"), run_record("hf_generate")])
+    assert run_main(plot_results, [path, "--out_dir", tmp_path / "figures"], monkeypatch) == 0
+    assert {file.stem for file in (tmp_path / "figures").iterdir()} == {"speedup"}
+    printed = capsys.readouterr().out
+    assert "acceptance_speedup: left out, fewer than two methods have numbers in acceptance_rate_median, speedup" in printed and printed.count("left out") == 3
+
+
+def test_a_single_prompt_has_no_intervals_and_is_drawn(tmp_path, monkeypatch):
+    one = {"prompts": 1, "tokens_by_prompt": [10], "decode_sec_by_prompt": [1.0], "target_calls_by_prompt": [5]}
+    path = write(tmp_path / "out.jsonl", [{**run_record("vanilla"), **one}, {**chain(4), **one}])
+    assert "speedup_ci_low" not in latest_summaries(path)
+    assert run_main(plot_results, [path], monkeypatch) == 0 and (tmp_path / "plots" / "speedup.png").exists()
+
+
+def test_the_latest_inputs_are_drawn_with_all_settings_of_a_method(tmp_path):
+    path = write(tmp_path / "out.jsonl", [run_record("vanilla"), chain(8)])
+    write(path, [chain(4), chain(2), run_record("vanilla")], {**SHARED, "seed": 9})
+    assert names_of(path) == ["vanilla", "speculative, γ = 4", "speculative, γ = 2"], "in the order of the methods"
+    write(path, [chain(6)], {**SHARED, "draft": "another"})
+    assert names_of(path) == ["speculative, γ = 6"], "figures of two drafts are not mixed"
+
+
+def test_what_was_measured_anew_is_drawn_once(tmp_path):
+    path = write(tmp_path / "out.jsonl", [chain(4)])
+    write(path, [chain(4), run_record("speculative", 2, (10, 20), (3, 3), inputs={"k": 4, "verification": "rejection"}, k=4, verification="rejection")])
+    table = latest_summaries(path)
+    assert len(table) == 1 and table["runs"][0] == 2
+
+
+def test_names_say_what_tells_rows_apart():
+    rows = [{"method": "speculative", "k": 4.0}, {"method": "speculative", "k": "auto"}, {"method": "static_tree", "tree_budget": 16.0}, {"method": "topk", "k": 4, "judge_rule": "among"},
+            {"method": "dynamic_tree", "tree_budget": 8.0, "verification": "coupled", "parallel_branches": 8.0},
+            {"method": "dynamic_tree", "tree_budget": 8.0, "verification": "match", "parallel_branches": 8.0}]
+    assert way_names(pd.DataFrame(rows)) == ["speculative, γ = 4", "speculative, γ = auto", "static_tree, 16 nodes", "topk, γ = 4, among",
+                                             "dynamic_tree, 8 nodes, coupled, 8 branches", "dynamic_tree, 8 nodes, match, 8 branches"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(json.dumps(KINDS["skipped"]) + "\n", "no method was measured; run benchmark.py on it first"), ('{"turns": []}\n', "line 1: lacks schema_version.*give a file that benchmark.py wrote"),
+     ("", "no method was measured"), ("{\n", "line 1: not JSON"), (None, "No such file")],
+)
+def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, content, message):
+    if content is not None:
+        (tmp_path / "out.jsonl").write_text(content)
+    assert run_main(plot_results, [tmp_path / "out.jsonl"], monkeypatch) == 2
+    check_one_line(capsys, message)
