@@ -309,8 +309,9 @@ def test_make_hands_its_variables_to_the_script(tmp_path: Path):
 
 @pytest.mark.parametrize("target", ["docker-build", "docker-build-gpu", "docker-test", "docker-bench"])
 def test_images_need_docker(target: str):
-    status, output = make(target, "DOCKER=no_docker")
-    assert status == 2 and output.startswith("error: no_docker is not installed")
+    for docker, complaint in (("no_docker", "is not installed"), ("false", "does not reach its engine")):
+        status, output = make(target, f"DOCKER={docker}")
+        assert status == 2 and output.startswith(f"error: {docker} {complaint}")
 
 
 def test_benchmark_in_the_image_sees_the_files_and_writes_the_results(tmp_path: Path):
