@@ -194,7 +194,10 @@ def _judged(method: str, judge: AnyJudge, label: str, own: dict, settings: Setti
 def _autojudge(subject: Subject, settings: Settings, options: DecodeOptions) -> list[Way]:
     if settings.autojudge_checkpoint is None:
         raise Unavailable("needs --autojudge_checkpoint JUDGE, which train_judge.py makes")
-    judge, _ = load_judge(settings.autojudge_checkpoint, subject.target, subject.draft_model)
+    try:
+        judge, _ = load_judge(settings.autojudge_checkpoint, subject.target, subject.draft_model)
+    except UserError as error:  # a preset's judge, and a draft that was typed
+        raise Unavailable(str(error)) from error
     rule = "P(important) < {:g}" if judge.mode == "paper" else "P(accept) >= {:g}"
     found = []
     for threshold in settings.autojudge_threshold or [judge.threshold]:

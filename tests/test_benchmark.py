@@ -504,11 +504,18 @@ def test_drafts_and_judges_of_others_are_refused(subject, tmp_path, monkeypatch,
     save_followers(tmp_path / "short.safetensors", table)
     for changes, message in (
         ({"hf_model": tmp_path / "other"}, "belongs to another target"),
-        ({"checkpoint": subject.same, "autojudge_checkpoint": subject.judge}, "belongs to another draft"),
         ({"followers": tmp_path / "short.safetensors"}, "knows 5 tokens, the target 320; build it again"),
     ):
         assert run_main(benchmark, command(subject, tmp_path / "out.jsonl", **changes), monkeypatch) == 2
         check_one_line(capsys, message)
+
+
+def test_a_judge_of_another_draft_leaves_the_others_alone(subject, tmp_path, monkeypatch, capsys):
+    """Presets have judges; who types another draft gets all but the judge."""
+    changes = {"checkpoint": subject.same, "autojudge_checkpoint": subject.judge, "method": ["vanilla", "autojudge"]}
+    assert run_main(benchmark, command(subject, tmp_path / "out.jsonl", **changes), monkeypatch) == 1
+    assert "autojudge is skipped" in (told := capsys.readouterr().err) and "belongs to another draft" in told
+    assert {record["method"]: record["status"] for record in read_records(tmp_path / "out.jsonl")} == {"vanilla": "ok", "autojudge": "skipped"}
 
 
 def test_unwritable_output_gets_one_line(subject, tmp_path, monkeypatch, capsys):
