@@ -4,7 +4,8 @@
         --judges runs/judge/judge.safetensors --dataset arithmetic --out_dir runs/judge/evaluation
 
 The test split's problems are decoded without a judge, then with every judge at every threshold and by every rank, and each way's answers are compared with
-those of the first. Counts only: they do not depend on the machine, and nothing is timed. `<out_dir>/results.csv` has a row per way (the columns are COLUMNS), `judge_plots.py` draws it.
+those of the first. Counts only: they do not depend on the machine, and nothing is timed. `<out_dir>/results.csv` has a row per way (the columns are COLUMNS),
+`judge_plots.py` draws it.
 """
 
 from __future__ import annotations
@@ -65,12 +66,13 @@ class Args(PolicyArgs, DraftArgs, DeviceArgs):
     judges: list[str] = field(default_factory=list, metadata={"help": "files made by train_judge.py for this target and draft"})
     thresholds: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0], metadata={
         "help": "of every judge, in its mode's own sense, beside its own"})
-    ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 0], metadata={"help": "of topk, the baseline: keep what is among the target's most likely; 0: all"})
+    ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 0], metadata={
+        "help": "of topk, the baseline: keep what is among the target's most likely tokens; 0: all"})
     dataset: Literal["gsm8k", "arithmetic"] = field(default="arithmetic", metadata={"help": "data set whose answers end in a number: its test split"})
     dataset_path: str | None = field(default=None, metadata={"help": "local files of the data set's form"})
     num_problems: int = field(default=0, metadata={"help": "problems, in the data set's order; 0: all"})
     max_new_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens"})
-    gamma: str = field(default="8", metadata={"help": "drafted tokens per round"})
+    gamma: int = field(default=8, metadata={"help": "drafted tokens per round"})
     verification: Verification = field(default="rejection", metadata={"help": "the exact rule that is asked first"})
     batch_size: int = field(default=16, metadata={"help": "problems decoded together"})
     seed: int = field(default=0, metadata={"help": "seed of noise and bootstrap"})
@@ -87,12 +89,10 @@ class Args(PolicyArgs, DraftArgs, DeviceArgs):
         for name, values, most in (("thresholds", self.thresholds, 1), ("ranks", self.ranks, np.inf)):
             if any(not 0 <= value <= most for value in values):
                 raise UserError(f"--{name} {' '.join(map(str, values))}: must lie {'between 0 and 1' if most == 1 else 'at 0 or above'}")
-        if not self.gamma.isdecimal():
-            raise UserError(f"--gamma {self.gamma}: must be a number, so that ways are compared at one")
         self.policy()
         for path in self.judges:
             read_judge_info(path)
-        longest = self.max_new_tokens + drafted_at_most(self.gamma)
+        longest = self.max_new_tokens + drafted_at_most(str(self.gamma))
         if longest >= context_length(load_config(self.model_path)):
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: does not fit the context of {self.model_path}; lower it")
         self.check_draft(self.model_path, longest)
@@ -119,7 +119,7 @@ class Way:
 def read_problems(args: Args, target: Target) -> tuple[list[Problem], dict]:
     """The problems that have a number for an answer and fit the context, and what identifies the data. Raises UserError where there are none."""
     stream = open_stream(args.dataset, "test", args.dataset_path, shuffle=False)
-    longest = context_length(target.model.config) - args.max_new_tokens - drafted_at_most(args.gamma)
+    longest = context_length(target.model.config) - args.max_new_tokens - args.gamma
     found = []
     for example in islice(stream.rest_of_epoch(), args.num_problems or None):
         ids, answer = encode_prompt(target.tokenizer, example), final_answer(example["messages"][-1]["content"])
@@ -134,7 +134,7 @@ def ways(args: Args, target: Target, draft: nn.Module) -> Iterator[Way]:
     """The exact way first. Raises UserError for judges of other models."""
     shares = isinstance(draft, TruncatedLlama) and why_unsupported(target.model, draft.parts()) is None
     exact = DecodeOptions(
-        method="self_speculative" if shares else "speculative", policy=args.policy(), gamma=drafted_at_most(args.gamma), verification=args.verification,
+        method="self_speculative" if shares else "speculative", policy=args.policy(), gamma=args.gamma, verification=args.verification,
         max_new_tokens=args.max_new_tokens, eos_ids=eos_token_ids(target), seed=args.seed,
     )
     yield Way(exact, {})
@@ -220,9 +220,9 @@ def evaluate(args: Args, target: Target, draft: nn.Module, problems: list[Proble
 
 def summary(rows: list[dict]) -> str:
     """The figures that matter, a line per way."""
-    shown = {"method": "method", "reads": "judge_features", "threshold": "threshold", "own": "own_threshold", "rank": "rank", "τ": "tokens_per_call", "low": "tokens_per_call_ci_low",
-             "high": "tokens_per_call_ci_high", "kept": "judge_accept_rate", "fallback": "target_fallback_rate", "accuracy": "accuracy",
-             "lost": "lost", "gained": "gained", "p": "mcnemar_p"}
+    shown = {"method": "method", "reads": "judge_features", "threshold": "threshold", "own": "own_threshold", "rank": "rank", "τ": "tokens_per_call",
+             "low": "tokens_per_call_ci_low", "high": "tokens_per_call_ci_high", "kept": "judge_accept_rate", "fallback": "target_fallback_rate",
+             "accuracy": "accuracy", "lost": "lost", "gained": "gained", "p": "mcnemar_p"}
     table = pd.DataFrame([{title: row.get(column) for title, column in shown.items()} for row in rows])
     return table.dropna(axis="columns", how="all").to_string(index=False, float_format="%.3f", na_rep="")
 

@@ -8,8 +8,9 @@
 Mode "paper" (AutoJudge 2504.20039): a token is important if the target's final answer changes with it; a threshold bounds P(important). Mode "draft": an MLP on the
 draft's distribution alone, for whether verification would accept; the threshold bounds P(accept).
 
-Mined prompts are appended to a file, with the states of both models: a run that was killed continues, and a judge of other --features or --c_grid that is given
-the file as --mined needs no further mining. A judge that exists is reused if it was made with the same settings, and never written over. The last line printed is its path.
+Mined prompts are appended to a file, with the states of both models: a run that was killed continues, and a judge of other --features or --recall_target that is
+given the file as --mined needs no further mining. A judge that exists is reused if it was made with the same settings, and never written over. The last line
+printed is its path.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from data_utils import encode_prompt
 from decoding.static_llama import KEPT_WIDTHS
 from evaluation import DraftArgs, load_draft
-from judge_mining import Drafted, Miner, Question, Reader, Search, draft_labels, longest_prompt
+from judge_mining import TOO_LONG, Drafted, Miner, Question, Reader, Search, draft_labels, longest_prompt
 from judges import C_GRID, Fitted, JudgeInfo, Labelled, fit_draft_judge, fit_paper_judge, load_judge, save_judge
 from results import make_output_dir
 from row_files import describe_skipped, read_rows
@@ -55,15 +56,16 @@ class Args(DraftArgs, DeviceArgs):
     model_path: str = field(metadata={"help": f"the target: a Hugging Face id or folder ({EMBEDDED_TARGET.name} lies in assets/)"})
     out: str = field(metadata={"help": "the judge's file, .safetensors"})
     mined: str | None = field(default=None, metadata={"help": "file of mined prompts, which judges of other features may share (default: --out with .jsonl)"})
-    autojudge_mode: Literal["paper", "draft"] = field(default="paper", metadata={"help": "what is predicted: paper: P(important); draft: P(accept), from the draft alone"})
+    autojudge_mode: Literal["paper", "draft"] = field(default="paper", metadata={"help": "paper: P(important) is predicted; draft: P(accept), from the draft alone"})
     dataset: Literal["gsm8k", "arithmetic"] = field(default="arithmetic", metadata={"help": "data set of the prompts, whose answers end in a number: its train split"})
     dataset_path: str | None = field(default=None, metadata={"help": "local files of the data set's form"})
     num_prompts: int = field(default=1000, metadata={"help": "prompts to mine, drawn at random"})
     max_new_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens"})
-    batch_size: int = field(default=16, metadata={"help": "prompts mined together"})
+    batch_size: int = field(default=16, metadata={"help": "mode paper: prompts mined together"})
     gamma: int = field(default=4, metadata={"help": "mode draft: drafted tokens per round, of which a token's place is a share"})
     features: Literal["target", "both"] = field(default="target", metadata={"help": "mode paper: hidden states of the target, or of draft and target"})
-    recall_target: float = field(default=0.9, metadata={"help": "mode paper: share of the important tokens that the threshold finds, on held-out prompts"})
+    recall_target: float = field(default=0.9, metadata={
+        "help": "mode paper: share of the important tokens that the threshold finds, on held-out prompts; an answer with n of them stands with a chance of about recall^n"})
     c_grid: list[float] = field(default_factory=lambda: list(C_GRID), metadata={"help": "mode paper: inverse strengths of the L2 penalty to try"})
     seed: int = field(default=0, metadata={"help": "seed of data order, split and drawn tokens"})
 
@@ -160,7 +162,7 @@ def labelled(rows: list[dict], args: Args) -> Labelled:
     """The tokens of mined prompts. Raises UserError where there are none."""
     features, important, prompts = [], [], []
     for row in rows:
-        labels = [not kept for kept in row["accepted"]] if args.autojudge_mode == "draft" else [swap[3] for swap in row.get("swaps", [])]
+        labels = [not kept for kept in row.get("accepted", [])] if args.autojudge_mode == "draft" else [swap[3] for swap in row.get("swaps", [])]
         if labels:
             features.append(features_of(row, len(labels), args))
             important += labels
@@ -189,15 +191,15 @@ def questions(args: Args, target: Target) -> Iterator[Question]:
 
 def mined_rows(args: Args, target: Target, draft: nn.Module, asked: Iterator[Question]) -> Iterator[dict]:
     """The rows of further prompts, in order."""
-    longest = longest_prompt(target, draft, args.max_new_tokens)
+    longest = min(LONGEST_PROMPT, longest_prompt(target, draft, args.max_new_tokens))
     if args.autojudge_mode == "paper":
-        fitting = max(1, min(longest, LONGEST_PROMPT))
-        yield from map(row_of_search, Miner(target, draft, args.max_new_tokens, fitting, args.batch_size).run(asked))
+        yield from map(row_of_search, Miner(target, draft, args.max_new_tokens, longest, args.batch_size).run(asked))
         return
-    capacity = min(longest, LONGEST_PROMPT) + args.max_new_tokens
-    readers = Reader(target.model, capacity, 1), Reader(draft, capacity, 1)
+    readers = [Reader(model, longest + args.max_new_tokens, 1) for model in (target.model, draft)]
     for question in asked:
-        if len(question.ids) <= capacity - args.max_new_tokens:
+        if len(question.ids) > longest:
+            yield {"index": question.index, "skipped": TOO_LONG}
+        else:
             yield row_of_drafted(draft_labels(*readers, question, args.max_new_tokens, args.gamma, args.seed, eos_token_ids(target)))
 
 

@@ -345,7 +345,7 @@ def test_mistakes_in_training_are_told(monkeypatch, flags, change, message):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"thresholds": [2]}, "--thresholds 2"), ({"ranks": [-1]}, "--ranks -1"), ({"gamma": "auto"}, "--gamma auto"), ({"judges": ["none"]}, "no judge at none"),
+    ({"thresholds": [2]}, "--thresholds 2"), ({"ranks": [-1]}, "--ranks -1"), ({"gamma": 64}, "--gamma 64"), ({"judges": ["none"]}, "no judge at none"),
     ({"max_new_tokens": 10**5}, "does not fit"), ({"spec_temperature": -1}, "temperature"),
 ])
 def test_mistakes_in_evaluation_are_told(monkeypatch, flags, tmp_path, change, message):
