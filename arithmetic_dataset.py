@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 
 from row_files import TextDataset, parse_question
 
@@ -91,9 +92,14 @@ def make_problem(split: str, index: int) -> dict[str, str]:
 
 def make_rows(split: str) -> list[dict]:
     """The problems of "train", "validation" or "test"; a held-out question that training has seen is left out."""
-    seen = set() if split == "train" else {row["question"] for row in make_rows("train")}
+    seen = frozenset() if split == "train" else _training_questions()
     rows = (make_problem(split, index) for index in range(NUM_PROBLEMS[split]))
     return [row for row in rows if row["question"] not in seen]
+
+
+@cache
+def _training_questions() -> frozenset[str]:
+    return frozenset(row["question"] for row in make_rows("train"))
 
 
 DATASET = TextDataset(name="arithmetic", parse=parse_question, make_rows=make_rows)

@@ -21,7 +21,7 @@ from results import read_csv_log
 from toy_models import tiny_llama
 
 EVALUATION = ["--quality_datasets", "arithmetic", "--quality_max_batches", "2", "--spec_num_prompts", "3", "--spec_prompt_length", "8",
-              "--spec_max_new_tokens", "12", "--max_length", "64", "--gamma", "2", "--num_threads", "1"]
+              "--spec_max_new_tokens", "12", "--fit_prompts", "4", "--max_length", "64", "--gamma", "2", "--num_threads", "1"]
 
 
 def run_main(module, arguments: list, monkeypatch) -> int:

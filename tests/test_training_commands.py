@@ -149,7 +149,7 @@ def trimmed_and_low_rank(inputs, tmp_path_factory) -> list[Path]:
     return [folder / line for line in (folder / "final_checkpoint.txt").read_text().splitlines()]
 
 
-DECODING = ["--spec_num_prompts", "2", "--spec_prompt_length", "8", "--spec_max_new_tokens", "12", "--gamma", "3", "--num_threads", "1", "--device", "cpu"]
+DECODING = ["--spec_num_prompts", "2", "--spec_prompt_length", "8", "--spec_max_new_tokens", "12", "--fit_prompts", "4", "--gamma", "3", "--num_threads", "1", "--device", "cpu"]
 
 
 @pytest.mark.parametrize(("method", "temperature"), [("self_speculative", 0.7), ("dynamic_tree", 0.7), ("self_speculative", 0), ("dynamic_tree", 0)])

@@ -14,9 +14,15 @@ import prove
 import sweep_settings
 from decoding.growmap import Growmap, chain, save_growmap
 from test_commands import EVALUATION, check_one_line, exit_path, run_main  # noqa: F401
+from test_tuning import time_little
 from toy_models import tiny_llama
 
-PROMPTS = ["--spec_prompt_dataset", "arithmetic", "--spec_prompt_length", "8", "--spec_max_new_tokens", "12", "--spec_num_prompts", "3", "--num_threads", "1"]
+PROMPTS = ["--spec_prompt_dataset", "arithmetic", "--spec_prompt_length", "8", "--spec_max_new_tokens", "12", "--spec_num_prompts", "3", "--fit_prompts", "4", "--num_threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    time_little(monkeypatch)
 
 
 @pytest.fixture
