@@ -70,7 +70,8 @@ bench-toy: setup ## the whole harness in seconds, on random weights: OUT
 	$(BENCH) --experiment toy_all --max_samples 3 --max_new_tokens 16 --runs 2
 
 smoke-hf: setup ## a few tokens of every method with the embedded target, loaded as from the hub: OUT
-	$(BENCH) --hf_model assets/pydoc-llama-7m --checkpoint assets/pydoc-llama-7m-exit/layer1.safetensors --max_samples 2 --max_new_tokens 8
+	$(BENCH) --hf_model assets/pydoc-llama-7m --checkpoint assets/pydoc-llama-7m-exit/layer1.safetensors \
+		--followers assets/pydoc-llama-7m-exit/followers.safetensors --autojudge_checkpoint assets/pydoc-llama-7m-exit/judge.safetensors --max_samples 2 --max_new_tokens 8
 
 autojudge: setup ## AutoJudge beside exact decoding: DATASET, OUT, EXPERIMENT
 	$(BENCH) --experiment $(or $(EXPERIMENT),embedded_autojudge_k4)
