@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import platform
@@ -15,7 +14,7 @@ import torch
 from decoding.state import DecodeStats
 from metrics import mcnemar_p, pace, speculation_metrics, speedup_interval, wilson_interval, with_interval
 from records import SCHEMA_VERSION
-from results import display_active, environment
+from results import display_active, environment, now
 from speculative import METHODS, DecodeOptions
 
 MEDIANS = {
@@ -28,11 +27,14 @@ UNJUDGED = ("self_speculative", "speculative", "vanilla")  # what a judged metho
 OF_TREES = ("branches_total", "branches_kept", "branches_pruned", "branch_prune_rate", "effective_parallelism", "max_active_branches", "cache_hits", "cache_misses",
             "cache_hit_rate")
 
+SETTINGS = ("lossless", "k", "verification", "tree_budget", "parallel_branches", "branch_prune_threshold", "commonsense", "judge_rule", "autojudge_threshold",
+            "autojudge_checkpoint")
+
 
 # ---- what identifies a record ----
 
 @dataclass(frozen=True)
-class Finished:
+class MethodRun:
     """One run of a method with what its own figures depend on."""
 
     method: str
@@ -46,18 +48,13 @@ class Finished:
                 "resume_key": key_of(shared, self), "inputs": {"shared": shared, "method": self.inputs}}
 
 
-def key_of(shared: dict, finished: Finished) -> str:
+def key_of(shared: dict, finished: MethodRun) -> str:
     """The key of a run: the same inputs make the same key."""
     return _hash({"shared": shared, "method": finished.method, "inputs": finished.inputs, "run": finished.run})
 
 
 def _hash(content: dict) -> str:
     return hashlib.sha256(json.dumps({"schema_version": SCHEMA_VERSION, **content}, sort_keys=True).encode()).hexdigest()
-
-
-def now() -> str:
-    """The time, UTC."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def system_fields() -> dict:
@@ -156,10 +153,6 @@ def _summary(records: list[dict], own: list[dict], seed: int) -> dict:
         made |= {name: median(values)} if values else {}
     made |= with_interval("tokens_per_call_mean", _summed(good, "tokens_by_prompt"), _summed(good, "target_calls_by_prompt"), seed)
     return made | _speedups(good, own, seed) | _accuracy(good, own)
-
-
-SETTINGS = ("lossless", "k", "verification", "tree_budget", "parallel_branches", "branch_prune_threshold", "commonsense", "judge_rule", "autojudge_threshold",
-            "autojudge_checkpoint")
 
 
 def _by_run(records: list[dict]) -> dict[int, dict]:

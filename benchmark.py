@@ -41,7 +41,7 @@ from answers import final_answer, same_answer
 from bench_args import Args
 from bench_methods import Subject, Unavailable, Way, ways_of
 from bench_prompts import Prompt, Question, encode, hash_of, read_questions, turn_prompts
-from bench_records import Finished, key_of, needed_summaries, run_fields, system_fields
+from bench_records import MethodRun, key_of, needed_summaries, run_fields, system_fields
 from decoding.sampling import SamplingPolicy
 from decoding.static_llama import REACH_STEP
 from evaluation import Draft, load_draft, model_draft
@@ -161,10 +161,10 @@ class Benchmark:
         for name, way in list(todo.items()):
             figures = self._attempt(number, todo, name, self._figures, name, found[name])
             if name in todo:
-                self._append(Finished(way.method, way.inputs, number), "ok", {**way.columns, **figures})
+                self._append(MethodRun(way.method, way.inputs, number), "ok", {**way.columns, **figures})
 
     def _finished(self, way: Way, number: int) -> bool:
-        key = key_of(self.shared, Finished(way.method, way.inputs, number))
+        key = key_of(self.shared, MethodRun(way.method, way.inputs, number))
         return any(record["resume_key"] == key and record["status"] == "ok" for record in self.file.records)
 
     def _make_ready(self, number: int, todo: dict[str, Way]) -> None:
@@ -205,7 +205,7 @@ class Benchmark:
     def _skip(self, method: str, reason: str) -> None:
         """A record for each run, where the file has none yet."""
         for number in range(1, self.args.runs + 1):
-            finished = Finished(method, {}, number)
+            finished = MethodRun(method, {}, number)
             key = key_of(self.shared, finished)
             if not any(record["resume_key"] == key and record.get("info_message") == reason for record in self.file.records):
                 self._append(finished, "skipped", {"info_message": reason})
@@ -219,9 +219,9 @@ class Benchmark:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._append(Finished(way.method, way.inputs, number), "error", {**way.columns, **told})
+        self._append(MethodRun(way.method, way.inputs, number), "error", {**way.columns, **told})
 
-    def _append(self, finished: Finished, status: str, figures: dict) -> None:
+    def _append(self, finished: MethodRun, status: str, figures: dict) -> None:
         self.file.append({**self.fields, **finished.fields(self.shared, status), **figures})
 
 

@@ -28,16 +28,14 @@ from answers import final_answer, same_answer
 from data_utils import encode_prompt
 from decoding.autojudge import TopK
 from decoding.state import DecodeStats
-from decoding.static_llama import why_unsupported
 from decoding.verify import Verification
-from evaluation import DraftArgs, PolicyArgs, drafted_at_most, load_draft
+from evaluation import DraftArgs, PolicyArgs, chain_method, drafted_at_most, load_draft
 from judges import JudgeInfo, load_judge, read_judge_info
 from metrics import mcnemar_p, wilson_interval, with_interval
 from results import file_hash, new_output_dir, record_run, write_csv
 from speculative import DecodeOptions, Generation, context_length, generate_batch
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, weights_hash
 from text_datasets import fingerprint, open_stream
-from truncated_llama import TruncatedLlama
 
 RESULTS_NAME = "results.csv"
 COLUMNS = {
@@ -132,9 +130,8 @@ def read_problems(args: Args, target: Target) -> tuple[list[Problem], dict]:
 
 def ways(args: Args, target: Target, draft: nn.Module) -> Iterator[Way]:
     """The exact way first. Raises UserError for judges of other models."""
-    shares = isinstance(draft, TruncatedLlama) and why_unsupported(target.model, draft.parts()) is None
     exact = DecodeOptions(
-        method="self_speculative" if shares else "speculative", policy=args.policy(), gamma=args.gamma, verification=args.verification,
+        method=chain_method(target, draft), policy=args.policy(), gamma=args.gamma, verification=args.verification,
         max_new_tokens=args.max_new_tokens, eos_ids=eos_token_ids(target), seed=args.seed,
     )
     yield Way(exact, {})

@@ -133,8 +133,13 @@ class SpeculationArgs(PromptArgs):
         """The method to decode with, given the draft."""
         if self.method != "auto":
             return self.method
-        shares = isinstance(draft, TruncatedLlama) and self.engine == "static" and why_unsupported(target.model, draft.parts()) is None
-        return "self_speculative" if shares else "speculative"
+        return chain_method(target, draft) if self.engine == "static" else "speculative"
+
+
+def chain_method(target: Target, draft: nn.Module) -> Literal["self_speculative", "speculative"]:
+    """self_speculative for an exit that can share blocks and cache with the target."""
+    shares = isinstance(draft, TruncatedLlama) and why_unsupported(target.model, draft.parts()) is None
+    return "self_speculative" if shares else "speculative"
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ from plot_parts import (
     interval_lengths,
     legend_below,
     new_look,
+    read_table,
     settings_line,
     settle,
     write_figure,
@@ -47,12 +48,7 @@ JUDGES = {  # by what they read
 
 def read_ways(path: Path) -> pd.DataFrame:
     """The rows of an evaluate_judge.py's results.csv, the exact one first. Raises UserError with the remedy."""
-    try:
-        table = pd.read_csv(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give the output folder of evaluate_judge.py") from error
-    except ValueError as error:  # pandas' errors for an empty or broken file are ValueErrors
-        raise UserError(f"{path}: not a table ({error}); run evaluate_judge.py again") from error
+    table = read_table(path, "evaluate_judge.py")
     if not {"method", "lossless", X, Y} <= set(table) or not bool(table["lossless"].iloc[0]):
         raise UserError(f"{path}: not a table of judges; give the output folder of evaluate_judge.py")
     return table.reindex(columns=[*table, *{"judge", "judge_features", "threshold", "own_threshold", "rank"} - set(table)])

@@ -6,7 +6,6 @@ still finds `recall_target` of the important tokens. Draft mode: an MLP on seven
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import struct
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
 from decoding.autojudge import LAW_FEATURES, Judge
+from results import now
 from target_model import Target, tokenizer_hash, weights_hash
 from truncated_llama import TruncatedLlama
 
@@ -178,7 +178,7 @@ class JudgeInfo:
     draft_name: str
     draft_hash: str
     tokenizer_hash: str
-    date: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+    date: str = field(default_factory=now)
     settings: dict = field(default_factory=dict)
 
     @classmethod

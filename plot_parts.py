@@ -286,6 +286,16 @@ def settings_line(table: pd.DataFrame, note: str = "") -> str:
     return "; ".join(filter(None, [", ".join(parts), note]))
 
 
+def read_table(path: Path, made_by: str, **options: object) -> pd.DataFrame:
+    """The CSV table at `path`, which the command `made_by` makes. Raises UserError with the remedy."""
+    try:
+        return pd.read_csv(path, **options)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; give the output folder of {made_by}") from error
+    except ValueError as error:  # pandas' errors for an empty or broken file are ValueErrors
+        raise UserError(f"{path}: not a table ({error}); run {made_by} again") from error
+
+
 # ---- figures and axes ----
 
 def panel_grid(counts: list[int], height: float) -> tuple[Figure, list[list[Axes]]]:

@@ -22,7 +22,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from plot_parts import (
-    COLUMN_INCHES,
     GREY,
     STYLE,
     WIDE_INCHES,
@@ -129,7 +128,7 @@ def scatter(table: pd.DataFrame, what: Scatter) -> Figure | None:
     rows = with_numbers(table, what.name, [what.x, what.y])
     if rows is None:
         return None
-    figure = Figure(figsize=(max(COLUMN_INCHES, WIDE_INCHES), 3.0), layout="constrained")
+    figure = Figure(figsize=(WIDE_INCHES, 3.0), layout="constrained")
     axis = figure.subplots()
     for name, (_, row) in zip(way_names(rows), rows.iterrows(), strict=True):
         own = pd.DataFrame([row])

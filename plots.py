@@ -64,6 +64,7 @@ from plot_parts import (
     pareto_front,
     pixels_per_point,  # noqa: F401 (tree_plots.py takes it from here)
     point_names,
+    read_table,
     row_counts,
     rows_with,
     run_looks,
@@ -93,12 +94,7 @@ RUN_COLORS, RUN_MARKERS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000"
 
 def read_results(path: Path) -> pd.DataFrame:
     """The rows of a results.csv by layer and step, infinite numbers as missing. Raises UserError with the remedy."""
-    try:
-        table = pd.read_csv(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give the output folder of evaluate_checkpoints.py") from error
-    except ValueError as error:  # pandas' errors for an empty or broken file are ValueErrors
-        raise UserError(f"{path}: not a table ({error}); run evaluate_checkpoints.py again") from error
+    table = read_table(path, "evaluate_checkpoints.py")
     table = table.reindex(columns=[*table, *(column for column in ("checkpoint", "step") if column not in table)])
     layered = table[table.get("kind") != "model"]  # an independent model has no layer
     empty = [column for column, rows in (("kind", table), ("target_layer", layered)) if column not in rows or rows[column].isna().any()]

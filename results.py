@@ -119,13 +119,18 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def now() -> str:
+    """The time, UTC, in ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def environment() -> dict:
     """Date, git revision, library versions and the machine of this process."""
     import torch  # not needed by those who only read results
 
     status = _git("status", "--porcelain")
     manifest = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "git_sha": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         "python": platform.python_version(),

@@ -29,6 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 
+from plot_parts import read_table
 from plots import (
     GREY,
     MEASURED_TAU,
@@ -76,12 +77,7 @@ TONES, TONE = LinearSegmentedColormap.from_list("tones", ["#EAF2F9", "#9CC7E8", 
 
 def read_benchmark(path: Path) -> pd.DataFrame:
     """The rows of a sweep_settings.py's results.csv, one prompt at a time, infinite numbers as missing. Raises UserError with the remedy."""
-    try:
-        table = pd.read_csv(path, dtype={"gamma": str})
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give the output folder of sweep_settings.py, or a growmap") from error
-    except ValueError as error:  # pandas' errors for an empty or broken file are ValueErrors
-        raise UserError(f"{path}: not a table ({error}); run sweep_settings.py again") from error
+    table = read_table(path, "sweep_settings.py", dtype={"gamma": str})
     if not {"method", "batch"} <= set(table):
         raise UserError(f"{path}: has no columns method and batch; give the output folder of sweep_settings.py")
     table = table.reindex(columns=[*table, *{"verification", "tree_budget", "gamma"} - set(table)]).replace([np.inf, -np.inf], np.nan)

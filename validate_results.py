@@ -46,10 +46,11 @@ def check_file(path: Path, strict: bool) -> tuple[Counter[str], list[str]]:
         raise UserError(f"{path}: holds no records")
     counted = Counter("summary" if record.get("summary") else f"run, {record.get('status')}" for record in records)
     wrong = [f"{path}, line {number}: {what}" for number, record in enumerate(records, start=1) for what in complaints(record, strict)]
-    if not path.read_bytes().endswith(b"\n"):
-        wrong += [f"{path}: the last line is cut off; start benchmark.py again, which mends it"] if strict else []
-    for name in sorted({name for record in records for name in unknown_fields(record)} if not strict else ()):
-        print(f"{path}: unknown field {name}")
+    torn = [f"{path}: the last line is cut off; start benchmark.py again, which mends it"] if not path.read_bytes().endswith(b"\n") else []
+    if strict:
+        return counted, wrong + torn
+    for note in [*torn, *(f"{path}: unknown field {name}" for name in sorted({name for record in records for name in unknown_fields(record)}))]:
+        print(note)
     return counted, wrong
 
 

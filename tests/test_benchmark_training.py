@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmark_training import WARM_UP_STEPS, Args, Trainer, one_step, plain, row_of, trainers
+from benchmark_training import Args, Trainer, one_step, plain, row_of, trainers
 from toy_models import some_batch, tiny_llama
 from truncated_llama import ExitKind, exit_to_train
 from tuned_llama import Objective, TunedLlama
@@ -61,7 +61,7 @@ def test_the_command_times_each_trainer(tmp_path):
     table = pd.read_csv(tmp_path / "out" / "training_speed.csv", dtype={"layers": str})
     assert table[["trainer", "layers"]].values.tolist() == [["ours", "1"], ["cached", "1"], ["plain", "1"]]
     assert (table["ms_per_step"] > 0).all() and not list((tmp_path / "out").glob("cache*"))
-    assert "[2/2] steps done" in done.stdout and WARM_UP_STEPS == 2
+    assert "[2/2] steps done" in done.stdout
 
 
 def test_a_trainer_that_ends_early_is_told():

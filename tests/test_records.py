@@ -11,7 +11,7 @@ import pytest
 
 import record_file
 import validate_results
-from bench_records import Finished, needed_summaries, run_fields, summary_key
+from bench_records import MethodRun, needed_summaries, run_fields, summary_key
 from decoding.state import DecodeStats, RoundResult
 from metrics import mcnemar_p, wilson_interval
 from record_file import RecordFile, read_records
@@ -28,7 +28,7 @@ OF_ALL = {
 
 def run_record(method: str, run: int = 1, tokens: tuple = (10, 20), seconds: tuple = (1.0, 2.0), status: str = "ok", inputs: dict | None = None, **more: object) -> dict:
     """A run as benchmark.py writes it: two prompts with these tokens in these seconds."""
-    record = {**OF_ALL, **Finished(method, inputs or {}, run).fields(SHARED, status)}
+    record = {**OF_ALL, **MethodRun(method, inputs or {}, run).fields(SHARED, status)}
     if status == "error":
         return {**record, "error_type": "ValueError", "error_message": "no", "traceback": "…", **more}
     if status == "skipped":
