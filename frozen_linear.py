@@ -1,4 +1,4 @@
-"""Linear maps of a frozen model, multiplied by whoever multiplies fastest: on the CPU, in fp32, that is oneDNN, by a fifth over what torch's own call takes."""
+"""Linear maps of a frozen model, multiplied by whoever multiplies fastest: on the CPU, in fp32, that is oneDNN."""
 
 from __future__ import annotations
 
