@@ -23,8 +23,9 @@ import gsm8k_dataset
 import mt_bench_dataset
 import share_gpt_dataset
 import ultrachat_dataset
-from answers import final_answer
+from answers import final_answer, same_answer
 from data_utils import encode_prompt
+from decoding import vlm
 from row_files import ExampleStream, TextDataset, describe_skipped, open_rows
 from text_datasets import DATASETS, find_dataset
 
@@ -50,6 +51,14 @@ class Prompt:
 
     input_ids: list[int]
     answer: str | None = None
+
+    def given(self) -> vlm.Prompt:
+        """As `speculative.generate` takes it."""
+        return self.input_ids
+
+    def is_right(self, text: str) -> bool:
+        """Whether `text` ends in the reference answer, where there is one."""
+        return same_answer(final_answer(text), self.answer)
 
 
 @dataclass(frozen=True)

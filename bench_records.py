@@ -19,7 +19,7 @@ from speculative import METHODS, DecodeOptions
 
 MEDIANS = {
     "tokens_per_sec_median": "tokens_per_sec", "acceptance_rate_median": "acceptance_rate", "avg_tokens_per_step_median": "avg_tokens_per_step",
-    "tokens_per_call_median": "tokens_per_call", "judge_accept_rate_median": "judge_accept_rate", "target_fallback_rate_median": "target_fallback_rate",
+    "tokens_per_call_median": "tokens_per_call", "target_calls_per_token_median": "target_calls_per_token", "judge_accept_rate_median": "judge_accept_rate", "target_fallback_rate_median": "target_fallback_rate",
     "cache_hit_rate_median": "cache_hit_rate", "spec_overlap_median": "spec_overlap",
 }
 BASELINES = ("vanilla", "hf_generate")

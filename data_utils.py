@@ -17,7 +17,8 @@ from command_line import UserError
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from row_files import ExampleStream, MixedStream, describe_skipped
+from pictures import MARKER, Sight, expanded, with_pictures
+from row_files import ExampleStream, MixedStream, SkipRow, describe_skipped
 
 # Llama-3 templates print today's date; a fixed one keeps token sequences equal from run to run.
 DATE_STRING = "26 Jul 2024"
@@ -30,12 +31,13 @@ MAX_FRUITLESS = 2_000
 class Encoded:
     """Token ids of one example and, for each, whether it is learned (the first never is: nothing predicts it).
 
-    `source` is the index of the stream that the example came from.
+    `source` is the index of the stream that the example came from; `pixels` (n, 3, height, width) are its pictures'.
     """
 
     input_ids: list[int]
     loss_mask: list[bool]
     source: int = 0
+    pixels: torch.Tensor | None = None
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -45,17 +47,25 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_ge
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE_STRING)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: dict) -> list[int]:
-    """Token ids of an example up to where the model speaks: a chat up to its last answer, plain text whole."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: dict, pictures: int | None = None) -> list[int]:
+    """Token ids of an example up to where the model speaks: a chat up to its last answer, plain text whole.
+
+    With `pictures`, of a LLaVA, the first question begins with so many markers; the template is LLaVA's, which leaves the BOS to the tokenizer.
+    """
     if "text" in example:
         return tokenizer(example["text"])["input_ids"]
     messages = example["messages"]
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return tokenizer(render_chat(tokenizer, asked, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+    text = render_chat(tokenizer, asked if pictures is None else with_pictures(asked, pictures), add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=pictures is not None and not _has_bos(tokenizer, text))["input_ids"]
 
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, example: dict, loss_on: LossOn = "all") -> Encoded:
-    """Token ids and loss mask of a chat or a text.
+def _has_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
+def encode_example(tokenizer: PreTrainedTokenizerBase, example: dict, loss_on: LossOn = "all", pictures: int | None = None) -> Encoded:
+    """Token ids and loss mask of a chat or a text; `pictures` as in `encode_prompt`.
 
     With `loss_on="assistant"` (or where the example asks for it) only the assistants' answers are learned, their
     end-of-turn token included.
@@ -63,14 +73,28 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: dict, loss_on: L
     if "text" in example:
         ids = tokenizer(example["text"])["input_ids"]
         return Encoded(ids, [False, *[True] * (len(ids) - 1)])
-    text = render_chat(tokenizer, example["messages"])
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    messages = example["messages"] if pictures is None else with_pictures(example["messages"], pictures)
+    text = render_chat(tokenizer, messages)
+    encoding = tokenizer(text, add_special_tokens=pictures is not None and not _has_bos(tokenizer, text), return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if example.get("loss_on", loss_on) == "all":
         return Encoded(ids, [False, *[True] * (len(ids) - 1)])
-    spans = answer_spans(tokenizer, example["messages"], text)
+    spans = answer_spans(tokenizer, messages, text)
     mask = [any(start <= begin and end <= stop for start, stop in spans) for begin, end in offsets]
     return Encoded(ids, [False, *mask[1:]])
+
+
+def encode_sighted(tokenizer: PreTrainedTokenizerBase, example: dict, sight: Sight, loss_on: LossOn = "all") -> Encoded:
+    """The same of a chat with "images", or without: placeholders, which are never learned, and pixels. Raises SkipRow for pictures that cannot be read."""
+    pictures = example.get("images", [])
+    marked = encode_example(tokenizer, example, loss_on, pictures=len(pictures))
+    marker = tokenizer.convert_tokens_to_ids(MARKER)
+    if marked.input_ids.count(marker) != len(pictures):
+        raise SkipRow(f"whose text has {MARKER} beside its pictures")
+    ids = expanded(marked.input_ids, marker, sight.placeholders)
+    learned = iter(learn for token, learn in zip(marked.input_ids, marked.loss_mask, strict=True) if token != marker)
+    mask = [token != sight.token and next(learned) for token in ids]
+    return Encoded(ids, mask, pixels=sight.pixels(pictures) if pictures else None)
 
 
 def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict], text: str) -> list[tuple[int, int]]:
@@ -88,7 +112,8 @@ def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict], text:
 
 
 def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `loss_mask` (B, T) bool; `source` (B,) int64."""
+    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `loss_mask` (B, T) bool; `source` (B,) int64; where there are pictures, their
+    `pixel_values` (n, 3, height, width) in the texts' order."""
     width = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), width), pad_id)
     attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
@@ -99,7 +124,9 @@ def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
         attention_mask[i, :count] = 1
         loss_mask[i, :count] = torch.tensor(example.loss_mask)
     source = torch.tensor([example.source for example in examples])
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask, "source": source}
+    pixels = [example.pixels for example in examples if example.pixels is not None]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask, "source": source,
+            **({"pixel_values": torch.cat(pixels)} if pixels else {})}
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -109,21 +136,40 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How examples become tokens: tokenizer, learned part, longest kept length and examples per batch."""
+    """How examples become tokens: tokenizer, learned part, longest kept length and examples per batch; `sight` where the model has one."""
 
     tokenizer: PreTrainedTokenizerBase
     loss_on: LossOn = "all"
     max_length: int = 512
     batch_size: int = 8
+    sight: Sight | None = None
 
     def encode(self, example: dict) -> Encoded:
-        """The example's first `max_length` tokens."""
-        encoded = encode_example(self.tokenizer, example, self.loss_on)
-        return Encoded(encoded.input_ids[: self.max_length], encoded.loss_mask[: self.max_length], example.get("source", 0))
+        """The example's first `max_length` tokens. Raises SkipRow for pictures that cannot be read, or do not fit."""
+        if self.sight is None:
+            encoded = encode_example(self.tokenizer, example, self.loss_on)
+        else:
+            encoded = encode_sighted(self.tokenizer, example, self.sight, self.loss_on)
+        if self.sight is not None and self.sight.token in encoded.input_ids[self.max_length :]:
+            raise SkipRow("whose pictures take more than --max_length tokens")
+        return Encoded(encoded.input_ids[: self.max_length], encoded.loss_mask[: self.max_length], example.get("source", 0), encoded.pixels)
 
     def collate(self, examples: list[Encoded]) -> dict[str, torch.Tensor]:
         """See `collate`."""
         return collate(examples, pad_token_id(self.tokenizer))
+
+
+def _usable(options: EncodeOptions, example: dict, origin: ExampleStream) -> Encoded | None:
+    """The example's tokens; None where nothing of it can be learned, which `origin` counts."""
+    try:
+        candidate = options.encode(example)
+    except SkipRow as reason:
+        origin.skipped[str(reason)] += 1
+        return None
+    if any(candidate.loss_mask):
+        return candidate
+    origin.skipped["with nothing to learn in the first tokens"] += 1
+    return None
 
 
 class PaddedBatches:
@@ -173,15 +219,17 @@ class PaddedBatches:
     def _next_usable(self, examples: Iterator[dict]) -> Encoded:
         """The next example that has something to learn. Raises UserError where a source has none for long."""
         while True:
-            candidate = self.options.encode(next(examples))
-            if any(candidate.loss_mask):
-                self.fruitless[candidate.source] = 0
+            example = next(examples)
+            source = example.get("source", 0)
+            candidate = _usable(self.options, example, self.stream.streams[source])
+            if candidate is not None:
+                self.fruitless[source] = 0
                 return candidate
-            origin = self.stream.streams[candidate.source]
-            origin.skipped["with nothing to learn in the first tokens"] += 1
-            self.fruitless[candidate.source] += 1
-            if self.fruitless[candidate.source] == MAX_FRUITLESS:
-                raise UserError(f"{MAX_FRUITLESS} examples of {origin.dataset.name} in a row have nothing to learn; raise --max_length or use --loss_on all")
+            self.fruitless[source] += 1
+            if self.fruitless[source] == MAX_FRUITLESS:
+                origin = self.stream.streams[source]
+                raise UserError(f"{MAX_FRUITLESS} examples of {origin.dataset.name} in a row have nothing to learn; raise --max_length or use --loss_on all "
+                                f"({describe_skipped(origin.skipped)})")
 
     def state_dict(self) -> dict:
         return {"position": self.bucket_start, "emitted": self.emitted}
@@ -196,8 +244,8 @@ def held_out_batches(stream: ExampleStream, options: EncodeOptions, limit: int) 
 
     Raises UserError where not one example has anything to learn.
     """
-    encoded = (options.encode(example) for example in stream.rest_of_epoch())
-    kept = list(islice((e for e in encoded if any(e.loss_mask)), limit * options.batch_size))
+    encoded = (_usable(options, example, stream) for example in stream.rest_of_epoch())
+    kept = list(islice((e for e in encoded if e is not None), limit * options.batch_size))
     if not kept:
         raise UserError(f"--dataset {stream.dataset.name}: no usable example in the held-out split; {describe_skipped(stream.skipped)}")
     kept.sort(key=lambda e: len(e.input_ids))

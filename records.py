@@ -140,6 +140,7 @@ class Record:
     acceptance_rate_median: float | None = _said("median over runs")
     avg_tokens_per_step_median: float | None = _said("median over runs", "measured")
     tokens_per_call_median: float | None = _said("median over runs", "measured")
+    target_calls_per_token_median: float | None = _said("median over runs")
     judge_accept_rate_median: float | None = _said("median over runs")
     target_fallback_rate_median: float | None = _said("median over runs")
     cache_hit_rate_median: float | None = _said("median over runs")

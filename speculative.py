@@ -40,6 +40,7 @@ from decoding.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupport
 from decoding.static_tree import StaticTree, static_tree_round
 from decoding.vanilla import vanilla_round
 from decoding.verify import TREE_RULES, VERIFICATIONS, TreeRule, Verification
+from decoding.vlm import PicturePrompt, Prompt, Shifted, View, view_of
 from plain_llama import as_llama, constant_drafting
 from truncated_llama import TruncatedLlama
 
@@ -151,7 +152,7 @@ class Method:
     lossless: bool
     draft: Literal["none", "model", "exit", "any"]
     round: Callable[[DecodeState, DecodeOptions], list[RoundResult]] | None = None
-    whole: Callable[[nn.Module, list[int], DecodeOptions, nn.Module | None, int], tuple[list[int], DecodeStats]] | None = None
+    whole: Callable[[nn.Module, View, DecodeOptions, nn.Module | None, int], tuple[list[int], DecodeStats]] | None = None
     plan: type | None = None
     judge: type | None = None
 
@@ -162,16 +163,16 @@ def _judged_round(state: DecodeState, options: DecodeOptions) -> list[RoundResul
     return round_(state, options.length(), options.verification, options.judge)
 
 
-def _hf_generate(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
+def _hf_generate(target: nn.Module, prompt: View, options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
     return hf_decode(target, prompt, generation_config(options.policy, options.max_new_tokens, options.eos_ids), seed)
 
 
-def _hf_assisted(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
+def _hf_assisted(target: nn.Module, prompt: View, options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
     config = generation_config(options.policy, options.max_new_tokens, options.eos_ids)
     return hf_decode(target, prompt, config, seed, _drafting(options, config), _as_assistant(draft))
 
 
-def _hf_early_exit(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
+def _hf_early_exit(target: nn.Module, prompt: View, options: DecodeOptions, draft: nn.Module | None, seed: int) -> tuple[list[int], DecodeStats]:
     if not isinstance(draft, TruncatedLlama):
         raise ValueError("method 'hf_early_exit' drafts with the target's first blocks: pass a TruncatedLlama that says how many")
     config = generation_config(options.policy, options.max_new_tokens, options.eos_ids)
@@ -221,14 +222,14 @@ class Generation:
 
 def generate(
     target: nn.Module,
-    prompt: list[int],
+    prompt: Prompt,
     options: DecodeOptions,
     draft: nn.Module | None = None,
     *,
     prompt_id: int = 0,
     on_tokens: Callable[[list[int]], None] | None = None,
 ) -> Generation:
-    """Continue `prompt` (token ids, at least one) with `options`.
+    """Continue `prompt` (token ids, at least one, or a PicturePrompt; see decoding/vlm.py) with `options`.
 
     `target` and `draft` are called as transformers' causal models are (a TruncatedLlama is too) and must share their
     token ids; `prompt_id` keys the noise beside `options.seed`. `on_tokens` gets each round's tokens as they are
@@ -241,7 +242,7 @@ def generate(
 @torch.inference_mode()
 def generate_batch(
     target: nn.Module,
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     options: DecodeOptions,
     draft: nn.Module | None = None,
     *,
@@ -254,8 +255,9 @@ def generate_batch(
     ended takes part in the passes, unused, until the last ends. `on_tokens(row, tokens)` gets what is committed.
     """
     method = METHODS[options.method]
-    for prompt in prompts:
-        _check(target, prompt, options, draft if method.draft != "none" else target)
+    asked = [Asked.of(prompt, target, draft if method.draft != "none" else target) for prompt in prompts]
+    for views in asked:
+        _check(target, views, options, draft if method.draft != "none" else target)
     if method.plan is not None and len(prompts) > 1:
         raise ValueError(f"method {options.method!r} decodes one text at a time, not {len(prompts)}")
     prompt_ids = list(range(len(prompts))) if prompt_ids is None else prompt_ids
@@ -264,9 +266,9 @@ def generate_batch(
     if method.whole is not None:
         if options.stop is not None or on_tokens is not None:
             raise ValueError(f"method {options.method!r} is transformers' own: it knows neither stop nor on_tokens")
-        return [Generation(*method.whole(target, prompt, options, draft, options.seed + key)) for prompt, key in zip(prompts, prompt_ids, strict=True)]
-    with _on(target.device), _lent_engines(target, _slots(prompts, options), len(prompts), options.engine) as engines:
-        return _decode(engines, prompts, options, draft, prompt_ids, on_tokens)
+        return [Generation(*method.whole(target, views.target, options, draft, options.seed + key)) for views, key in zip(asked, prompt_ids, strict=True)]
+    with _on(target.device), _lent_engines(target, _slots([views.target for views in asked], options), len(asked), options.engine) as engines:
+        return _decode(engines, asked, options, draft, prompt_ids, on_tokens)
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -274,23 +276,41 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as target and draft are given it; the same object where they are given the same."""
+
+    target: View
+    draft: View
+
+    @classmethod
+    def of(cls, prompt: Prompt, target: nn.Module, draft: nn.Module | None) -> Asked:
+        own = view_of(prompt, target)
+        return cls(own, view_of(prompt, draft) if isinstance(prompt, PicturePrompt) and draft is not None else own)
+
+    @property
+    def shift(self) -> int:
+        """By how many tokens the draft's is shorter."""
+        return len(self.target.ids) - len(self.draft.ids)
+
+
 def _decode(
-    engines: Engines, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int],
+    engines: Engines, asked: list[Asked], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int],
     on_tokens: Callable[[int, list[int]], None] | None,
 ) -> list[Generation]:
     """Rounds until every text has ended."""
     synchronize(engines.target.device)
     start = time.perf_counter()
-    state = _prepare(engines, prompts, options, draft, prompt_ids)
+    state = _prepare(engines, asked, options, draft, prompt_ids)
     state.clock.add("prefill", time.perf_counter() - start)
     with state.clock("prefill"):
-        _prefill(state, [prompt[:-1] for prompt in prompts])
-    stats = [DecodeStats(prompt_tokens=len(prompt)) for prompt in prompts]
+        _prefill(state, asked)
+    stats = [DecodeStats(prompt_tokens=len(views.target.ids)) for views in asked]
     while state.running:
         results = METHODS[options.method].round(state, options)
         for row in list(state.running):
             stats[row].rounds.append(results[row])
-            kept, finished = _cut(state.committed[row][len(prompts[row]) :], results[row].tokens, options)
+            kept, finished = _cut(state.committed[row][stats[row].prompt_tokens :], results[row].tokens, options)
             state.committed[row] += kept
             if finished:
                 state.running.remove(row)
@@ -299,7 +319,7 @@ def _decode(
         state.roll_back()
     synchronize(engines.target.device)
     wall_s = time.perf_counter() - start
-    return [_finish(state, row, stats[row], wall_s) for row in range(len(prompts))]
+    return [_finish(state, row, stats[row], wall_s) for row in range(len(asked))]
 
 
 def _cut(generated: list[int], new: list[int], options: DecodeOptions) -> tuple[list[int], bool]:
@@ -323,8 +343,8 @@ def _finish(state: DecodeState, row: int, stats: DecodeStats, wall_s: float) -> 
     return Generation(tokens, stats)
 
 
-def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: nn.Module | None) -> None:
-    if not prompt:
+def _check(target: nn.Module, asked: Asked, options: DecodeOptions, draft: nn.Module | None) -> None:
+    if not asked.target.ids:
         raise ValueError("the prompt is empty; give at least the BOS token")
     if draft is None:
         raise ValueError(f"method {options.method!r} drafts with a model: pass draft=")
@@ -332,10 +352,14 @@ def _check(target: nn.Module, prompt: list[int], options: DecodeOptions, draft: 
         raise ValueError(f"draft and target have different vocabularies ({draft.config.vocab_size} and {target.config.vocab_size} tokens)")
     if options.method == "self_speculative":
         _check_exit(target, draft, options)
-    context = min(context_length(model.config) for model in (target, draft))
-    if len(prompt) + options.max_new_tokens + options.ahead > context:
+    for model, view in ((target, asked.target), (draft, asked.draft)):
+        _check_room(context_length(model.config), len(view.ids), options)
+
+
+def _check_room(context: int, prompt: int, options: DecodeOptions) -> None:
+    if prompt + options.max_new_tokens + options.ahead > context:
         raise ValueError(
-            f"prompt ({len(prompt)}), new tokens ({options.max_new_tokens}) and gamma or tree depth ({options.ahead}) exceed the context of {context}")
+            f"prompt ({prompt}), new tokens ({options.max_new_tokens}) and gamma or tree depth ({options.ahead}) exceed the context of {context}")
 
 
 def _check_exit(target: nn.Module, draft: nn.Module, options: DecodeOptions) -> None:
@@ -378,22 +402,23 @@ _noted: WeakSet[nn.Module] = WeakSet()
 _making = Lock()  # weights are joined by one thread at a time
 
 
-def _slots(prompts: list[list[int]], options: DecodeOptions) -> int:
+def _slots(views: list[View], options: DecodeOptions) -> int:
     """Capacity of a cache for these texts."""
-    return max(map(len, prompts)) + options.max_new_tokens + options.slots_ahead + 1
+    return max(len(view.ids) for view in views) + options.max_new_tokens + options.slots_ahead + 1
 
 
-def _prepare(engines: Engines, prompts: list[list[int]], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int]) -> DecodeState:
+def _prepare(engines: Engines, asked: list[Asked], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int]) -> DecodeState:
     """Empty caches of sufficient capacity for target and draft, and all else that a generation starts with."""
     kind = _draft_kind(engines.target, draft, options)
-    drafter = None if kind == "none" else _draft_for(engines, draft, kind, _slots(prompts, options), options.engine)
+    drafter = None if kind == "none" else _draft_for(engines, draft, kind, _slots([views.draft for views in asked], options), options.engine)
     if options.judge is not None and options.judge.reads_states:
         _check_states(options.judge, engines.target, drafter)
-    for model in filter(None, (engines.target, drafter)):
-        model.start([len(prompt) for prompt in prompts], options.slots_ahead)
+    engines.target.start([len(views.target.ids) for views in asked], options.slots_ahead)
+    if drafter is not None:
+        drafter.start([len(views.draft.ids) for views in asked], options.slots_ahead)
     return DecodeState(
-        target=engines.target, draft=drafter, policy=options.policy, noise=Noise.of(options.seed, prompt_ids, engines.target.device),
-        committed=[list(prompt) for prompt in prompts], eos_ids=options.eos_ids, record_overlap=options.record_overlap,
+        target=engines.target, draft=_shifted(drafter, asked), policy=options.policy, noise=Noise.of(options.seed, prompt_ids, engines.target.device),
+        committed=[list(views.target.ids) for views in asked], eos_ids=options.eos_ids, record_overlap=options.record_overlap,
         common_sense=options.common_sense,
     )
 
@@ -464,9 +489,21 @@ def _new_engine(model: nn.Module, capacity: int, batch: int, engine: str) -> Mod
     return CachedModel(model)
 
 
-def _prefill(state: DecodeState, texts: list[list[int]]) -> None:
-    """Fill all caches. An exit fills the target's too, as it shares blocks with it."""
+def _shifted(drafter: Model | SharedExit | None, asked: list[Asked]) -> Model | SharedExit | Shifted | None:
+    """The draft's engine, in the target's places where its prompts are shorter. Raises ValueError where they are shorter by different numbers of tokens."""
+    shifts = {views.shift for views in asked} if drafter is not None else {0}
+    if len(shifts) > 1:
+        raise ValueError(f"the draft's prompts are {', '.join(map(str, sorted(shifts)))} tokens shorter than the target's: decode them one by one")
+    shift, = shifts
+    return Shifted(drafter, shift) if shift else drafter
+
+
+def _prefill(state: DecodeState, asked: list[Asked]) -> None:
+    """Fill all caches; every model looks at the pictures once. An exit fills the target's cache too, as it shares blocks with it."""
+    pictures = [views.target.rows() for views in asked]
+    whole = [views.target.ids[:-1] for views in asked], pictures
     if not isinstance(state.draft, SharedExit):
-        state.target.prefill(texts)
+        state.target.prefill(*whole)
     if state.draft is not None:
-        state.draft.prefill(texts)
+        same = all(views.draft is views.target for views in asked)
+        state.draft.prefill(*whole) if same else state.draft.prefill([views.draft.ids[:-1] for views in asked], [views.draft.rows() for views in asked])

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from command_line import UserError, first_line, import_optional
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -156,8 +158,13 @@ def weights_hash(model: PreTrainedModel) -> str:
     config = model.config
     shape = [config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
              config.num_key_value_heads, config.vocab_size, str(config.rope_parameters)]
-    digest = hashlib.sha256(json.dumps(shape).encode())
-    for name, parameter in model.named_parameters():
+    return values_hash(json.dumps(shape), model)
+
+
+def values_hash(shape: str, *modules: nn.Module) -> str:
+    """Identifies `modules` by `shape` and a few values of every tensor."""
+    digest = hashlib.sha256(shape.encode())
+    for name, parameter in chain.from_iterable(module.named_parameters() for module in modules):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
         sample[sample.abs() < torch.finfo(torch.float16).smallest_normal] = 0

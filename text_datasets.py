@@ -20,6 +20,7 @@ import mt_bench_dataset
 import oasst_dataset
 import openwebtext_dataset
 import pydoc_dataset
+import shapes_dataset
 import share_gpt_dataset
 import slim_pj_dataset
 import ultrachat_dataset
@@ -28,7 +29,7 @@ from row_files import ExampleStream, MixedStream, TextDataset, open_rows
 
 _MODULES = (
     ultrachat_dataset, share_gpt_dataset, oasst_dataset, lmsys_dataset, slim_pj_dataset, fineweb_dataset, c4_dataset, openwebtext_dataset,
-    cnn_dataset, xsum_dataset, gsm8k_dataset, mt_bench_dataset, pydoc_dataset, arithmetic_dataset,
+    cnn_dataset, xsum_dataset, gsm8k_dataset, mt_bench_dataset, pydoc_dataset, arithmetic_dataset, shapes_dataset,
 )
 DATASETS: dict[str, TextDataset] = {module.DATASET.name: module.DATASET for module in _MODULES}
 ALIASES = {"oasst1": "oasst", "lmsys-chat-1m": "lmsys"}  # as the hub calls them

@@ -23,6 +23,7 @@ from decoding.growmap import Growmap
 from decoding.sampling import Noise, Purpose, policy_probs
 from decoding.static_tree import StaticTree
 from decoding.verify import residual, without
+from decoding.vlm import Prompt, forced_logits, view_of
 from speculative import METHODS, DecodeOptions, TreePlan, generate
 
 CHUNK_ROWS = 64  # positions of V numbers in fp64 at a time: 65 MB each at V = 128k
@@ -37,19 +38,21 @@ METHOD_OF = {method.plan: name for name, method in METHODS.items() if method.pla
 
 @dataclass(frozen=True)
 class OwnText:
-    """A text that the target decoded: `tokens`, of which the first `prompt` were given, and the `noise` of its positions."""
+    """A text that the target decoded behind the prompt `given`: `tokens`, of which the first `prompt` are that's, and the `noise` of its positions."""
 
     tokens: list[int]
     prompt: int
     noise: Noise
+    given: Prompt
 
 
-def own_texts(target: nn.Module, prompts: Sequence[list[int]], options: DecodeOptions) -> list[OwnText]:
+def own_texts(target: nn.Module, prompts: Sequence[Prompt], options: DecodeOptions) -> list[OwnText]:
     """What the target makes of `prompts` under the policy, seed and lengths of `options`."""
     vanilla = replace(options, method="vanilla", tree=None)
+    asked = [view_of(prompt, target).ids for prompt in prompts]
     return [
-        OwnText([*prompt, *generate(target, prompt, vanilla, prompt_id=i).tokens], len(prompt), Noise.of(options.seed, i, target.device))
-        for i, prompt in enumerate(prompts)
+        OwnText([*ids, *generate(target, prompt, vanilla, prompt_id=i).tokens], len(ids), Noise.of(options.seed, i, target.device), prompt)
+        for i, (ids, prompt) in enumerate(zip(asked, prompts, strict=True))
     ]
 
 
@@ -67,10 +70,10 @@ class Positions:
 def positions_of(texts: Sequence[OwnText], *models: nn.Module) -> Iterator[Positions]:
     """The positions behind the prompts, with what each of `models` says there, teacher-forced."""
     for text in texts:
-        ids = torch.tensor([text.tokens], device=models[0].device)
-        logits = [model(ids[:, :-1], use_cache=False).logits[0, text.prompt - 1 :] for model in models]
-        at = torch.arange(text.prompt, len(text.tokens), device=ids.device)
-        for rows in zip(*(tensor.split(CHUNK_ROWS) for tensor in (*logits, at, ids[0, text.prompt :])), strict=True):
+        new = torch.tensor(text.tokens[text.prompt :], device=models[0].device)
+        logits = [forced_logits(model, text.given, new.tolist()) for model in models]
+        at = torch.arange(text.prompt, len(text.tokens), device=new.device)
+        for rows in zip(*(tensor.split(CHUNK_ROWS) for tensor in (*logits, at, new)), strict=True):
             yield Positions(rows[:-2], *rows[-2:], text.noise)
 
 
@@ -113,7 +116,7 @@ def _gradient(weights: torch.Tensor, features: torch.Tensor, drawn: torch.Tensor
     return (found - mean).sum(-1).cpu(), second.cpu()
 
 
-def fit_trust(target: nn.Module, draft: nn.Module, prompts: Sequence[list[int]], options: DecodeOptions, coupling: Coupling) -> Coupling:
+def fit_trust(target: nn.Module, draft: nn.Module, prompts: Sequence[Prompt], options: DecodeOptions, coupling: Coupling) -> Coupling:
     """`coupling` with the trust for which a dynamic tree brings in rounds behind `prompts` what it promises; at most 1."""
     def excess(trust: float) -> float:
         """log of the promised over the found tokens, the round's last draw apart: nearly linear in log trust."""
@@ -186,7 +189,7 @@ def _swor_chances(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor) -> tor
     return torch.cat(found, -1)
 
 
-def acceptance_in_rounds(target: nn.Module, draft: nn.Module, prompts: Sequence[list[int]], options: DecodeOptions, plan: StaticTree) -> list[float]:
+def acceptance_in_rounds(target: nn.Module, draft: nn.Module, prompts: Sequence[Prompt], options: DecodeOptions, plan: StaticTree) -> list[float]:
     """The same of rounds that draft nothing but children of the root, as many as `plan`'s growmap has: behind a correction, where drafts are worse than elsewhere."""
     width = plan.growmap.size - 1
     counts, rounds = Counter(), 0
@@ -213,7 +216,7 @@ class TreeCosts:
         return self.draft_s / self.target_s[max(self.target_s)]
 
 
-def tree_costs(target: nn.Module, draft: nn.Module, prompt: list[int], options: DecodeOptions, plans: Sequence[TreePlan]) -> TreeCosts:
+def tree_costs(target: nn.Module, draft: nn.Module, prompt: Prompt, options: DecodeOptions, plans: Sequence[TreePlan]) -> TreeCosts:
     """Median costs of rounds over `plans`, behind `prompt`, in generations that take turns with vanilla ones; the first turn is not counted."""
     plain = replace(options, method="vanilla", tree=None, common_sense=None, eos_ids=frozenset(), stop=None)
     found: dict[str, list[float]] = {"vanilla": [], "draft": []}

@@ -36,16 +36,16 @@ BLOCK_PARTS = {"last_block": "last", "full_block": "full", "attention_block": "a
 
 
 def prepare_pass(
-    target: LlamaForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: Cache | None = None,
-    position_ids: torch.Tensor | None = None,
+    target: LlamaForCausalLM, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None, cache: Cache | None = None,
+    position_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict]:
-    """Embeddings (B, T, D) of `input_ids` (B, T), and what every block of this pass gets beside the hidden state."""
-    hidden = target.model.embed_tokens(input_ids)
+    """Embeddings (B, T, D) of `input_ids` (B, T), or those given, and what every block of this pass gets beside the hidden state."""
+    hidden = target.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     start = cache.get_seq_length() if cache is not None else 0
     if position_ids is None:
-        position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
+        position_ids = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
     mask = None  # a single token sees everything before it
-    if attention_mask is not None or input_ids.shape[1] > 1:
+    if attention_mask is not None or hidden.shape[1] > 1:
         mask = create_causal_mask(
             config=target.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache, position_ids=position_ids
         )
@@ -318,18 +318,24 @@ class TruncatedLlama(nn.Module):
         blocks = *self.target.model.layers[: self.exit.prefix], *filter(None, [self.exit.block])
         return Parts(blocks, self.exit.norm, self.exit.head, self.exit.token_ids)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The target's."""
+        return self.target.model.embed_tokens
+
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
         position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), or (B, logits_to_keep, V); `past_key_values` is appended to in place. The mask is (B, T), or 4-D and added to the scores."""
+        """Logits (B, T, V), or (B, logits_to_keep, V), of tokens or embeddings; `past_key_values` is appended to in place. The mask is (B, T), or 4-D and added to the
+        scores."""
         cache = past_key_values if use_cache else None
-        hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask, cache, position_ids)
+        hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask, cache, position_ids, inputs_embeds)
         hidden = run_blocks(self.target.model.layers[: self.exit.prefix], hidden, pass_inputs)
         return CausalLMOutputWithPast(logits=self.exit(hidden, pass_inputs, logits_to_keep), past_key_values=cache)
 

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from decoding.sampling import SamplingPolicy
 from decoding.state import DecodeStats, RoundResult, synchronize
+from decoding.vlm import View
 
 
 class Marks(BaseStreamer):
@@ -63,25 +64,36 @@ def _lent(target: PreTrainedModel, drafting: GenerationConfig | None, assistant:
             model.generation_config, model.config.num_hidden_layers = config, layers
 
 
+def _inputs(target: PreTrainedModel, prompt: View, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `generate` is given: tokens, or embeddings where there are pictures."""
+    if prompt.look is None:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    x = target.get_input_embeddings()(ids)
+    prompt.rows().put(x[0])
+    return {"inputs_embeds": x, "attention_mask": torch.ones_like(ids)}
+
+
 def hf_decode(
-    target: PreTrainedModel, prompt: list[int], config: GenerationConfig, seed: int,
+    target: PreTrainedModel, prompt: View, config: GenerationConfig, seed: int,
     drafting: GenerationConfig | None = None, assistant: PreTrainedModel | None = None,
 ) -> tuple[list[int], DecodeStats]:
-    """New tokens and counts of `target.generate` behind `prompt`; `drafting` says how much the assistant, or the early exit, drafts."""
-    ids, marks = torch.tensor([prompt], device=target.device), Marks()
+    """New tokens and counts of `target.generate` behind `prompt`; `drafting` says how much the assistant, or the early exit, drafts, which see no pictures."""
+    if prompt.look is not None and drafting is not None:
+        raise ValueError("transformers' assisted generation drafts behind text only: use method 'speculative'")
+    ids, marks = torch.tensor([prompt.ids], device=target.device), Marks()
     synchronize(target.device)
     start = time.perf_counter()
     devices = [target.device] if target.device.type == "cuda" else []
     with torch.random.fork_rng(devices), warnings.catch_warnings(), _lent(target, drafting, assistant):
         warnings.simplefilter("ignore")  # transformers warns about its own use of its own arguments
         torch.manual_seed(seed)
-        out = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, assistant_model=assistant, streamer=marks)
+        out = target.generate(**_inputs(target, prompt, ids), generation_config=config, assistant_model=assistant, streamer=marks)
     synchronize(target.device)
     wall_s = time.perf_counter() - start
-    tokens = out[0, len(prompt) :].tolist()
+    tokens = out[0, 0 if prompt.look is not None else len(prompt.ids) :].tolist()  # behind embeddings it returns the new ones only
     with_prefill, *counts = marks.counts[1:]
     rounds = [RoundResult([0] * count) for count in counts]
     stats = DecodeStats(
-        prompt_tokens=len(prompt), emitted=len(tokens), with_prefill=with_prefill, target_calls=len(rounds), rounds=rounds, wall_s=wall_s)
+        prompt_tokens=len(prompt.ids), emitted=len(tokens), with_prefill=with_prefill, target_calls=len(rounds), rounds=rounds, wall_s=wall_s)
     stats.seconds["prefill"] = marks.times[1] - start
     return tokens, stats

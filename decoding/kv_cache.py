@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from decoding.programs import Programs
+from decoding.vlm import Rows
 
 
 class CachedModel:
@@ -68,11 +69,19 @@ class CachedModel:
         self.advance(tokens.shape[1])
         return logits
 
-    def prefill(self, prompts: list[list[int]]) -> None:
-        """Fill the cache with the text, without logits; an empty one is no change."""
-        if prompts[0]:
-            self._pass(torch.tensor(prompts), logits_to_keep=1)
-            self.lengths = [len(prompts[0])]
+    def prefill(self, prompts: list[list[int]], pictures: list[Rows | None] | None = None) -> None:
+        """Fill the cache with the text, without logits; an empty one is no change. `pictures` as StaticLlama's."""
+        if not prompts[0]:
+            return
+        tokens = torch.tensor(prompts, device=self.device)
+        if pictures is None or pictures[0] is None:
+            self._pass(tokens, logits_to_keep=1)
+        else:
+            x = self.model.get_input_embeddings()(tokens)
+            pictures[0].put(x[0])
+            self._filled += x.shape[1]
+            self.model(inputs_embeds=x, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self.lengths = [len(prompts[0])]
 
     def crop(self, lengths: list[int]) -> None:
         """Forget everything behind the first `lengths[0]` tokens; more than are held is no change."""

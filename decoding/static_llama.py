@@ -34,6 +34,7 @@ from transformers.models.llama.modeling_llama import (
 from decoding import native
 from decoding.matmul import Product, Projection
 from decoding.programs import Programs
+from decoding.vlm import Rows
 
 PLAIN = frozenset({  # what a Llama is made of
     LlamaForCausalLM, LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding,
@@ -693,17 +694,17 @@ class StaticLlama:
         self.advance(tokens.shape[1])
         return logits
 
-    def prefill(self, prompts: list[list[int]]) -> None:
-        """Fill the cache with a text each, without logits; an empty one is no change."""
+    def prefill(self, prompts: list[list[int]], pictures: list[Rows | None] | None = None) -> None:
+        """Fill the cache with a text each, without logits; an empty one is no change. `pictures`: rows in the place of tokens, by text."""
         for row, prompt in enumerate(prompts):
-            for x, place in self.prefill_passes(row, prompt):
+            for x, place in self.prefill_passes(row, prompt, pictures and pictures[row]):
                 self.stack.run(x, place)
 
-    def prefill_passes(self, row: int, prompt: list[int]) -> Iterator[tuple[torch.Tensor, Span]]:
+    def prefill_passes(self, row: int, prompt: list[int], pictures: Rows | None = None) -> Iterator[tuple[torch.Tensor, Span]]:
         """Embeddings (T, D) and place of each piece of `prompt`, to be run through all blocks."""
         for start in range(0, len(prompt), PREFILL_CHUNK):
-            piece = torch.tensor(prompt[start : start + PREFILL_CHUNK], device=self.device)
-            yield self.embed(piece), Span(self.rotary, start, len(piece), row)
+            x = self.embed(torch.tensor(prompt[start : start + PREFILL_CHUNK], device=self.device))
+            yield x if pictures is None else pictures.put(x, start), Span(self.rotary, start, len(x), row)
         self.lengths[row] = len(prompt)
 
     def crop(self, lengths: list[int]) -> None:

@@ -9,16 +9,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # The tens are the tiers, from what everything stands on to what a user starts; the ones order a tier within itself.
 LEVELS = {
-    0: "answers command_line machine_speed processes decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap frozen_linear",
+    0: "answers command_line machine_speed processes decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap decoding.vlm frozen_linear",
     1: "row_files results presets record_file records decoding.sampling decoding.kv_cache decoding.static_llama",
-    2: "data_utils decoding.verify decoding.shared_exit decoding.common_sense",
-    3: "decoding.state decoding.children decoding.autojudge",
+    2: "pictures decoding.verify decoding.shared_exit decoding.common_sense",
+    3: "data_utils decoding.state decoding.children decoding.autojudge",
     4: "decoding.draft_length decoding.vanilla",
     5: "decoding.drafting decoding.tree_drafting",
     6: "decoding.best_first",
     10: "target_model teacher_cache training_loop losses plot_parts arithmetic_dataset c4_dataset cnn_dataset fineweb_dataset gsm8k_dataset lmsys_dataset"
-        " mt_bench_dataset oasst_dataset openwebtext_dataset pydoc_dataset share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
-    11: "metrics capacity_plots",
+        " mt_bench_dataset oasst_dataset openwebtext_dataset pydoc_dataset shapes_dataset share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
+    11: "tower_pretraining llava_target metrics capacity_plots",
     12: "plots",
     13: "judge_plots tree_plots",
     20: "text_datasets truncated_llama followers decoding.chain decoding.self_speculation decoding.static_tree decoding.dynamic_tree"
@@ -27,11 +27,11 @@ LEVELS = {
     30: "speculative",
     31: "judges judge_mining tuning tree_tuning",
     32: "potential tree_args",
-    40: "evaluation bench_prompts",
+    40: "evaluation bench_prompts token_views",
     41: "bench_methods bench_records",
-    42: "bench_args",
-    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft sweep_settings benchmark_torch_compile tune build_followers build_growmap"
-        " generate_dataset benchmark_training train_judge evaluate_judge benchmark validate_results validate_configs plot_results",
+    42: "bench_args bench_runs picture_prompts",
+    50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft sweep_settings benchmark_torch_compile pretrain_llava tune build_followers build_growmap"
+        " generate_dataset benchmark_training train_judge evaluate_judge benchmark benchmark_llava validate_results validate_configs plot_results",
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

@@ -1,0 +1,284 @@
+"""Train a small LLaVA from scratch on chats about pictures: a CLIP vision tower, alone at first, then with a projector and a Llama.
+
+    # the embedded LLaVA and its draft: see assets/shapes-llava/README.md
+    python pretrain_llava.py --dataset shapes --train_tokenizer_size 512 --output_dir runs/shapes-llava
+    python pretrain_llava.py --dataset shapes --tokenizer_path runs/shapes-llava/model_003000 --num_hidden_layers 2 --output_dir runs/shapes-draft
+
+The result is a folder `model_<step>` that `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained` load. Only answers are learned.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sys
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from command_line import UserError, parse_args, run
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from data_utils import EncodeOptions, PaddedBatches, Prefetched, encode_prompt, held_out_batches
+from losses import learned_rows, learned_tokens
+from pictures import MARKER, Sight, expanded
+from processes import Processes
+from results import make_output_dir, record_run
+from row_files import describe_skipped
+from shapes_dataset import names_all
+from target_model import DeviceArgs, load_tokenizer, tokenizer_hash
+from text_datasets import find_dataset, fingerprint, open_stream
+from tower_pretraining import pretrain_tower
+from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
+
+FIRST_TOKENS, PAD = ("<s>", "</s>", "<unk>"), "<pad>"
+CHAT_TEMPLATE = (  # LLaVA's, with the BOS in it, and for chats without pictures, too
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT: {% else %}USER: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+PADDED_TO = 64  # the embedding has a multiple of so many rows, as LLaVA's
+TOKENIZER_EXAMPLES = 5_000
+VALIDATION_BATCHES, NAMED_PICTURES, CAPTION_TOKENS = 8, 64, 96
+
+
+@dataclass(kw_only=True)
+class Args(TrainingArgs, DeviceArgs):
+    """Train a small LLaVA."""
+
+    dataset: str = field(default="shapes", metadata={"help": "data set of chats with pictures"})
+    dataset_path: str | None = field(default=None, metadata={"help": "local files of the data set's form"})
+    image_dir: str | None = field(default=None, metadata={"help": "folder of the pictures that local files name"})
+    tokenizer_path: str | None = field(default=None, metadata={"help": "a LLaVA whose tokenizer and picture size to take"})
+    train_tokenizer_size: int | None = field(default=None, metadata={"help": "train a byte-level BPE of this size on the data instead"})
+    hidden_size: int = field(default=128, metadata={"help": "D of the Llama"})
+    intermediate_size: int = field(default=256, metadata={"help": "width of its feed-forward layers"})
+    num_hidden_layers: int = field(default=8, metadata={"help": "its blocks"})
+    num_attention_heads: int = field(default=4, metadata={"help": "its attention heads"})
+    num_key_value_heads: int = field(default=2, metadata={"help": "its key and value heads"})
+    max_position_embeddings: int = field(default=1024, metadata={"help": "longest context"})
+    image_size: int = field(default=56, metadata={"help": "pixels of a picture's side"})
+    patch_size: int = field(default=14, metadata={"help": "pixels of a patch's side"})
+    vision_hidden_size: int = field(default=96, metadata={"help": "width of the vision tower"})
+    vision_intermediate_size: int = field(default=192, metadata={"help": "width of its feed-forward layers"})
+    vision_num_hidden_layers: int = field(default=4, metadata={"help": "its layers, of which the last is not used"})
+    vision_num_attention_heads: int = field(default=4, metadata={"help": "its attention heads"})
+    tower_steps: int = field(default=600, metadata={"help": "steps that the vision tower learns alone first, on drawn scenes (0: none)"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    weight_decay: float = field(default=0.05, metadata={"help": "of AdamW, on matrices only"})
+
+    def check(self) -> None:
+        super().check()
+        self.check_device()
+        if self.learning_rate <= 0:
+            raise UserError(f"--learning_rate {self.learning_rate}: must be positive")
+        if (self.tokenizer_path is None) == (self.train_tokenizer_size is None):
+            raise UserError("give either --tokenizer_path LLAVA or --train_tokenizer_size 512")
+        if self.tower_steps < 0 or (self.tower_steps > 0 and find_dataset(self.dataset).name != "shapes"):
+            raise UserError(f"--tower_steps {self.tower_steps}: must be 0 for --dataset {self.dataset}; only the scenes of shapes say what is in each quarter")
+        for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"), ("image_size", "patch_size"),
+                            ("vision_hidden_size", "vision_num_attention_heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise UserError(f"--{whole} {getattr(self, whole)} is no multiple of --{part} {getattr(self, part)}")
+        if self.vision_num_hidden_layers < 2:
+            raise UserError(f"--vision_num_hidden_layers {self.vision_num_hidden_layers}: must be at least 2, as the last one is not used")
+        if self.max_length > self.max_position_embeddings:
+            raise UserError(f"--max_length {self.max_length} exceeds --max_position_embeddings {self.max_position_embeddings}")
+
+
+def train_tokenizer(args: Args) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the training split's chats, whose last two tokens are `<image>` and `<pad>`, as LLaVA's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.train_tokenizer_size - 2, special_tokens=list(FIRST_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    stream = open_stream(args.dataset, "train", args.dataset_path, shuffle=False)
+    chats = islice(stream.rest_of_epoch(), TOKENIZER_EXAMPLES)
+    tokenizer.train_from_iterator((f"USER: {message['content']} ASSISTANT:" for chat in chats for message in chat["messages"]), trainer)
+    tokenizer.add_special_tokens([MARKER, PAD])
+    bos, eos, unk = FIRST_TOKENS
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=PAD, model_max_length=args.max_position_embeddings,
+        clean_up_tokenization_spaces=False)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_processor(args: Args, folder: Path) -> LlavaProcessor:
+    """The run's tokenizer and picture processor: another LLaVA's, or made once and kept in the run's folder."""
+    kept = folder / "processor"
+    if args.tokenizer_path is not None:
+        tokenizer, pictures = load_tokenizer(args.tokenizer_path), AutoImageProcessor.from_pretrained(args.tokenizer_path, backend="pil")
+    elif kept.exists():
+        tokenizer, pictures = load_tokenizer(str(kept)), AutoImageProcessor.from_pretrained(kept, backend="pil")
+    else:
+        side = args.image_size
+        tokenizer, pictures = train_tokenizer(args), CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = LlavaProcessor(
+        pictures, tokenizer, patch_size=args.patch_size, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template,
+        num_additional_image_tokens=1)
+    if args.tokenizer_path is None and not kept.exists():
+        processor.save_pretrained(folder / "processor.partial")
+        (folder / "processor.partial").rename(kept)
+    return processor
+
+
+def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -> LlavaForConditionalGeneration:
+    """A new model, fp32, of the flags' shape."""
+    torch.manual_seed(args.seed)
+    vision = CLIPVisionConfig(
+        hidden_size=args.vision_hidden_size, intermediate_size=args.vision_intermediate_size, num_hidden_layers=args.vision_num_hidden_layers,
+        num_attention_heads=args.vision_num_attention_heads, image_size=args.image_size, patch_size=args.patch_size, projection_dim=args.vision_hidden_size)
+    text = LlamaConfig(
+        vocab_size=-(-(len(tokenizer) + 1) // PADDED_TO) * PADDED_TO, hidden_size=args.hidden_size, intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.num_hidden_layers, num_attention_heads=args.num_attention_heads, num_key_value_heads=args.num_key_value_heads,
+        max_position_embeddings=args.max_position_embeddings, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    marker = tokenizer.convert_tokens_to_ids(MARKER)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=marker, image_seq_length=(args.image_size // args.patch_size) ** 2, tie_word_embeddings=True)
+    config._attn_implementation = attention
+    model = LlavaForConditionalGeneration(config)
+    for block in model.model.language_model.layers:  # GPT-2's rule: each block writes twice into the residual stream
+        for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+            projection.weight.data /= (2 * args.num_hidden_layers) ** 0.5
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return model
+
+
+class Pretraining:
+    """The callbacks of one run: loss, validation, captions and saving."""
+
+    def __init__(self, args: Args, folder: Path, processor: LlavaProcessor) -> None:
+        self.args, self.folder, self.processor, self.tokenizer = args, folder, processor, processor.tokenizer
+        self.device, self.dtype, attention = args.resolve()
+        self.model = make_model(args, self.tokenizer, attention).to(self.device)
+        sight = Sight(self.model.config.image_token_id, self.model.config.image_seq_length, processor.image_processor, args.image_dir and Path(args.image_dir))
+        self.options = EncodeOptions(self.tokenizer, "assistant", args.max_length, args.batch_size, sight)
+        self._prepare_tower(sight)
+        self.stream = open_stream(args.dataset, "train", args.dataset_path, args.seed)
+        self.batches = Prefetched(PaddedBatches(self.stream, self.options))
+        held_out = open_stream(args.dataset, "validation", args.dataset_path, args.seed)
+        self.validation = held_out_batches(held_out, self.options, VALIDATION_BATCHES)
+        self.pictures = list(islice((example for example in held_out.rest_of_epoch() if "scene" in example), NAMED_PICTURES))
+        matrices, vectors = ([p for p in self.model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+        self.learner = Learner("", folder, list(self.model.parameters()), optimizer, args.learning_rate, self.save)
+
+    def _prepare_tower(self, sight: Sight) -> None:
+        """The vision tower as its own lesson leaves it: taught once and kept in the run's folder."""
+        if self.args.tower_steps == 0:
+            return
+        tower, kept = self.model.model.vision_tower, self.folder / "tower.safetensors"
+        if not kept.exists():
+            stream = open_stream(self.args.dataset, "train", None, self.args.seed + 1)
+            right = pretrain_tower(tower, stream, sight, self.model.config.vision_feature_layer, self.args.tower_steps)
+            print(f"the vision tower tells {right:.1%} of the traits of a quarter", flush=True)
+            partial = kept.with_suffix(".partial")
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tower.state_dict().items()}, partial)
+            partial.replace(kept)
+        tower.load_state_dict(load_file(kept))
+
+    def count(self, batch: dict) -> int:
+        return batch["global_tokens"]
+
+    def _batch_loss(self, batch: dict) -> torch.Tensor:
+        """Cross-entropy of the learned tokens, summed, nats."""
+        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "pixel_values") if name in batch}
+        mask = batch["loss_mask"].to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            logits = self.model(**inputs, use_cache=False).logits
+        return cross_entropy(learned_rows(logits, mask).float(), learned_tokens(inputs["input_ids"], mask), reduction="sum")
+
+    def learn(self, batch: dict, scale: float) -> list[dict[str, torch.Tensor]]:
+        loss = self._batch_loss(batch)
+        (scale * loss).backward()
+        return [{"loss": loss}]
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Token-mean loss on held-out chats, and, of drawn scenes, the share of captions that name all shapes and colours and no others."""
+        self.model.eval()
+        total = sum(float(self._batch_loss(batch)) for batch in self.validation)
+        self.learner.validation = {"validation_loss": total / sum(int(batch["loss_mask"].sum()) for batch in self.validation)}
+        if self.pictures:
+            captions = self._captions()
+            print(f"--- {captions[0]}")
+            right = [names_all(text, example["scene"]) for text, example in zip(captions, self.pictures, strict=True)]
+            self.learner.validation["validation_named"] = sum(right) / len(right)
+        self.model.train()
+
+    def _captions(self) -> list[str]:
+        """What the model says of the held-out pictures, greedily."""
+        ask = {"messages": [{"role": "user", "content": "Can you tell me what is in the image?"}]}
+        sight = self.options.sight
+        ids = expanded(encode_prompt(self.tokenizer, ask, pictures=1), sight.token, sight.placeholders)
+        prompts = torch.tensor([ids] * len(self.pictures), device=self.device)
+        pixels = torch.cat([sight.pixels(example["images"]) for example in self.pictures]).to(self.device)
+        out = self.model.generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), pixel_values=pixels, max_new_tokens=CAPTION_TOKENS, do_sample=False)
+        return self.tokenizer.batch_decode(out[:, len(ids) :], skip_special_tokens=True)
+
+    def save(self, step: int, losses: dict[str, float]) -> Path:
+        """Write `model_<step>`, bf16, complete or not at all."""
+        final = self.folder / f"model_{step:06d}"
+        partial = final.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(partial)
+        self.processor.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return final
+
+    def task(self) -> TrainingTask:
+        return TrainingTask([self.learner], self.batches, self.count, self.learn, self.validate, ("validation_loss", "validation_named"))
+
+
+def main() -> int:
+    args = parse_args(Args)
+    args.check()
+    folder = make_output_dir(args.output_dir)
+    with only_writer(folder):
+        return pretrain(args, folder)
+
+
+def pretrain(args: Args, folder: Path) -> int:
+    """The run in `folder`: begun, continued, or finished already."""
+    check_same_run(folder, args, {})
+    if print_if_finished(folder):
+        return 0
+    processes = Processes(args.resolve()[0])
+    if processes.count > 1:
+        raise UserError("pretraining runs in one process; start it without accelerate launch")
+    processor = make_processor(args, folder)
+    pretraining = Pretraining(args, folder, processor)
+    facts = {"data": fingerprint(pretraining.stream), "tokenizer_hash": tokenizer_hash(processor.tokenizer)}
+    check_same_run(folder, args, facts)
+    record_run(folder, args, {**facts, "parameters": sum(p.numel() for p in pretraining.model.parameters())})
+    status = run_training(pretraining.task(), args, folder, processes)
+    pretraining.batches.close()
+    print(f"{pretraining.stream.dataset.name}: epoch {pretraining.stream.position['epoch']}, {describe_skipped(pretraining.stream.skipped)}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    run(main)
