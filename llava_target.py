@@ -11,6 +11,7 @@ from pathlib import Path
 
 from command_line import UserError, first_line
 
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import (
@@ -41,6 +42,13 @@ class SightedTarget(Target):
 
     eyes: Eyes
     sight: Sight
+
+    @torch.no_grad()
+    def embed(self, input_ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, T, D) of `input_ids` (B, T) with what is seen of `pixels` (n, 3, height, width), the pictures of all texts in order, in the place of placeholders."""
+        x = self.model.get_input_embeddings()(input_ids)
+        x[input_ids == self.sight.token] = self.eyes(pixels)
+        return x
 
 
 # ---- what can be read ----

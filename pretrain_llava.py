@@ -179,13 +179,14 @@ class Pretraining:
         held_out = open_stream(args.dataset, "validation", args.dataset_path, args.seed)
         self.validation = held_out_batches(held_out, self.options, VALIDATION_BATCHES)
         self.pictures = list(islice((example for example in held_out.rest_of_epoch() if "scene" in example), NAMED_PICTURES))
-        matrices, vectors = ([p for p in self.model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        matrices, vectors = ([p for p in trained if (p.ndim >= 2) == many] for many in (True, False))
         optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-        self.learner = Learner("", folder, list(self.model.parameters()), optimizer, args.learning_rate, self.save)
+        self.learner = Learner("", folder, trained, optimizer, args.learning_rate, self.save)
 
     def _prepare_tower(self, sight: Sight) -> None:
-        """The vision tower as its own lesson leaves it: taught once and kept in the run's folder."""
+        """The vision tower as its own lesson leaves it, and as it stays, as in LLaVA: taught once and kept in the run's folder."""
         if self.args.tower_steps == 0:
             return
         tower, kept = self.model.model.vision_tower, self.folder / "tower.safetensors"
@@ -197,6 +198,7 @@ class Pretraining:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tower.state_dict().items()}, partial)
             partial.replace(kept)
         tower.load_state_dict(load_file(kept))
+        tower.requires_grad_(False)
 
     def count(self, batch: dict) -> int:
         return batch["global_tokens"]

@@ -15,6 +15,7 @@ import c4_dataset
 import cnn_dataset
 import fineweb_dataset
 import gsm8k_dataset
+import llava_dataset
 import lmsys_dataset
 import mt_bench_dataset
 import oasst_dataset
@@ -30,6 +31,7 @@ from row_files import ExampleStream, MixedStream, TextDataset, open_rows
 _MODULES = (
     ultrachat_dataset, share_gpt_dataset, oasst_dataset, lmsys_dataset, slim_pj_dataset, fineweb_dataset, c4_dataset, openwebtext_dataset,
     cnn_dataset, xsum_dataset, gsm8k_dataset, mt_bench_dataset, pydoc_dataset, arithmetic_dataset, shapes_dataset,
+    llava_dataset,
 )
 DATASETS: dict[str, TextDataset] = {module.DATASET.name: module.DATASET for module in _MODULES}
 ALIASES = {"oasst1": "oasst", "lmsys-chat-1m": "lmsys"}  # as the hub calls them

@@ -1,7 +1,7 @@
-"""A vision tower's own lesson, before it becomes part of a LLaVA: to tell what is in each quarter of a drawn picture.
+"""A vision tower's own lesson, before it becomes part of a LLaVA: every patch learns to tell what is in its quarter of a drawn picture.
 
-LLaVA's towers come from CLIP, which learned from 400 million captioned pictures. One that starts from nothing inside a LLaVA sees its first useful gradient only when the
-language model already looks at it; this lesson takes a minute instead.
+LLaVA's towers come from CLIP, which learned from 400 million captioned pictures, and stay as they are. One that starts from nothing inside a LLaVA gets a useful gradient only
+once the language model looks at it: colours came after a thousand steps, shapes not in two thousand (LOG.md). This lesson takes a minute.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ def lesson_of(scene: Scene) -> torch.Tensor:
     return torch.tensor([[names.index(there.get(place, {}).get(trait, "")) for trait, names in TRAITS.items()] for place in PLACES])
 
 
-def quarters(states: torch.Tensor) -> torch.Tensor:
-    """Means (B, 4, D) over each quarter's patches of `states` (B, patches, D), patches row by row, in the order of PLACES."""
-    half = math.isqrt(states.shape[1]) // 2
-    grid = states.unflatten(1, (2, half, 2, half))
-    return grid.mean((2, 4)).flatten(1, 2)
+def by_patch(lesson: torch.Tensor, patches: int) -> torch.Tensor:
+    """The traits of each patch's quarter, (B, patches, 3), from those of the quarters (B, 4, 3); patches row by row."""
+    half = math.isqrt(patches) // 2
+    return lesson.unflatten(1, (2, 2)).repeat_interleave(half, 1).repeat_interleave(half, 2).flatten(1, 2)
 
 
 def pretrain_tower(tower: CLIPVisionModel, stream: ExampleStream, sight: Sight, layer: int, steps: int) -> float:
@@ -47,7 +46,7 @@ def pretrain_tower(tower: CLIPVisionModel, stream: ExampleStream, sight: Sight, 
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         states = tower(pixels.to(tower.device), output_hidden_states=True).hidden_states[layer][:, 1:]
-        told, lesson = probe(quarters(states)).split(list(map(len, TRAITS.values())), -1), lesson.to(tower.device)
+        told, lesson = probe(states).split(list(map(len, TRAITS.values())), -1), by_patch(lesson, states.shape[1]).to(tower.device)
         sum(cross_entropy(logits.flatten(0, 1), lesson[..., trait].flatten()) for trait, logits in enumerate(told)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -112,13 +112,13 @@ class TunedLlama(nn.Module):
 
     def _hidden(self, batch: dict[str, torch.Tensor]) -> tuple[States, list[torch.Tensor]]:
         """A frozen pass, and the hidden states (N, D) of learned positions behind each exit's own block."""
-        states = self._states(batch["input_ids"], batch["attention_mask"])
+        states = self._states(batch["input_ids"], batch["attention_mask"], batch.get("inputs_embeds"))
         return states, [learned_rows(exit_.through_block(states.at_prefix[exit_.prefix], states.pass_inputs), batch["loss_mask"]) for exit_ in self.exits]
 
-    def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> States:
+    def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, inputs_embeds: torch.Tensor | None = None) -> States:
         """A frozen pass, which leaves its last states in the cache, or takes them from there."""
         if self._cache is None:
-            return self.frozen_pass(input_ids, attention_mask)
+            return self.frozen_pass(input_ids, attention_mask, inputs_embeds=inputs_embeds)
         keys = text_keys(input_ids, attention_mask)
         known = self._cache.find(keys, input_ids.shape[1])
         if known is not None:
@@ -136,9 +136,11 @@ class TunedLlama(nn.Module):
             yield Chunk(logits, [parts[number] for parts in pieces], predicted)
 
     @torch.no_grad()
-    def frozen_pass(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, teacher: torch.Tensor | None = None) -> States:
-        """`input_ids` (B, T) through all of the target's blocks; where the `teacher`'s last states are known, through those below the deepest exit."""
-        hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask)
+    def frozen_pass(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, teacher: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None,
+    ) -> States:
+        """`input_ids` (B, T), or embeddings, through all of the target's blocks; where the `teacher`'s last states are known, through those below the deepest exit."""
+        hidden, pass_inputs = prepare_pass(self.target, input_ids, attention_mask, inputs_embeds=inputs_embeds)
         wanted = {exit_.prefix for exit_ in self.exits}
         at_prefix = {0: hidden}
         with fast_linears(hidden):

@@ -16,7 +16,7 @@ LEVELS = {
     4: "decoding.draft_length decoding.vanilla",
     5: "decoding.drafting decoding.tree_drafting",
     6: "decoding.best_first",
-    10: "target_model teacher_cache training_loop losses plot_parts arithmetic_dataset c4_dataset cnn_dataset fineweb_dataset gsm8k_dataset lmsys_dataset"
+    10: "target_model teacher_cache training_loop losses plot_parts arithmetic_dataset c4_dataset cnn_dataset fineweb_dataset gsm8k_dataset llava_dataset lmsys_dataset"
         " mt_bench_dataset oasst_dataset openwebtext_dataset pydoc_dataset shapes_dataset share_gpt_dataset slim_pj_dataset ultrachat_dataset xsum_dataset",
     11: "tower_pretraining llava_target metrics capacity_plots",
     12: "plots",
