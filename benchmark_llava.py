@@ -39,10 +39,11 @@ from picture_prompts import (
     readable,
 )
 from pictures import open_picture
+from planted_llava import RandomPrompt, planted_llava
 from record_file import RecordFile
 from speculative import DecodeOptions, generate
-from target_model import ASSETS, DeviceArgs, eos_token_ids, load_config, values_hash
-from token_views import Card, pieces, write_html, write_png
+from target_model import ASSETS, DeviceArgs, Target, eos_token_ids, load_config, named_config, values_hash
+from token_views import Card, card_of, write_html, write_png
 from tree_args import Fitted, read_growmap
 from truncated_llama import read_exit_info
 
@@ -60,6 +61,9 @@ class Args(DeviceArgs):
     target: str = field(default=str(EMBEDDED_LLAVA), metadata={"help": "a LLaVA 1.5: a Hugging Face id or folder (default: the embedded one)"})
     model: str | None = field(default=None, metadata={"help": "the draft: a small LLaVA, or a Llama that sees no pictures, with the target's tokenizer"})
     checkpoint: str | None = field(default=None, metadata={"help": "the draft instead: an exit of the target, made by train.py"})
+    random_init: str | None = field(default=None, metadata={"help": "random weights in this shape instead, such as llava-1.5-7b, with an exit: for speed"})
+    planted_alpha: float = field(default=0.8, metadata={"help": "with --random_init: the acceptance that the exit is made to have"})
+    planted_layer: int = field(default=1, metadata={"help": "with --random_init: the exit's layer"})
     method: list[str] = field(default_factory=lambda: ["all"], metadata={"help": f"all, or some of {' '.join(METHODS)}"})
     image_dir: str | None = field(default=None, metadata={"help": "folder of pictures (default: pictures that the suite draws)"})
     prompt: str = field(default=QUESTION, metadata={"help": "what is asked about each picture of --image_dir"})
@@ -91,6 +95,9 @@ class Args(DeviceArgs):
         if self.growmap is not None:
             read_growmap(self.growmap)
         self.settings()
+        if self.random_init is not None:
+            self._check_random()
+            return
         load_llava_config(self.target)
         if self.draft_path is not None and is_llava(self.draft_path):
             load_llava_config(self.draft_path)
@@ -98,6 +105,12 @@ class Args(DeviceArgs):
             load_config(self.draft_path)
         if self.checkpoint is not None:
             read_exit_info(self.checkpoint)
+
+    def _check_random(self) -> None:
+        """Raise UserError for what random weights do not go with."""
+        named_config(self.random_init, ("llava",))
+        if self.model or self.checkpoint or self.image_dir or self.questions:
+            raise UserError("--random_init has a draft and pictures of its own: leave out --model, --checkpoint, --image_dir and --questions")
 
     def _check_values(self) -> None:
         """Raise UserError for values that no run can have."""
@@ -179,18 +192,31 @@ def load_data(args: Args, viewers: Viewers) -> Data:
     return Data(measured, fit, f"{fitted_to} the measured prompts {hash_of_pictures(measured)[:16]}, seed {args.seed}, {args.max_new_tokens} new tokens")
 
 
-def shared_inputs(args: Args, target: SightedTarget, draft: Draft | None, viewers: Viewers, data: Data) -> dict:
-    """Everything that the figures of all methods depend on, beside the code and, its GPU apart, the machine."""
-    eyes = [values_hash(str(one.eyes.shape), *one.eyes.modules()) if isinstance(one, SightedTarget) else None for one in viewers.all()]
+def shared_inputs(args: Args, target: Target, draft: Draft | None, eyes: list[str | None], data: Data) -> dict:
+    """Everything that the figures of all methods depend on, beside the code and, its GPU apart, the machine; `eyes` are hashes."""
     return {**models_and_place(target, draft), "eyes": eyes, "prompts": hash_of_pictures(data.prompts), "seed": args.seed,
             **{name: getattr(args, name) for name in SHARED_FLAGS}}
 
 
-def base_fields(args: Args, target: SightedTarget, draft: Draft | None, shared: dict) -> dict:
+def base_fields(args: Args, target: Target, draft: Draft | None, shared: dict) -> dict:
     """What every record says of models and prompts."""
     named = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
-    return {"backend": "hf", **named_models(target, draft, args.draft_path or target.name), **named, "use_chat_template": True, "turn_index": 0,
-            "max_samples": args.end - args.start, "dataset": args.questions or args.image_dir or "shapes", "dataset_sha256": shared["prompts"]}
+    return {"backend": "hf" if args.random_init is None else "toy", **named_models(target, draft, args.draft_path or target.name), **named, "use_chat_template": True, "turn_index": 0,
+            "max_samples": args.end - args.start, "dataset": args.questions or args.image_dir or ("shapes" if args.random_init is None else "random"), "dataset_sha256": shared["prompts"]}
+
+
+# ---- random weights ----
+
+def random_pair(args: Args) -> tuple[Target, Draft, Data]:
+    """A random LLaVA in the shape of --random_init, its exit of planted acceptance, and random questions."""
+    device, dtype, _ = args.resolve()
+    config, settings = named_config(args.random_init, ("llava",)), args.settings()
+    planted = planted_llava(config, args.planted_layer, args.planted_alpha, settings.policy, args.verification, dtype, device, args.seed)
+    count = args.end - args.start
+    prompts = [RandomPrompt.of(planted, args.start + number) for number in range(count + args.fit_prompts)]
+    fit = cache(lambda: [prompt.given() for prompt in prompts[count:]])
+    draft = Draft(planted.draft, {"checkpoint": f"exit at layer {args.planted_layer}, planted acceptance {planted.alpha:.3f}"})
+    return Target(planted.model, None, f"random {args.random_init}"), draft, Data(prompts[:count], fit, f"random prompts, seed {args.seed}")
 
 
 # ---- the contact sheet ----
@@ -198,10 +224,10 @@ def base_fields(args: Args, target: SightedTarget, draft: Draft | None, shared: 
 def write_sheet(args: Args, benchmark: Benchmark, prompts: list[AskedPrompt]) -> None:
     """Some pictures with what the first drafting method wrote: sheet.png and sheet.html."""
     options = shown_options(args, benchmark)
-    if options is None or not prompts:
+    if options is None or not prompts or args.random_init is not None:
         return
     target = benchmark.target
-    cards = [card_of(prompt, index, options, benchmark) for index, prompt in enumerate(prompts)]
+    cards = [_card(prompt, index, options, benchmark) for index, prompt in enumerate(prompts)]
     title = f"{Path(target.name).name}, drafted by {Path(benchmark.subject.draft.columns['checkpoint']).name}: {options.method}"
     folder = Path(args.out)
     write_html(folder / "sheet.html", title, cards)
@@ -219,14 +245,11 @@ def shown_options(args: Args, benchmark: Benchmark) -> DecodeOptions | None:
     return benchmark.options.get(way.name) or way.make(benchmark.data.prompts[0].given())
 
 
-def card_of(prompt: AskedPrompt, index: int, options: DecodeOptions, benchmark: Benchmark) -> Card:
+def _card(prompt: AskedPrompt, index: int, options: DecodeOptions, benchmark: Benchmark) -> Card:
     """One text with its picture."""
     generation = generate(benchmark.target.model, prompt.given(), options, benchmark.subject.draft_model, prompt_id=index)
-    stats = generation.stats
-    accepted, proposed = (sum(getattr(one, name) for one in stats.rounds) for name in ("accepted", "proposed"))
-    note = f"{stats.emitted} tokens in {stats.target_calls} target calls, {accepted} of {proposed} drafted tokens kept"
     pictures = tuple(open_picture(picture, benchmark.target.sight.folder) for picture in prompt.question.pictures)
-    return Card(prompt.question.text, pieces(benchmark.target.tokenizer, generation.tokens, stats.rounds), note, pictures)
+    return card_of(prompt.question.text, benchmark.target.tokenizer, generation, pictures)
 
 
 def main() -> int:
@@ -236,10 +259,15 @@ def main() -> int:
     path = Path(args.out) / RESULTS_NAME
     with RecordFile(path) as file:
         before = check_records(path, file)
-        target, draft, viewers = load_pair(args)
-        data = load_data(args, viewers)
-        subject = Subject(target, draft, eos_token_ids(target), Fitted(data.fit, data.fitted_to, None if draft is None else draft.columns["checkpoint"]))
-        shared = shared_inputs(args, target, draft, viewers, data)
+        if args.random_init is not None:
+            target, draft, data = random_pair(args)
+            eyes, ends = [], frozenset()
+        else:
+            target, draft, viewers = load_pair(args)
+            data, ends = load_data(args, viewers), eos_token_ids(target)
+            eyes = [values_hash(str(one.eyes.shape), *one.eyes.modules()) if isinstance(one, SightedTarget) else None for one in viewers.all()]
+        subject = Subject(target, draft, ends, Fitted(data.fit, data.fitted_to, None if draft is None else draft.columns["checkpoint"]))
+        shared = shared_inputs(args, target, draft, eyes, data)
         benchmark = Benchmark(file, subject, data, args.settings(), shared, base_fields(args, target, draft, shared))
         benchmark.measure(methods, named, args.runs)
         records = file.records

@@ -10,29 +10,50 @@
         --quality_datasets pydoc --potential --start 0 --end 100 --out_dir runs/try/potential
 
 Prints a table and writes metrics.json; metrics.QUALITY_COLUMNS and SPECULATION_COLUMNS say what each name means. With
-`--potential` nothing is decoded: a quick look at what the draft promises, in potential.json (metrics.POTENTIAL_COLUMNS).
+`--potential` nothing is decoded: a quick look at what the draft promises, in potential.json (metrics.POTENTIAL_COLUMNS). With `--show 4` the texts
+behind the first 4 prompts, in the colours of where their tokens came from: on a terminal, and in texts.html.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
-from command_line import parse_args, run
+from command_line import UserError, parse_args, run
 
-from evaluation import DraftArgs, EvaluationArgs, evaluate_draft, load_draft, summary_table
+from evaluation import (
+    Draft,
+    DraftArgs,
+    EvaluationArgs,
+    EvaluationData,
+    choose_prompts,
+    drafting_options,
+    evaluate_draft,
+    load_draft,
+    summary_table,
+)
 from potential import PotentialArgs, PotentialOptions, evaluate_examples, potential_table
 from results import new_output_dir, record_run, write_json
-from target_model import load_target
+from speculative import generate
+from target_model import Target, load_target
+from token_views import as_ansi, card_of, legend, write_html
 
-RESULTS_NAME, POTENTIAL_NAME = "metrics.json", "potential.json"
+RESULTS_NAME, POTENTIAL_NAME, TEXTS_NAME = "metrics.json", "potential.json", "texts.html"
 
 
 @dataclass(kw_only=True)
 class Args(PotentialArgs, DraftArgs, EvaluationArgs):
     """Evaluate one draft."""
 
+    show: int = field(default=0, metadata={"help": f"show so many texts in the colours of where their tokens came from: on a terminal, and in {TEXTS_NAME}"})
+
     def check(self) -> None:
         super().check()
+        if not 0 <= self.show <= self.spec_num_prompts:
+            raise UserError(f"--show {self.show}: must lie between 0 and --spec_num_prompts {self.spec_num_prompts}")
+        if self.show and self.potential:
+            raise UserError("--show and --potential: the latter decodes nothing; leave one out")
         self.check_draft(self.model_path, max(self.spec_prompt_length + self.spec_max_new_tokens + self.longest, self.max_length))
         self.check_potential(self.gamma, [path for path in (self.model_path, self.draft_model_path) if path is not None])
 
@@ -49,10 +70,25 @@ def evaluate(args: Args) -> None:
     target = load_target(args.model_path, args)
     facts = args.facts(target, data)
     record_run(folder, args, facts)
-    row = {**evaluate_draft(target, load_draft(target, args), args, data), "settings_hash": args.settings_hash(facts)}
+    draft = load_draft(target, args)
+    row = {**evaluate_draft(target, draft, args, data), "settings_hash": args.settings_hash(facts)}
     write_json(folder / RESULTS_NAME, row)
     print(summary_table([row], args.quality_datasets[0]))
+    if args.show:
+        show_texts(target, draft, args, data, folder / TEXTS_NAME)
     print(folder / RESULTS_NAME)
+
+
+def show_texts(target: Target, draft: Draft, args: Args, data: EvaluationData, path: Path) -> None:
+    """The first texts as they were drafted, decoded once more: at `path`, and on a terminal."""
+    options, cards = replace(drafting_options(target, draft, args, data), record_overlap=False), []
+    for index, prompt in enumerate(choose_prompts(target, args, data)[: args.show], start=1):
+        generation = generate(target.model, prompt, options, draft.model, prompt_id=index)
+        cards.append(card_of(target.tokenizer.decode(prompt, skip_special_tokens=True), target.tokenizer, generation))
+    write_html(path, f"{options.method}, drafted by {Path(draft.columns['checkpoint']).name}", cards)
+    if sys.stdout.isatty():
+        print("\n\n".join([as_ansi(legend()), *(f"{card.prompt}{as_ansi(card.text)}\n{card.note}" for card in cards)]))
+    print(path)
 
 
 def evaluate_potential(args: Args) -> None:

@@ -97,15 +97,15 @@ def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> Pre
     return config
 
 
-def named_config(name: str) -> PretrainedConfig:
-    """The configuration `name` of assets/configs, or of a folder or config.json. Raises UserError."""
+def named_config(name: str, families: tuple[str, ...] = ("llama",)) -> PretrainedConfig:
+    """The configuration `name` of assets/configs, or of a folder or config.json, of one of `families`. Raises UserError."""
     path = CONFIGS / f"{name}.json"
     if path.exists():
-        return load_config(str(path))
+        return load_config(str(path), families)
     if not Path(name).exists():
-        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json") if load_config(str(path), None).model_type in families))
         raise UserError(f"no shape {name}: give one of {known}, a folder or a config.json")
-    return load_config(name)
+    return load_config(name, families)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

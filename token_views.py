@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from decoding.state import RoundResult
 from results import write_text
+from speculative import Generation
 
 Kind = Literal["accepted", "corrected", "bonus", "plain"]
 COLOURS: dict[Kind, tuple[str, int]] = {  # tints of Okabe and Ito's colours, and the nearest of a terminal's 256
@@ -82,6 +83,14 @@ class Card:
     text: list[Piece]
     note: str
     pictures: tuple[Image.Image, ...] = ()
+
+
+def card_of(prompt: str, tokenizer: PreTrainedTokenizerBase, generation: Generation, pictures: tuple[Image.Image, ...] = ()) -> Card:
+    """The card of one generation."""
+    stats = generation.stats
+    accepted, proposed = (sum(getattr(one, name) for one in stats.rounds) for name in ("accepted", "proposed"))
+    note = f"{stats.emitted} tokens in {stats.target_calls} target calls; {accepted} of {proposed} drafted tokens kept"
+    return Card(prompt, pieces(tokenizer, generation.tokens, stats.rounds), note, pictures)
 
 
 def write_html(path: Path, title: str, cards: list[Card]) -> None:

@@ -29,7 +29,7 @@ LEVELS = {
     32: "potential tree_args",
     40: "evaluation bench_prompts token_views",
     41: "bench_methods bench_records",
-    42: "bench_args bench_runs picture_prompts",
+    42: "bench_args bench_runs picture_prompts planted_llava",
     50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft sweep_settings benchmark_torch_compile pretrain_llava tune build_followers build_growmap"
         " generate_dataset benchmark_training train_judge evaluate_judge benchmark benchmark_llava validate_results validate_configs plot_results",
 }
