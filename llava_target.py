@@ -35,6 +35,8 @@ CHAT_TEMPLATE = (  # of LLaVA 1.5, for checkpoints that come without one
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
+MANY_DIMENSIONAL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")  # families whose positions have several dimensions, whatever a file says of them
+
 
 @dataclass(frozen=True)
 class SightedTarget(Target):
@@ -59,7 +61,7 @@ def load_llava_config(path: str) -> LlavaConfig:
     text = getattr(config, "text_config", None)
     if config.model_type == "llava" and text.model_type == "llama":
         return config
-    if _has_many_dimensional_positions(config) or _has_many_dimensional_positions(text):
+    if config.model_type.startswith(MANY_DIMENSIONAL) or _has_many_dimensional_positions(config) or _has_many_dimensional_positions(text):
         raise UserError(f"{path} is a {config.model_type} model, whose pictures have positions of several dimensions (M-RoPE); "
                         "this suite decodes LLaVA 1.5 models: give one such as llava-hf/llava-1.5-7b-hf")
     kind = f"llava model around a {text.model_type} model" if config.model_type == "llava" else f"{config.model_type} model"
@@ -86,13 +88,12 @@ def text_vocab_size(path: str, tokenizer: PreTrainedTokenizerBase, config: Llava
     marker = tokenizer.convert_tokens_to_ids(MARKER)
     if marker is None or marker == tokenizer.unk_token_id:
         raise UserError(f"the tokenizer of {path} has no {MARKER}; add it as transformers' conversion of LLaVA does")
-    never = {marker, config.image_token_id}
-    if tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id):
-        never.add(tokenizer.pad_token_id)
+    pads = {tokenizer.pad_token_id, *(getattr(one, "pad_token_id", None) for one in (config, config.text_config))}
+    never = {marker, config.image_token_id} | pads - {None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
     size = min(len(tokenizer), config.text_config.vocab_size)
     while size - 1 in never:
         size -= 1
-    inside = sorted(token for token in never if token is not None and token < size)
+    inside = sorted(token for token in never if token < size)
     if inside:
         raise UserError(f"{path}: token {inside[0]} ({tokenizer.convert_ids_to_tokens(inside[0])}) must never be written, but lies among the {size} that may; "
                         "move it behind them")

@@ -46,7 +46,7 @@ def planted_llava(
     if config.vision_config.model_type != "clip_vision_model":
         raise UserError(f"random weights are made for CLIP towers, not for a {config.vision_config.model_type}")
     written = copy.deepcopy(config.text_config)
-    written.vocab_size = config.image_token_id
+    written.vocab_size, written.pad_token_id = config.image_token_id, None
     pair = planted_pair(written, target_layer, alpha, policy, verification, dtype, device, seed)
     embedding = pair.model.model.embed_tokens
     unwritten = torch.zeros(config.text_config.vocab_size - written.vocab_size, config.text_config.hidden_size, dtype=dtype, device=device)

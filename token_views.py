@@ -121,7 +121,7 @@ def _thumbnail(picture: Image.Image) -> Image.Image:
 
 def write_png(path: Path, title: str, cards: list[Card]) -> None:
     """The same as one picture."""
-    plain, bold = (ImageFont.truetype(font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight)), FONT) for weight in ("normal", "bold"))
+    plain, bold = map(_font, ("normal", "bold"))
     blocks = [_drawn([Piece(title, "plain")], bold, CARD + PICTURE), _drawn(legend(), plain, CARD + PICTURE), *(_drawn_card(card, plain, bold) for card in cards)]
     sheet = Image.new("RGB", (CARD + PICTURE + 3 * MARGIN, sum(block.height + MARGIN for block in blocks) + MARGIN), "white")
     top = MARGIN
@@ -129,6 +129,11 @@ def write_png(path: Path, title: str, cards: list[Card]) -> None:
         sheet.paste(block, (MARGIN, top))
         top += block.height + MARGIN
     sheet.save(path, optimize=True)
+
+
+def _font(weight: str) -> ImageFont.FreeTypeFont:
+    """matplotlib's own font, so that a sheet looks the same everywhere; laid out letter by letter, as raqm refuses some texts that are none."""
+    return ImageFont.truetype(font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight)), FONT, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _drawn_card(card: Card, plain: ImageFont.FreeTypeFont, bold: ImageFont.FreeTypeFont) -> Image.Image:
