@@ -29,6 +29,10 @@ DEMO := env PYTHON=$(BIN)/python HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false D
 DEMO_SHORT := $(DEMO) LAYERS=3 MAX_STEPS_HEAD=4 MAX_STEPS_FTLAST=4 QUALITY_MAX_BATCHES=2 SPEC_NUM_PROMPTS=2 SPEC_MAX_NEW=24 \
 	OUTPUT_DIR=runs/demo_short EVAL_DIR=runs/demo_short/evaluation
 
+# Pictures: the embedded LLaVA with each of its drafts in turn, chains and trees.
+LLAVA := assets/shapes-llava
+DEMO_LLAVA := env HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmark_llava.py --target $(LLAVA) --device cpu --num_threads 2 --end 48 --max_new_tokens 96
+
 # Flags of benchmark.py that variables set.
 DATASET ?=
 OUT ?= runs/benchmark
@@ -37,7 +41,7 @@ HEADLESS ?=
 BENCH = $(BIN)/python benchmark.py --out $(OUT) $(if $(DATASET),--dataset $(DATASET)) $(if $(HEADLESS),--require_headless)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo demo-short test check bench bench-toy smoke-hf autojudge specexec list-presets validate-configs validate-results docker-engine docker-build docker-build-gpu docker-test docker-bench clean
+.PHONY: help setup setup-gpu demo demo-short demo-llava test check bench bench-toy smoke-hf autojudge specexec list-presets validate-configs validate-results docker-engine docker-build docker-build-gpu docker-test docker-bench clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 25
@@ -55,6 +59,11 @@ demo: setup ## tune and compare 6 exits of the embedded target on 2 CPU cores, i
 
 demo-short: setup ## the demo's steps at their smallest, for CI
 	$(DEMO_SHORT) bash run_sweep_ultrachat_two_stage.sh
+
+demo-llava: setup ## decode behind pictures with three drafts, in under 3 minutes: runs/demo_llava/, with contact sheets
+	$(DEMO_LLAVA) --model $(LLAVA)-draft --out runs/demo_llava/small_llava
+	$(DEMO_LLAVA) --model $(LLAVA)-blind --out runs/demo_llava/text_only
+	$(DEMO_LLAVA) --checkpoint $(LLAVA)-exit/layer1.safetensors --out runs/demo_llava/early_exit
 
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -109,5 +118,5 @@ docker-bench: docker-engine ## make bench in the image: DATASET, OUT, EXPERIMENT
 		make bench OUT=$(abspath $(OUT)) DATASET=$(or $(DATASET_FILE),$(DATASET)) EXPERIMENT=$(EXPERIMENT)
 
 clean: ## delete the demos' results and the caches of the tools, but no other run and not the .venv
-	rm -rf runs/demo runs/demo_short .pytest_cache .ruff_cache
+	rm -rf runs/demo runs/demo_short runs/demo_llava .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -24,7 +24,7 @@ from command_line import UserError, first_line
 
 import pandas as pd
 
-MANIFEST_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy", "pandas")
+MANIFEST_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy", "pandas", "pillow")
 
 
 def write_text(path: Path, text: str) -> None:
