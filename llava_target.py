@@ -114,7 +114,7 @@ def load_llava(path: str, args: DeviceArgs, image_dir: Path | None = None) -> Si
     model = model.to(device).eval().requires_grad_(False)
     text, eyes = as_text_model(model.model.language_model, model.lm_head, vocab_size), Eyes(model)
     text.generation_config = model.generation_config
-    sight = Sight(config.image_token_id, eyes.rows, _picture_processor(path, eyes), image_dir)
+    sight = Sight(config.image_token_id, eyes.rows, _fitting_processor(path, eyes), image_dir)
     return SightedTarget(text, tokenizer, path, eyes, sight)
 
 
@@ -130,12 +130,17 @@ def load_chat_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _picture_processor(path: str, eyes: Eyes) -> BaseImageProcessor:
-    """What makes pixels for the tower, by Pillow, so that they do not depend on what else is installed. Raises UserError for pixels that the tower cannot take."""
+def load_image_processor(path: str) -> BaseImageProcessor:
+    """What makes pixels of pictures, by Pillow, so that they do not depend on what else is installed. Raises UserError."""
     try:
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        return AutoImageProcessor.from_pretrained(path, backend="pil")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} has no settings for its pictures ({first_line(error)}); add the preprocessor_config.json of its vision tower") from error
+
+
+def _fitting_processor(path: str, eyes: Eyes) -> BaseImageProcessor:
+    """The processor of the LLaVA at `path`. Raises UserError for pixels that its tower cannot take."""
+    processor = load_image_processor(path)
     made = tuple(processor([Image.new("RGB", (3, 5))], return_tensors="pt")["pixel_values"].shape[1:])
     if made != eyes.shape:
         raise UserError(f"{path}: its processor makes pictures of {' x '.join(map(str, made))}, its vision tower takes {' x '.join(map(str, eyes.shape))}; "

@@ -2,7 +2,7 @@
 
     # the embedded LLaVA and its draft: see assets/shapes-llava/README.md
     python pretrain_llava.py --dataset shapes --train_tokenizer_size 512 --output_dir runs/shapes-llava
-    python pretrain_llava.py --dataset shapes --tokenizer_path runs/shapes-llava/model_003000 --num_hidden_layers 2 --output_dir runs/shapes-draft
+    python pretrain_llava.py --dataset shapes --init_from runs/shapes-llava/model_003000 --num_hidden_layers 2 --output_dir runs/shapes-draft
 
 The result is a folder `model_<step>` that `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained` load. Only answers are learned.
 """
@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import (
-    AutoImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -35,13 +34,14 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from data_utils import EncodeOptions, PaddedBatches, Prefetched, encode_prompt, held_out_batches
+from llava_target import load_chat_tokenizer, load_image_processor, load_llava_config
 from losses import learned_rows, learned_tokens
 from pictures import MARKER, Sight, expanded
 from processes import Processes
 from results import make_output_dir, record_run
 from row_files import describe_skipped
 from shapes_dataset import names_all
-from target_model import DeviceArgs, load_tokenizer, tokenizer_hash
+from target_model import DeviceArgs, tokenizer_hash
 from text_datasets import find_dataset, fingerprint, open_stream
 from tower_pretraining import pretrain_tower
 from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
@@ -65,7 +65,8 @@ class Args(TrainingArgs, DeviceArgs):
     dataset: str = field(default="shapes", metadata={"help": "data set of chats with pictures"})
     dataset_path: str | None = field(default=None, metadata={"help": "local files of the data set's form"})
     image_dir: str | None = field(default=None, metadata={"help": "folder of the pictures that local files name"})
-    tokenizer_path: str | None = field(default=None, metadata={"help": "a LLaVA whose tokenizer and picture size to take"})
+    init_from: str | None = field(default=None, metadata={"help": "start from this LLaVA's vision tower, projector and first --num_hidden_layers blocks, whose shape it has"})
+    tokenizer_path: str | None = field(default=None, metadata={"help": "a LLaVA whose tokenizer and image processor to take; --image_size must be that processor's"})
     train_tokenizer_size: int | None = field(default=None, metadata={"help": "train a byte-level BPE of this size on the data instead"})
     hidden_size: int = field(default=128, metadata={"help": "D of the Llama"})
     intermediate_size: int = field(default=256, metadata={"help": "width of its feed-forward layers"})
@@ -79,7 +80,7 @@ class Args(TrainingArgs, DeviceArgs):
     vision_intermediate_size: int = field(default=192, metadata={"help": "width of its feed-forward layers"})
     vision_num_hidden_layers: int = field(default=4, metadata={"help": "its layers, of which the last is not used"})
     vision_num_attention_heads: int = field(default=4, metadata={"help": "its attention heads"})
-    tower_steps: int = field(default=600, metadata={"help": "steps that the vision tower learns alone first, on drawn scenes (0: none)"})
+    tower_steps: int = field(default=1000, metadata={"help": "steps that a new vision tower learns alone first, on drawn scenes (0: none, it learns with the rest)"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
     weight_decay: float = field(default=0.05, metadata={"help": "of AdamW, on matrices only"})
 
@@ -88,9 +89,11 @@ class Args(TrainingArgs, DeviceArgs):
         self.check_device()
         if self.learning_rate <= 0:
             raise UserError(f"--learning_rate {self.learning_rate}: must be positive")
-        if (self.tokenizer_path is None) == (self.train_tokenizer_size is None):
-            raise UserError("give either --tokenizer_path LLAVA or --train_tokenizer_size 512")
-        if self.tower_steps < 0 or (self.tower_steps > 0 and find_dataset(self.dataset).name != "shapes"):
+        if [self.init_from, self.tokenizer_path, self.train_tokenizer_size].count(None) != 2:
+            raise UserError("give one of --train_tokenizer_size 512, --tokenizer_path LLAVA and --init_from LLAVA")
+        if self.init_from is not None:
+            self._check_start(load_llava_config(self.init_from))
+        elif self.tower_steps < 0 or (self.tower_steps > 0 and find_dataset(self.dataset).name != "shapes"):
             raise UserError(f"--tower_steps {self.tower_steps}: must be 0 for --dataset {self.dataset}; only the scenes of shapes say what is in each quarter")
         for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"), ("image_size", "patch_size"),
                             ("vision_hidden_size", "vision_num_attention_heads")):
@@ -100,6 +103,12 @@ class Args(TrainingArgs, DeviceArgs):
             raise UserError(f"--vision_num_hidden_layers {self.vision_num_hidden_layers}: must be at least 2, as the last one is not used")
         if self.max_length > self.max_position_embeddings:
             raise UserError(f"--max_length {self.max_length} exceeds --max_position_embeddings {self.max_position_embeddings}")
+
+
+    def _check_start(self, config: LlavaConfig) -> None:
+        """Raise UserError for more blocks than there are to start from."""
+        if not 1 <= self.num_hidden_layers <= config.text_config.num_hidden_layers:
+            raise UserError(f"--num_hidden_layers {self.num_hidden_layers}: {self.init_from} has {config.text_config.num_hidden_layers} blocks")
 
 
 def train_tokenizer(args: Args) -> PreTrainedTokenizerFast:
@@ -125,25 +134,28 @@ def train_tokenizer(args: Args) -> PreTrainedTokenizerFast:
 def make_processor(args: Args, folder: Path) -> LlavaProcessor:
     """The run's tokenizer and picture processor: another LLaVA's, or made once and kept in the run's folder."""
     kept = folder / "processor"
-    if args.tokenizer_path is not None:
-        tokenizer, pictures = load_tokenizer(args.tokenizer_path), AutoImageProcessor.from_pretrained(args.tokenizer_path, backend="pil")
-    elif kept.exists():
-        tokenizer, pictures = load_tokenizer(str(kept)), AutoImageProcessor.from_pretrained(kept, backend="pil")
-    else:
+    source = args.init_from or args.tokenizer_path or (str(kept) if kept.exists() else None)
+    if source is None:
         side = args.image_size
         tokenizer, pictures = train_tokenizer(args), CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    else:
+        tokenizer, pictures = load_chat_tokenizer(source), load_image_processor(source)
     processor = LlavaProcessor(
         pictures, tokenizer, patch_size=args.patch_size, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template,
         num_additional_image_tokens=1)
-    if args.tokenizer_path is None and not kept.exists():
+    if source is None:
         processor.save_pretrained(folder / "processor.partial")
         (folder / "processor.partial").rename(kept)
     return processor
 
 
 def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -> LlavaForConditionalGeneration:
-    """A new model, fp32, of the flags' shape."""
+    """The model to train, fp32: new, of the flags' shape, or the beginning of another."""
     torch.manual_seed(args.seed)
+    if args.init_from is not None:
+        config = load_llava_config(args.init_from)
+        config.text_config.num_hidden_layers = args.num_hidden_layers
+        return LlavaForConditionalGeneration.from_pretrained(args.init_from, config=config, dtype=torch.float32, attn_implementation=attention)
     vision = CLIPVisionConfig(
         hidden_size=args.vision_hidden_size, intermediate_size=args.vision_intermediate_size, num_hidden_layers=args.vision_num_hidden_layers,
         num_attention_heads=args.vision_num_attention_heads, image_size=args.image_size, patch_size=args.patch_size, projection_dim=args.vision_hidden_size)
@@ -186,10 +198,12 @@ class Pretraining:
         self.learner = Learner("", folder, trained, optimizer, args.learning_rate, self.save)
 
     def _prepare_tower(self, sight: Sight) -> None:
-        """The vision tower as its own lesson leaves it, and as it stays, as in LLaVA: taught once and kept in the run's folder."""
-        if self.args.tower_steps == 0:
-            return
+        """The vision tower as its own lesson leaves it, taught once and kept in the run's folder, or another LLaVA's; as in LLaVA it then stays as it is."""
         tower, kept = self.model.model.vision_tower, self.folder / "tower.safetensors"
+        if self.args.init_from is not None:
+            tower.requires_grad_(False)
+        if self.args.init_from is not None or self.args.tower_steps == 0:
+            return
         if not kept.exists():
             stream = open_stream(self.args.dataset, "train", None, self.args.seed + 1)
             right = pretrain_tower(tower, stream, sight, self.model.config.vision_feature_layer, self.args.tower_steps)

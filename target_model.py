@@ -93,7 +93,8 @@ def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> Pre
     except (OSError, ValueError) as error:
         raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
     if families is not None and config.model_type not in families:
-        raise UserError(f"{path} is a {config.model_type} model; this suite exits early from Llama models only")
+        sees = "; train.py distils LLaVAs, and benchmark_llava.py decodes with them" if config.model_type == "llava" else ""
+        raise UserError(f"{path} is a {config.model_type} model; this suite exits early from Llama models only{sees}")
     return config
 
 
