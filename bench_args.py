@@ -1,9 +1,9 @@
-"""The flags of benchmark.py, and what can be wrong with them before a model is loaded."""
+"""The flags of the benchmarks, those of benchmark.py whole, and what can be wrong with them before a model is loaded."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,44 @@ RESULTS_NAME = "results.jsonl"
 
 
 @dataclass(kw_only=True)
-class Args(PresetArgs, DraftArgs, DeviceArgs):
+class MethodArgs(DraftArgs, DeviceArgs):
+    """Flags of every benchmark: how tokens are drawn, chains, trees, and runs."""
+
+    max_new_tokens: int = field(default=64, metadata={"help": "new tokens per prompt, at most"})
+    temperature: float = field(default=0.7, metadata={"help": "0: greedy"})
+    top_p: float = field(default=1.0, metadata={"help": "1: off"})
+    top_k: int = field(default=0, metadata={"help": "0: off"})
+    gamma: str = field(default="4", metadata={"help": "tokens that a chain drafts in a round, or auto: as many as pay", "aliases": ["--k"]})
+    verification: Literal["rejection", "coupled"] = field(default="rejection", metadata={"help": "of chains; coupled returns vanilla's own tokens for the seed"})
+    tree_verification: Literal["coupled", "match", "swor"] = field(default="coupled", metadata={"help": "of static and dynamic trees"})
+    tree_budget: int = field(default=16, metadata={"help": "nodes of a tree, the root included"})
+    tree_depth: int = field(default=8, metadata={"help": "levels of a tree; specexec: twice as many"})
+    parallel_branches: int = field(default=8, metadata={"help": "trees: children of a node and nodes of a draft pass"})
+    growmap: str | None = field(default=None, metadata={"help": "static_tree: the shape, made by build_growmap.py (default: fitted on the spot)"})
+    runs: int = field(default=1, metadata={"help": "times that all prompts are decoded"})
+    seed: int = field(default=0, metadata={"help": "of the first run's noise, the order and the bootstrap"})
+    fit_prompts: int = field(default=16, metadata={"help": "prompts that trees are fitted to"})
+
+    def check_counts(self, *names: str) -> None:
+        """Raise UserError unless these flags, and those that every benchmark counts by, can be met."""
+        for name in (*names, "max_new_tokens", "runs", "fit_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative")
+
+    def settings(self) -> Settings:
+        """What methods are set to. Raises UserError."""
+        try:
+            policy = SamplingPolicy(self.temperature, self.top_k, self.top_p)
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
+        shared = {one.name for one in fields(Settings)} & {one.name for one in fields(self)}
+        return Settings(policy=policy, **{name: getattr(self, name) for name in shared})
+
+
+@dataclass(kw_only=True)
+class Args(PresetArgs, MethodArgs):
     """Run decoding methods on prompts."""
 
     out: str = field(default="runs/benchmark", metadata={"help": f"the file, .jsonl, or a folder for {RESULTS_NAME}"})
@@ -44,40 +81,22 @@ class Args(PresetArgs, DraftArgs, DeviceArgs):
     use_chat_template: bool = field(default=True, metadata={"help": "ask through the tokenizer's chat template"})
     system_prompt: str | None = field(default=None, metadata={"help": "the system's turn before each prompt"})
 
-    max_new_tokens: int = field(default=64, metadata={"help": "new tokens per prompt, at most"})
-    temperature: float = field(default=0.7, metadata={"help": "0: greedy"})
-    top_p: float = field(default=1.0, metadata={"help": "1: off"})
-    top_k: int = field(default=0, metadata={"help": "0: off"})
-    gamma: str = field(default="4", metadata={"help": "tokens that a chain drafts in a round, or auto: as many as pay", "aliases": ["--k"]})
-    verification: Literal["rejection", "coupled"] = field(default="rejection", metadata={"help": "of chains; coupled returns vanilla's own tokens for the seed"})
-    tree_verification: Literal["coupled", "match", "swor"] = field(default="coupled", metadata={"help": "of static and dynamic trees"})
-    tree_budget: int = field(default=16, metadata={"help": "nodes of a tree, the root included"})
-    tree_depth: int = field(default=8, metadata={"help": "levels of a tree; specexec: twice as many"})
-    parallel_branches: int = field(default=8, metadata={"help": "trees: children of a node and nodes of a draft pass"})
     branch_prune_threshold: float = field(default=0.0, metadata={"help": "specexec: a child needs this share of its best sibling's probability"})
-    growmap: str | None = field(default=None, metadata={"help": "static_tree: the shape, made by build_growmap.py (default: fitted on the spot)"})
     commonsense: Literal["exact", "overwrite"] = field(default="exact", metadata={"help": "common_sense: exact (lossless), or the published form, which is LOSSY"})
     followers: str | None = field(default=None, metadata={"help": "common_sense: the table, made by build_followers.py"})
     topk_rank: list[str] = field(default_factory=lambda: ["4"], metadata={"help": "topk (LOSSY): a drafted token is kept if it is among so many of the target's most likely, or all"})
     autojudge_checkpoint: str | None = field(default=None, metadata={"help": "autojudge (LOSSY): the judge, made by train_judge.py"})
     autojudge_threshold: list[float] | None = field(default=None, metadata={"help": "autojudge: instead of the judge's own; mode paper keeps a token below it, draft above"})
 
-    runs: int = field(default=1, metadata={"help": "times that all prompts are decoded"})
-    seed: int = field(default=0, metadata={"help": "of the first run's noise, the order and the bootstrap"})
-    fit_prompts: int = field(default=16, metadata={"help": "prompts that trees are fitted to"})
     require_headless: bool = field(default=False, metadata={"help": "stop where a GPU drives a display"})
 
     def check(self) -> None:
         """Raise UserError for flags that cannot work, before a model is loaded."""
         self.check_device()
         self.methods()
-        for name in ("max_samples", "max_new_tokens", "runs", "fit_prompts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        self.check_counts("max_samples")
         if self.turn_index not in (0, 1):
             raise UserError(f"--turn_index {self.turn_index}: must be 0 or 1")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must not be negative")
         if not self.toy and self.model_path is None:
             raise UserError("no target: give --hf_model, --model_preset or --toy")
         if self.toy and (self.model_path or self.checkpoint or self.draft_model_path):
@@ -122,14 +141,6 @@ class Args(PresetArgs, DraftArgs, DeviceArgs):
     def draft_compute_dtype(self) -> str:
         """Number format of products with an independent draft's quantised weights."""
         return self.draft_bnb_compute_dtype or self.bnb_compute_dtype
-
-    def settings(self) -> Settings:
-        """What methods are set to. Raises UserError."""
-        try:
-            policy = SamplingPolicy(self.temperature, self.top_k, self.top_p)
-        except ValueError as error:
-            raise UserError(f"--{error}") from error
-        return Settings(policy=policy, **{name: getattr(self, name) for name in Settings.__dataclass_fields__ if name != "policy"})
 
     def methods(self) -> tuple[list[str], set[str]]:
         """The methods to measure, and those of them that were named themselves. Raises UserError."""

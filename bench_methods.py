@@ -1,4 +1,4 @@
-"""The methods of benchmark.py: for each of them how it decodes, fitted to the draft, and what its figures depend on.
+"""The methods of the benchmarks: for each of them how it decodes, fitted to the draft, and what its figures depend on.
 
 All run on `speculative.generate` with one sampling policy. common_sense is a dynamic tree whose further leaves are frequent followers.
 """
@@ -13,6 +13,7 @@ from command_line import UserError
 
 from torch import nn
 
+from decoding import vlm
 from decoding.autojudge import AnyJudge, TopK
 from decoding.common_sense import CommonSense
 from decoding.draft_length import AdaptiveLength
@@ -44,7 +45,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What methods are set to, beside the draft: benchmark.py's flags."""
+    """What methods are set to, beside the draft: the benchmarks' flags."""
 
     policy: SamplingPolicy
     max_new_tokens: int
@@ -55,13 +56,13 @@ class Settings:
     tree_budget: int
     tree_depth: int
     parallel_branches: int
-    branch_prune_threshold: float
     growmap: str | None
-    commonsense: Literal["exact", "overwrite"]
-    followers: str | None
-    topk_rank: list[str]
-    autojudge_checkpoint: str | None
-    autojudge_threshold: list[float] | None
+    branch_prune_threshold: float = 0.0
+    commonsense: Literal["exact", "overwrite"] = "exact"
+    followers: str | None = None
+    topk_rank: tuple[str, ...] = ()
+    autojudge_checkpoint: str | None = None
+    autojudge_threshold: list[float] | None = None
 
     def __post_init__(self) -> None:
         drafted_at_most(self.gamma)
@@ -111,7 +112,7 @@ class Way:
     method: str
     columns: dict
     inputs: dict
-    make: Callable[[list[int]], DecodeOptions]
+    make: Callable[[vlm.AnyPrompt], DecodeOptions]
     label: str = ""
 
     @property
@@ -120,14 +121,14 @@ class Way:
         return f"{self.method} {self.label}".strip()
 
 
-def chosen_methods(words: list[str], commonsense: Literal["exact", "overwrite"] = "exact") -> tuple[list[str], set[str]]:
-    """The methods that --method names, in the order of NAMES, and those of them that were named themselves. Raises UserError for unknown words."""
-    unknown = [word for word in words if word not in NAMES and word not in GROUPS]
+def chosen_methods(words: list[str], commonsense: Literal["exact", "overwrite"] = "exact", names: tuple[str, ...] = NAMES) -> tuple[list[str], set[str]]:
+    """The methods that --method names, in the order of `names`, and those of them that were named themselves. Raises UserError for unknown words."""
+    unknown = [word for word in words if word not in names and word not in GROUPS]
     if unknown:
-        raise UserError(f"--method {' '.join(unknown)}: choose from {', '.join((*NAMES, *GROUPS))}")
+        raise UserError(f"--method {' '.join(unknown)}: choose from {', '.join((*names, *GROUPS))}")
     named, lossy = set(words) - set(GROUPS), {*LOSSY, *(["common_sense"] if commonsense == "overwrite" else [])}
-    grouped = NAMES if "all" in words else [name for name in NAMES if name not in lossy] if "all_lossless" in words else []
-    return [name for name in NAMES if name in named or name in grouped], named
+    grouped = names if "all" in words else [name for name in names if name not in lossy] if "all_lossless" in words else []
+    return [name for name in names if name in named or name in grouped], named
 
 
 def ways_of(method: str, subject: Subject, settings: Settings) -> list[Way]:
@@ -136,7 +137,7 @@ def ways_of(method: str, subject: Subject, settings: Settings) -> list[Way]:
     if method in ("vanilla", "hf_generate"):
         return [Way(method, {}, {}, lambda calibration: replace(options, method=method))]
     if subject.draft is None:
-        raise Unavailable("needs a draft: give --checkpoint EXIT or --hf_draft_model MODEL")
+        raise Unavailable("needs a draft: give --checkpoint EXIT or --draft_model_path MODEL")
     if method in JUDGED:
         return JUDGED[method](subject, settings, options)
     return [MAKERS[method](method, subject, settings, options)]
@@ -149,7 +150,7 @@ def _chain(method: str, subject: Subject, settings: Settings, options: DecodeOpt
         _check_shares(subject)
     options = replace(options, method=method, verification=settings.verification, gamma=drafted_at_most(settings.gamma), record_overlap=True)
 
-    def make(calibration: list[int]) -> DecodeOptions:
+    def make(calibration: vlm.AnyPrompt) -> DecodeOptions:
         if settings.gamma != "auto":
             return options
         return replace(options, gamma=AdaptiveLength(round_costs(subject.target.model, subject.draft_model, calibration, options)))
@@ -225,7 +226,7 @@ def _static_tree(method: str, subject: Subject, settings: Settings, options: Dec
         inputs = {**columns, "growmap": file_hash(settings.growmap), "fitted_to": fitted.data}
         return Way(method, columns, inputs, lambda calibration: replace(options, method=method, tree=fitted_plan(plan, target, draft, options, fitted)))
 
-    def make(calibration: list[int]) -> DecodeOptions:
+    def make(calibration: vlm.AnyPrompt) -> DecodeOptions:
         plan, = best_static_trees(
             settings.tree_verification, [settings.tree_budget], settings.tree_depth, settings.parallel_branches, target, draft, options, fitted)
         return replace(options, method=method, tree=plan)
@@ -241,7 +242,7 @@ def _growing_tree(method: str, subject: Subject, settings: Settings, options: De
     own = {"branch_prune_threshold": settings.branch_prune_threshold} if method == "specexec" else {}
     columns = {"verification": plan.verification, "tree_budget": plan.budget, "parallel_branches": width, **own}
 
-    def make(calibration: list[int]) -> DecodeOptions:
+    def make(calibration: vlm.AnyPrompt) -> DecodeOptions:
         fitted = fitted_plan(plan, subject.target, subject.draft_model, options, subject.fitted, None)
         return replace(options, method=method, tree=fitted)
 
@@ -264,7 +265,7 @@ def _common_sense(method: str, subject: Subject, settings: Settings, options: De
     tree = _growing_tree("dynamic_tree", subject, settings, options)
     own = {"commonsense": settings.commonsense}
 
-    def make(calibration: list[int]) -> DecodeOptions:
+    def make(calibration: vlm.AnyPrompt) -> DecodeOptions:
         return replace(tree.make(calibration), common_sense=CommonSense(table, settings.commonsense, nodes=max(1, settings.tree_budget // FOLLOWERS_SHARE)))
 
     return Way(method, {**tree.columns, **own}, {**tree.inputs, **own, "followers": file_hash(settings.followers)}, make)

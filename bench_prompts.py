@@ -52,7 +52,20 @@ class Prompt:
     input_ids: list[int]
     answer: str | None = None
 
-    def given(self) -> vlm.Prompt:
+    @property
+    def identity(self) -> object:
+        """What tells it from others, as JSON."""
+        return asdict(self)
+
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the prompt, as each model is given it."""
+        return (len(self.input_ids),)
+
+    def longest(self) -> int:
+        """Tokens of the target's context that are needed for every model to have room."""
+        return len(self.input_ids)
+
+    def given(self) -> vlm.AnyPrompt:
         """As `speculative.generate` takes it."""
         return self.input_ids
 
@@ -68,6 +81,11 @@ class Question:
     example: dict
     follow_ups: tuple[str, ...] = ()
     answers: tuple[str | None, ...] = ()
+
+    @property
+    def identity(self) -> object:
+        """What tells it from others, as JSON."""
+        return asdict(self)
 
     def behind(self, answers: list[str]) -> Question:
         """The follow-up, asked behind the answers to the turns before it."""
@@ -145,15 +163,15 @@ def turn_prompts(
 
 
 def hash_of(prompts: list[Prompt] | list[Question]) -> str:
-    """Identifies prompts by their token ids and answers, questions by their words."""
-    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True).encode()).hexdigest()
+    """Identifies prompts by their token ids, answers and images, questions by their words."""
+    return hashlib.sha256(json.dumps([prompt.identity for prompt in prompts], sort_keys=True).encode()).hexdigest()
 
 
 def fitting(questions: list[Question], as_prompt: Callable[[Question], Prompt], longest: int) -> list[tuple[Question, Prompt]]:
     """Questions with their prompts, where these leave room in the context: of at most `longest` tokens. How many do not is told on stderr. Raises
     UserError where none does."""
     pairs = [(question, as_prompt(question)) for question in questions]
-    found = [(question, prompt) for question, prompt in pairs if 0 < len(prompt.input_ids) <= longest]
+    found = [(question, prompt) for question, prompt in pairs if 0 < prompt.longest() <= longest]
     if not found:
         raise UserError(f"no prompt has at least one and at most {longest} tokens, which is what the context leaves: lower --max_new_tokens, or choose other prompts")
     if len(found) < len(pairs):

@@ -1,6 +1,6 @@
 """The runs of a benchmark: every way to decode on the same prompts, in turn, and the records that they leave.
 
-`benchmark.py` gives it text, `benchmark_llava.py` pictures; both get their figures here.
+`benchmark.py` gives it text, `benchmark_llava.py` images; both get their figures here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import random
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 
@@ -22,17 +23,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench_args import MethodArgs
 from bench_methods import Settings, Subject, Unavailable, Way, ways_of
-from bench_prompts import Prompt
+from bench_prompts import Prompt, hash_of
 from bench_records import MethodRun, key_of, needed_summaries, run_fields, system_fields
 from decoding import vlm
 from decoding.static_llama import REACH_STEP
-from evaluation import Draft
 from judges import draft_hash
 from record_file import RecordFile
 from records import first_complaint
 from speculative import DecodeOptions, Generation, generate
-from target_model import Target, weights_hash
+from target_model import weights_hash
 
 NOTE_LETTERS = 60
 
@@ -42,8 +43,15 @@ class Data:
     """The measured prompts, and those that trees are fitted to, with a word on which these are."""
 
     prompts: list[Prompt]
-    fit: Callable[[], list[vlm.Prompt]]
+    fit: Callable[[], list[vlm.AnyPrompt]]
     fitted_to: str
+
+    @classmethod
+    def of(cls, prompts: list[Prompt], behind: list, as_prompts: Callable[[list], list[Prompt]], args: MethodArgs) -> Data:
+        """Trees are fitted to what `as_prompts` makes of the questions `behind` the measured ones, or, where there are none, to the first measured ones."""
+        fit = cache(lambda: [prompt.given() for prompt in (as_prompts(behind) if behind else prompts[: args.fit_prompts])])
+        named = f"{len(behind)} prompts {hash_of(behind)[:16]} behind" if behind else f"{args.fit_prompts} of"
+        return cls(prompts, fit, f"{named} the measured prompts {hash_of(prompts)[:16]}, seed {args.seed}, {args.max_new_tokens} new tokens")
 
 
 class Benchmark:
@@ -116,7 +124,7 @@ class Benchmark:
             self._fail(todo.pop(name), number, error)
             return None
 
-    def _decode(self, name: str, given: vlm.Prompt, index: int, number: int) -> Generation:
+    def _decode(self, name: str, given: vlm.AnyPrompt, index: int, number: int) -> Generation:
         options, device = replace(self.options[name], seed=self.settings.seed + number - 1), self.target.model.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -158,13 +166,13 @@ def warming(prompts: list[Prompt]) -> list[Prompt]:
     """What every method decodes before it is measured: the longest prompt, for which caches get their size, then one for each reach of attention, for which
     GPUs capture programs of their own."""
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))
-    return [ordered[0], *{len(prompt.input_ids) // REACH_STEP: prompt for prompt in ordered}.values()]
+    return [ordered[0], *{tuple(length // REACH_STEP for length in prompt.lengths()): prompt for prompt in ordered}.values()]
 
 
 def progress(found: list[Generation]) -> str:
     """Tokens per second so far, and the share of drafted tokens that were kept."""
     runs = [generation.stats for generation in found]
-    proposed, accepted = (sum(getattr(one, name) for stats in runs for one in stats.rounds) for name in ("proposed", "accepted"))
+    proposed, accepted = sum(stats.proposed for stats in runs), sum(stats.accepted for stats in runs)
     pace = f"{sum(stats.timed for stats in runs) / sum(stats.decode_s for stats in runs):.0f}/s"
     return f"{pace} {accepted / proposed:.0%}" if proposed else pace
 
@@ -174,38 +182,39 @@ def named_dtype(model: nn.Module) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def models_and_place(target: Target, draft: Draft | None) -> dict:
-    """What figures depend on: the models, and what they run on."""
-    device = target.model.device
+def shared_inputs(subject: Subject, data: Data, args: MethodArgs, flags: Sequence[str], **more: object) -> dict:
+    """Everything that the figures of all methods depend on, beside the code and, its GPU apart, the machine: models, prompts, the values of `flags`, and `more`."""
+    device = subject.target.model.device
     return {
-        "target": weights_hash(target.model), "draft": None if draft is None else draft_hash(draft.model), "device": str(device), "dtype": named_dtype(target.model),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "target": weights_hash(subject.target.model), "draft": None if subject.draft is None else draft_hash(subject.draft.model), "prompts": hash_of(data.prompts),
+        "seed": args.seed, **{name: getattr(args, name) for name in flags}, "device": str(device), "dtype": named_dtype(subject.target.model),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, **more,
     }
 
 
-def named_models(target: Target, draft: Draft | None, draft_tokenizer: str) -> dict:
-    """What every record says of the models."""
+def named_models(subject: Subject, draft_tokenizer: str | None) -> dict:
+    """What every record says of the models; an exit has the target's tokenizer."""
+    target, draft = subject.target, subject.draft
     found = {"target_model": target.name, "tokenizer": target.name, "device": str(target.model.device), "dtype": named_dtype(target.model)}
     if draft is not None:
-        found |= {"draft_model": draft.columns["checkpoint"], "draft_tokenizer": draft_tokenizer, "draft_device": str(draft.model.device),
+        found |= {"draft_model": draft.columns["checkpoint"], "draft_tokenizer": draft_tokenizer or target.name, "draft_device": str(draft.model.device),
                   "draft_dtype": named_dtype(draft.model)}
     return found
 
 
-def check_records(path: Path, file: RecordFile) -> int:
-    """How many records `file` at `path` holds already. Raises UserError where they are none of this version."""
+def check_records(file: RecordFile) -> None:
+    """Raise UserError where `file` holds records that are none of this version."""
     wrong = first_complaint(file.records)
     if wrong is not None:
-        raise UserError(f"{path}, {wrong}; choose another --out")
+        raise UserError(f"{file.path}, {wrong}; choose another --out")
     if file.torn:
-        print(f"{path}: the last line was cut off and is left out", file=sys.stderr)
-    return len(file.records)
+        print(f"{file.path}: the last line was cut off and is left out", file=sys.stderr)
 
 
-def what_was_added(path: Path, records: list[dict]) -> str:
-    """A line on the new `records` of the file at `path`."""
-    added = sum(not record["summary"] for record in records)
-    return f"{path}: {f'{added} runs added' if added else 'nothing left to do'}"
+def what_was_added(file: RecordFile, before: int) -> str:
+    """A line on the runs that `file` has behind its first `before` records."""
+    added = sum(not record["summary"] for record in file.records[before:])
+    return f"{file.path}: {f'{added} runs added' if added else 'nothing left to do'}"
 
 
 def table(records: list[dict], shared: dict, methods: list[str]) -> str:

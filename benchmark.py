@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from functools import cache
 
 from command_line import UserError, parse_args, run
 
 from bench_args import Args
 from bench_methods import Subject
-from bench_prompts import Prompt, Question, encode, hash_of, read_questions, turn_prompts
-from bench_runs import Benchmark, Data, check_records, models_and_place, named_models, table, what_was_added
+from bench_prompts import Prompt, Question, encode, read_questions, turn_prompts
+from bench_runs import Benchmark, Data, check_records, named_models, shared_inputs, table, what_was_added
 from decoding.sampling import SamplingPolicy
 from evaluation import Draft, load_draft, model_draft
 from planted import planted_pair
@@ -79,11 +78,8 @@ def load_data(target: Target, draft: Draft | None, args: Args, questions: list[Q
         return turn_prompts(chosen, args.turn_index, lambda question: encode(question, target.tokenizer, args.system_prompt, args.use_chat_template),
                             lambda prompt: greedy_answer(target, prompt, args), longest)
 
-    measured, more = questions[: args.max_samples], questions[args.max_samples : args.max_samples + args.fit_prompts]
-    prompts = as_prompts(measured)
-    fit = cache(lambda: [prompt.input_ids for prompt in (as_prompts(more) if more else prompts[: args.fit_prompts])])
-    fitted_to = f"{len(more)} prompts {hash_of(more)[:16]} behind" if more else f"{args.fit_prompts} of"
-    return Data(prompts, fit, f"{fitted_to} the measured prompts {hash_of(prompts)[:16]}, seed {args.seed}, {args.max_new_tokens} new tokens")
+    measured, behind = questions[: args.max_samples], questions[args.max_samples : args.max_samples + args.fit_prompts]
+    return Data.of(as_prompts(measured), behind, as_prompts, args)
 
 
 def greedy_answer(target: Target, prompt: Prompt, args: Args) -> str:
@@ -92,20 +88,13 @@ def greedy_answer(target: Target, prompt: Prompt, args: Args) -> str:
     return target.tokenizer.decode(generate(target.model, prompt.input_ids, options).tokens, skip_special_tokens=True).strip()
 
 
-def shared_inputs(args: Args, target: Target, draft: Draft | None, data: Data) -> dict:
-    """Everything that the figures of all methods depend on, beside the code and, its GPU apart, the machine."""
-    return {
-        **models_and_place(target, draft), "prompts": hash_of(data.prompts), "seed": args.seed, **{name: getattr(args, name) for name in SHARED_FLAGS},
-    }
-
-
-def base_fields(args: Args, target: Target, draft: Draft | None, shared: dict) -> dict:
+def base_fields(args: Args, subject: Subject, shared: dict) -> dict:
     """What every record says of models and prompts."""
     quantised = {"quant": args.quant, "bnb_compute_dtype": args.bnb_compute_dtype} if args.quant else {}
     if args.draft_quant:
         quantised |= {"draft_quant": args.draft_quant, "draft_bnb_compute_dtype": args.draft_compute_dtype}
     named = {name: getattr(args, name) for name in ("use_chat_template", "system_prompt", "max_samples", "turn_index", "max_new_tokens", "temperature", "top_p", "top_k")}
-    return {"backend": "toy" if args.toy else "hf", **named_models(target, draft, args.draft_model_path or target.name), **quantised, **named,
+    return {"backend": "toy" if args.toy else "hf", **named_models(subject, args.draft_model_path), **quantised, **named,
             "dataset": args.dataset, "dataset_sha256": shared["prompts"]}
 
 
@@ -120,17 +109,17 @@ def main() -> int:
     questions = read_questions(args.dataset, args.turn_index, args.max_samples + args.fit_prompts)
     methods, named = args.methods()
     with RecordFile(args.file) as file:
-        before = check_records(args.file, file)
+        check_records(file)
+        before = len(file.records)
         target, draft = load_pair(args)
         data = load_data(target, draft, args, questions)
         path = None if draft is None or args.toy else draft.columns["checkpoint"]
         subject = Subject(target, draft, eos_token_ids(target), Fitted(data.fit, data.fitted_to, path))
-        shared = shared_inputs(args, target, draft, data)
-        benchmark = Benchmark(file, subject, data, args.settings(), shared, base_fields(args, target, draft, shared))
+        shared = shared_inputs(subject, data, args, SHARED_FLAGS)
+        benchmark = Benchmark(file, subject, data, args.settings(), shared, base_fields(args, subject, shared))
         benchmark.measure(methods, named, args.runs)
-        records = file.records
-    print(table(records, benchmark.shared, methods))
-    print(what_was_added(args.file, records[before:]))
+        print(table(file.records, shared, methods))
+        print(what_was_added(file, before))
     return int(benchmark.incomplete)
 
 

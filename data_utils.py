@@ -17,7 +17,7 @@ from command_line import UserError
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pictures import MARKER, Sight, expanded, with_pictures
+from image_inputs import IMAGE_TOKEN, ImageInputs, ImageSource, open_image, with_images
 from row_files import ExampleStream, MixedStream, SkipRow, describe_skipped
 
 # Llama-3 templates print today's date; a fixed one keeps token sequences equal from run to run.
@@ -31,13 +31,13 @@ MAX_FRUITLESS = 2_000
 class Encoded:
     """Token ids of one example and, for each, whether it is learned (the first never is: nothing predicts it).
 
-    `source` is the index of the stream that the example came from; `pixels` (n, 3, height, width) are its pictures'.
+    `source` is the index of the stream that the example came from; `images` stand where the tokens have placeholders.
     """
 
     input_ids: list[int]
     loss_mask: list[bool]
     source: int = 0
-    pixels: torch.Tensor | None = None
+    images: tuple[ImageSource, ...] = ()
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -47,25 +47,26 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_ge
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE_STRING)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: dict, pictures: int | None = None) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: dict, num_images: int | None = None) -> list[int]:
     """Token ids of an example up to where the model speaks: a chat up to its last answer, plain text whole.
 
-    With `pictures`, of a LLaVA, the first question begins with so many markers; the template is LLaVA's, which leaves the BOS to the tokenizer.
+    `num_images`: of a chat with a LLaVA, whose first question begins with so many image tokens (None: with a text model).
     """
     if "text" in example:
         return tokenizer(example["text"])["input_ids"]
     messages = example["messages"]
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    text = render_chat(tokenizer, asked if pictures is None else with_pictures(asked, pictures), add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=pictures is not None and not _has_bos(tokenizer, text))["input_ids"]
+    text = render_chat(tokenizer, asked if num_images is None else with_images(asked, num_images), add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=num_images is not None and _lacks_bos(tokenizer, text))["input_ids"]
 
 
-def _has_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+def _lacks_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the tokenizer has to add the BOS to a rendered chat, which LLaVA's templates leave out."""
+    return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, example: dict, loss_on: LossOn = "all", pictures: int | None = None) -> Encoded:
-    """Token ids and loss mask of a chat or a text; `pictures` as in `encode_prompt`.
+def encode_example(tokenizer: PreTrainedTokenizerBase, example: dict, loss_on: LossOn = "all", num_images: int | None = None) -> Encoded:
+    """Token ids and loss mask of a chat or a text; `num_images` as in `encode_prompt`.
 
     With `loss_on="assistant"` (or where the example asks for it) only the assistants' answers are learned, their
     end-of-turn token included.
@@ -73,9 +74,9 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: dict, loss_on: L
     if "text" in example:
         ids = tokenizer(example["text"])["input_ids"]
         return Encoded(ids, [False, *[True] * (len(ids) - 1)])
-    messages = example["messages"] if pictures is None else with_pictures(example["messages"], pictures)
+    messages = example["messages"] if num_images is None else with_images(_with_ends(tokenizer, example["messages"]), num_images)
     text = render_chat(tokenizer, messages)
-    encoding = tokenizer(text, add_special_tokens=pictures is not None and not _has_bos(tokenizer, text), return_offsets_mapping=True)
+    encoding = tokenizer(text, add_special_tokens=num_images is not None and _lacks_bos(tokenizer, text), return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if example.get("loss_on", loss_on) == "all":
         return Encoded(ids, [False, *[True] * (len(ids) - 1)])
@@ -84,17 +85,27 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: dict, loss_on: L
     return Encoded(ids, [False, *mask[1:]])
 
 
-def encode_sighted(tokenizer: PreTrainedTokenizerBase, example: dict, sight: Sight, loss_on: LossOn = "all") -> Encoded:
-    """The same of a chat with "images", or without: placeholders, which are never learned, and pixels. Raises SkipRow for pictures that cannot be read."""
-    pictures = example.get("images", [])
-    marked = encode_example(tokenizer, example, loss_on, pictures=len(pictures))
-    marker = tokenizer.convert_tokens_to_ids(MARKER)
-    if marked.input_ids.count(marker) != len(pictures):
-        raise SkipRow(f"whose text has {MARKER} beside its pictures")
-    ids = expanded(marked.input_ids, marker, sight.placeholders)
-    learned = iter(learn for token, learn in zip(marked.input_ids, marked.loss_mask, strict=True) if token != marker)
-    mask = [token != sight.token and next(learned) for token in ids]
-    return Encoded(ids, mask, pixels=sight.pixels(pictures) if pictures else None)
+def _with_ends(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[dict]:
+    """`messages` whose answers end in EOS, where a LLaVA's template leaves that to who trains, too."""
+    one_answer = with_images([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], 0)
+    if tokenizer.eos_token is None or tokenizer.eos_token in render_chat(tokenizer, one_answer):
+        return messages
+    return [{**message, "content": message["content"] + tokenizer.eos_token} if message["role"] == "assistant" else message for message in messages]
+
+
+def encode_with_images(tokenizer: PreTrainedTokenizerBase, example: dict, inputs: ImageInputs, loss_on: LossOn = "all") -> Encoded:
+    """`encode_example` for a LLaVA: placeholders in the place of "images", which are never learned. Raises SkipRow for image tokens in the text."""
+    images = example.get("images", [])
+    short = encode_example(tokenizer, example, loss_on, num_images=len(images))
+    if short.input_ids.count(inputs.image_token_id) != len(images):
+        raise SkipRow(f"whose text has {IMAGE_TOKEN} beside its images")
+    ids = inputs.with_placeholders(short.input_ids)
+    learned = iter(learn for token, learn in zip(short.input_ids, short.loss_mask, strict=True) if token != inputs.image_token_id)
+    mask = [token != inputs.image_token_id and next(learned) for token in ids]
+    behind_an_end = [False, *(token == tokenizer.eos_token_id for token in ids[:-1])]  # the space of a template
+    never = {tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    mask = [learn and token not in never and not behind for token, learn, behind in zip(ids, mask, behind_an_end, strict=True)]
+    return Encoded(ids, mask, images=tuple(images))
 
 
 def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict], text: str) -> list[tuple[int, int]]:
@@ -112,8 +123,7 @@ def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict], text:
 
 
 def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `loss_mask` (B, T) bool; `source` (B,) int64; where there are pictures, their
-    `pixel_values` (n, 3, height, width) in the texts' order."""
+    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `loss_mask` (B, T) bool; `source` (B,) int64."""
     width = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), width), pad_id)
     attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
@@ -124,9 +134,7 @@ def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
         attention_mask[i, :count] = 1
         loss_mask[i, :count] = torch.tensor(example.loss_mask)
     source = torch.tensor([example.source for example in examples])
-    pixels = [example.pixels for example in examples if example.pixels is not None]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask, "source": source,
-            **({"pixel_values": torch.cat(pixels)} if pixels else {})}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask, "source": source}
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -136,27 +144,30 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How examples become tokens: tokenizer, learned part, longest kept length and examples per batch; `sight` where the model has one."""
+    """How examples become tokens: tokenizer, learned part, longest kept length and examples per batch; `images` says how a LLaVA takes them."""
 
     tokenizer: PreTrainedTokenizerBase
     loss_on: LossOn = "all"
     max_length: int = 512
     batch_size: int = 8
-    sight: Sight | None = None
+    images: ImageInputs | None = None
 
     def encode(self, example: dict) -> Encoded:
-        """The example's first `max_length` tokens. Raises SkipRow for pictures that cannot be read, or do not fit."""
-        if self.sight is None:
+        """The example's first `max_length` tokens. Raises SkipRow for images that cannot be read, or do not fit."""
+        if self.images is None:
             encoded = encode_example(self.tokenizer, example, self.loss_on)
         else:
-            encoded = encode_sighted(self.tokenizer, example, self.sight, self.loss_on)
-        if self.sight is not None and self.sight.token in encoded.input_ids[self.max_length :]:
-            raise SkipRow("whose pictures take more than --max_length tokens")
-        return Encoded(encoded.input_ids[: self.max_length], encoded.loss_mask[: self.max_length], example.get("source", 0), encoded.pixels)
+            encoded = encode_with_images(self.tokenizer, example, self.images, self.loss_on)
+            if self.images.image_token_id in encoded.input_ids[self.max_length :]:
+                raise SkipRow("whose images take more than --max_length tokens")
+            for image in encoded.images:  # it is kept closed: a bucket of pixels would fill the memory
+                open_image(image, self.images.image_dir)
+        return Encoded(encoded.input_ids[: self.max_length], encoded.loss_mask[: self.max_length], example.get("source", 0), encoded.images)
 
     def collate(self, examples: list[Encoded]) -> dict[str, torch.Tensor]:
-        """See `collate`."""
-        return collate(examples, pad_token_id(self.tokenizer))
+        """See `collate`; with the `pixel_values` (n, 3, height, width) of all images, in the texts' order, where there are some."""
+        images = [image for example in examples for image in example.images]
+        return {**collate(examples, pad_token_id(self.tokenizer)), **({"pixel_values": self.images.pixels(images)} if images else {})}
 
 
 def _usable(options: EncodeOptions, example: dict, origin: ExampleStream) -> Encoded | None:

@@ -1,4 +1,4 @@
-"""A LLaVA of any shape with random weights and an exit of chosen acceptance: to measure decoding speed behind pictures where weights can't be had (see planted.py).
+"""A LLaVA of any shape with random weights and an exit of chosen acceptance: to measure decoding speed behind images where weights can't be had (see planted.py).
 
 Shapes, bytes and acceptance are true, so seconds are; what is seen and written means nothing. Without a tokenizer, prompts are random tokens around random pixels.
 """
@@ -19,7 +19,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from bench_prompts import Prompt
 from decoding.sampling import SamplingPolicy
 from decoding.verify import Verification
-from decoding.vlm import Eyes, PicturePrompt, View, as_text_model
+from decoding.vlm import ImagePrompt, View
+from llava_target import VisionEncoder, as_text_model
 from planted import planted_pair
 from truncated_llama import TruncatedLlama
 
@@ -28,10 +29,10 @@ QUESTION_TOKENS = 20
 
 @dataclass(frozen=True)
 class PlantedLlava:
-    """The Llama that a random LLaVA decodes as, its eyes, its exit with the acceptance that was measured, and its placeholder."""
+    """The Llama that a random LLaVA decodes as, its vision encoder, its exit with the acceptance that was measured, and its image token."""
 
     model: nn.Module
-    eyes: Eyes
+    vision: VisionEncoder
     draft: TruncatedLlama
     alpha: float
     placeholder: int
@@ -59,12 +60,12 @@ def planted_llava(
     whole.model.language_model, whole.lm_head = pair.model.model, pair.model.lm_head
     whole.eval().requires_grad_(False)
     text = as_text_model(pair.model.model, pair.model.lm_head, written.vocab_size)
-    return PlantedLlava(text, Eyes(whole), TruncatedLlama(text, pair.draft.exit), pair.alpha, config.image_token_id)
+    return PlantedLlava(text, VisionEncoder(whole), TruncatedLlama(text, pair.draft.exit), pair.alpha, config.image_token_id)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPrompt(Prompt):
-    """A question of random tokens about one picture of random pixels, the same for each `seed`."""
+    """A question of random tokens about one image of random pixels, the same for each `seed`."""
 
     planted: PlantedLlava
     seed: int
@@ -72,14 +73,13 @@ class RandomPrompt(Prompt):
     @classmethod
     def of(cls, planted: PlantedLlava, seed: int) -> RandomPrompt:
         words = torch.randint(0, planted.model.config.vocab_size, (QUESTION_TOKENS,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return cls([*words[:2], *[planted.placeholder] * planted.eyes.rows, *words[2:]], planted=planted, seed=seed)
+        return cls([*words[:2], *[planted.placeholder] * planted.vision.image_seq_length, *words[2:]], planted=planted, seed=seed)
 
     @property
-    def identity(self) -> str:
-        """What it is made of."""
-        return f"random {self.seed} of {len(self.input_ids)} tokens"
+    def identity(self) -> object:
+        return {"input_ids": self.input_ids, "pixels": self.seed}
 
-    def given(self) -> PicturePrompt:
+    def given(self) -> ImagePrompt:
         """The one view, of the target and its exit."""
-        pixels = torch.randn(1, *self.planted.eyes.shape, generator=torch.Generator().manual_seed(self.seed))
-        return PicturePrompt({self.planted.model: View(self.input_ids, self.planted.placeholder, partial(self.planted.eyes, pixels))})
+        pixels = torch.randn(1, *self.planted.vision.shape, generator=torch.Generator().manual_seed(self.seed))
+        return ImagePrompt({self.planted.model: View(self.input_ids, self.planted.placeholder, partial(self.planted.vision, pixels))})

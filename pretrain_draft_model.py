@@ -13,8 +13,6 @@ The result is a folder `model_<step>` that `from_pretrained` loads, tokenizer in
 
 from __future__ import annotations
 
-import copy
-import shutil
 import sys
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,12 +22,11 @@ from typing import Literal
 from command_line import UserError, parse_args, run
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_utils import EncodeOptions, PackedBatches, encode_prompt
-from processes import Processes
+from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, only_process, save_bf16
 from results import make_output_dir, read_config, record_run
 from row_files import describe_skipped
 from target_model import DeviceArgs, load_config, load_tokenizer, tokenizer_hash
@@ -94,17 +91,10 @@ class Args(TrainingArgs, DeviceArgs):
 
 def train_tokenizer(args: Args) -> PreTrainedTokenizerFast:
     """A byte-level BPE with single digits and a chat template, trained on the chats of the training split."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=args.train_tokenizer_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
     streams = [open_stream(name, "train", args.dataset_path, shuffle=False) for name in args.dataset]
     examples = (example for stream in streams for example in islice(stream.rest_of_epoch(), MAX_TOKENIZER_EXAMPLES))
-    tokenizer.train_from_iterator((text for example in examples for text in _texts(example)), trainer)
+    tokenizer = byte_level_bpe((text for example in examples for text in _texts(example)), args.train_tokenizer_size, SPECIAL_TOKENS, single_digits=True)
     bos, eos, pad, end = (SPECIAL_TOKENS[i] for i in (0, 1, 2, 6))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, additional_special_tokens=[*SPECIAL_TOKENS[3:6], end],
         model_max_length=args.max_position_embeddings, clean_up_tokenization_spaces=False,
@@ -160,18 +150,8 @@ def _new_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    for block in model.model.layers:  # GPT-2's rule: each block writes twice into the residual stream
-        for projection in (block.self_attn.o_proj, block.mlp.down_proj):
-            projection.weight.data /= (2 * args.num_hidden_layers) ** 0.5
+    damp_residual_writes(model.model.layers)
     return model
-
-
-def make_optimizer(model: LlamaForCausalLM, args: Args) -> torch.optim.AdamW:
-    """AdamW (.9, .95) with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 class Pretraining:
@@ -187,7 +167,7 @@ class Pretraining:
         self.batches = PackedBatches(self.streams, options)
         self.validation = list(islice(PackedBatches(self.held_out, options), VALIDATION_BATCHES))
         self.batch_loss = torch.compile(self._batch_loss) if args.torch_compile else self._batch_loss
-        optimizer = make_optimizer(self.model, args)
+        optimizer = make_optimizer(self.model.parameters(), args.learning_rate, args.weight_decay)
         self.learner = Learner("", folder, list(self.model.parameters()), optimizer, args.learning_rate, self.save)
 
     def count(self, batch: dict) -> int:
@@ -220,17 +200,10 @@ class Pretraining:
             print(f"--- {self.tokenizer.decode(output[0, -SAMPLE_TOKENS - 24 :])}")
 
     def save(self, step: int, losses: dict[str, float]) -> Path:
-        """Write `model_<step>`, bf16, complete or not at all."""
-        final = self.folder / f"model_{step:06d}"
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        """Write `model_<step>`."""
         ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[6])}
         self.model.generation_config.eos_token_id = sorted(ends - {None, self.tokenizer.unk_token_id})
-        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        return final
+        return save_bf16(self.folder, step, self.model, self.tokenizer)
 
     def task(self) -> TrainingTask:
         return TrainingTask([self.learner], self.batches, self.count, self.learn, self.validate, ("validation_loss",))
@@ -252,9 +225,7 @@ def pretrain(args: Args, folder: Path) -> int:
     if read_config(folder) is None and (folder / "tokenizer").exists():
         raise UserError(f"{folder} holds a tokenizer but no run; choose another --output_dir, or delete it")
     tokenizer = make_tokenizer(args, folder)
-    processes = Processes(args.resolve()[0])
-    if processes.count > 1:
-        raise UserError("pretraining runs in one process; start it without accelerate launch")
+    processes = only_process(args.resolve()[0])
     pretraining = Pretraining(args, folder, tokenizer)
     facts = {"data": [fingerprint(stream) for stream in pretraining.streams], "tokenizer_hash": tokenizer_hash(tokenizer)}
     check_same_run(folder, args, facts)

@@ -1,4 +1,4 @@
-"""Train a small LLaVA from scratch on chats about pictures: a CLIP vision tower, alone at first, then with a projector and a Llama.
+"""Train a small LLaVA from scratch on chats about images: a CLIP vision tower, alone at first, then with a projector and a Llama.
 
     # the embedded LLaVA and its draft: see assets/shapes-llava/README.md
     python pretrain_llava.py --dataset shapes --train_tokenizer_size 512 --output_dir runs/shapes-llava
@@ -9,8 +9,6 @@ The result is a folder `model_<step>` that `LlavaForConditionalGeneration.from_p
 
 from __future__ import annotations
 
-import copy
-import shutil
 import sys
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,7 +18,6 @@ from command_line import UserError, parse_args, run
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import (
     CLIPVisionConfig,
@@ -34,20 +31,20 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from data_utils import EncodeOptions, PaddedBatches, Prefetched, encode_prompt, held_out_batches
+from image_inputs import IMAGE_TOKEN, ImageInputs
 from llava_target import load_chat_tokenizer, load_image_processor, load_llava_config
 from losses import learned_rows, learned_tokens
-from pictures import MARKER, Sight, expanded
-from processes import Processes
+from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, only_process, save_bf16
 from results import make_output_dir, record_run
 from row_files import describe_skipped
-from shapes_dataset import names_all
+from shapes_dataset import QUESTION, names_all
 from target_model import DeviceArgs, tokenizer_hash
 from text_datasets import find_dataset, fingerprint, open_stream
 from tower_pretraining import pretrain_tower
 from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
 
 FIRST_TOKENS, PAD = ("<s>", "</s>", "<unk>"), "<pad>"
-CHAT_TEMPLATE = (  # LLaVA's, with the BOS in it, and for chats without pictures, too
+CHAT_TEMPLATE = (  # LLaVA's, with the BOS in it, and for chats without images, too
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT: {% else %}USER: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -55,16 +52,16 @@ CHAT_TEMPLATE = (  # LLaVA's, with the BOS in it, and for chats without pictures
 )
 PADDED_TO = 64  # the embedding has a multiple of so many rows, as LLaVA's
 TOKENIZER_EXAMPLES = 5_000
-VALIDATION_BATCHES, NAMED_PICTURES, CAPTION_TOKENS = 8, 64, 96
+VALIDATION_BATCHES, NAMED_SCENES, CAPTION_TOKENS = 8, 64, 96
 
 
 @dataclass(kw_only=True)
 class Args(TrainingArgs, DeviceArgs):
     """Train a small LLaVA."""
 
-    dataset: str = field(default="shapes", metadata={"help": "data set of chats with pictures"})
+    dataset: str = field(default="shapes", metadata={"help": "data set of chats with images"})
     dataset_path: str | None = field(default=None, metadata={"help": "local files of the data set's form"})
-    image_dir: str | None = field(default=None, metadata={"help": "folder of the pictures that local files name"})
+    image_dir: str | None = field(default=None, metadata={"help": "folder of the images that local files name"})
     init_from: str | None = field(default=None, metadata={"help": "start from this LLaVA's vision tower, projector and first --num_hidden_layers blocks, whose shape it has"})
     tokenizer_path: str | None = field(default=None, metadata={"help": "a LLaVA whose tokenizer and image processor to take; --image_size must be that processor's"})
     train_tokenizer_size: int | None = field(default=None, metadata={"help": "train a byte-level BPE of this size on the data instead"})
@@ -74,7 +71,7 @@ class Args(TrainingArgs, DeviceArgs):
     num_attention_heads: int = field(default=4, metadata={"help": "its attention heads"})
     num_key_value_heads: int = field(default=2, metadata={"help": "its key and value heads"})
     max_position_embeddings: int = field(default=1024, metadata={"help": "longest context"})
-    image_size: int = field(default=56, metadata={"help": "pixels of a picture's side"})
+    image_size: int = field(default=56, metadata={"help": "pixels of an image's side"})
     patch_size: int = field(default=14, metadata={"help": "pixels of a patch's side"})
     vision_hidden_size: int = field(default=96, metadata={"help": "width of the vision tower"})
     vision_intermediate_size: int = field(default=192, metadata={"help": "width of its feed-forward layers"})
@@ -91,10 +88,22 @@ class Args(TrainingArgs, DeviceArgs):
             raise UserError(f"--learning_rate {self.learning_rate}: must be positive")
         if [self.init_from, self.tokenizer_path, self.train_tokenizer_size].count(None) != 2:
             raise UserError("give one of --train_tokenizer_size 512, --tokenizer_path LLAVA and --init_from LLAVA")
-        if self.init_from is not None:
+        find_dataset(self.dataset)
+        if self.image_dir is not None and not Path(self.image_dir).is_dir():
+            raise UserError(f"--image_dir {self.image_dir}: no such folder; give the one with the images")
+        if self.init_from is None:
+            self._check_shape()
+            self._check_tower()
+        else:
             self._check_start(load_llava_config(self.init_from))
-        elif self.tower_steps < 0 or (self.tower_steps > 0 and find_dataset(self.dataset).name != "shapes"):
-            raise UserError(f"--tower_steps {self.tower_steps}: must be 0 for --dataset {self.dataset}; only the scenes of shapes say what is in each quarter")
+
+    def _check_start(self, config: LlavaConfig) -> None:
+        """Raise UserError for more blocks than there are to start from."""
+        if not 1 <= self.num_hidden_layers <= config.text_config.num_hidden_layers:
+            raise UserError(f"--num_hidden_layers {self.num_hidden_layers}: {self.init_from} has {config.text_config.num_hidden_layers} blocks")
+
+    def _check_shape(self) -> None:
+        """Raise UserError for a model that cannot be made."""
         for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"), ("image_size", "patch_size"),
                             ("vision_hidden_size", "vision_num_attention_heads")):
             if getattr(self, whole) % getattr(self, part):
@@ -104,26 +113,28 @@ class Args(TrainingArgs, DeviceArgs):
         if self.max_length > self.max_position_embeddings:
             raise UserError(f"--max_length {self.max_length} exceeds --max_position_embeddings {self.max_position_embeddings}")
 
+    def _check_tower(self) -> None:
+        """Raise UserError for a lesson that a new tower cannot have."""
+        if self.tower_steps < 0 or (self.tower_steps > 0 and find_dataset(self.dataset).name != "shapes"):
+            raise UserError(f"--tower_steps {self.tower_steps}: must be 0 for --dataset {self.dataset}; only the scenes of shapes say what is in each quarter")
+        if self.tower_steps > 0 and self.image_size // self.patch_size % 2:
+            raise UserError(f"--image_size {self.image_size} makes {self.image_size // self.patch_size} patches of --patch_size in a row; for quarters it must be an even number")
 
-    def _check_start(self, config: LlavaConfig) -> None:
-        """Raise UserError for more blocks than there are to start from."""
-        if not 1 <= self.num_hidden_layers <= config.text_config.num_hidden_layers:
-            raise UserError(f"--num_hidden_layers {self.num_hidden_layers}: {self.init_from} has {config.text_config.num_hidden_layers} blocks")
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        """The shape of an image's."""
+        side = self.image_size if self.init_from is None else load_llava_config(self.init_from).vision_config.image_size
+        return 3, side, side
 
 
 def train_tokenizer(args: Args) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the training split's chats, whose last two tokens are `<image>` and `<pad>`, as LLaVA's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=args.train_tokenizer_size - 2, special_tokens=list(FIRST_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     stream = open_stream(args.dataset, "train", args.dataset_path, shuffle=False)
     chats = islice(stream.rest_of_epoch(), TOKENIZER_EXAMPLES)
-    tokenizer.train_from_iterator((f"USER: {message['content']} ASSISTANT:" for chat in chats for message in chat["messages"]), trainer)
-    tokenizer.add_special_tokens([MARKER, PAD])
+    texts = (f"USER: {message['content']} ASSISTANT:" for chat in chats for message in chat["messages"])
+    tokenizer = byte_level_bpe(texts, args.train_tokenizer_size - 2, FIRST_TOKENS)
+    tokenizer.add_special_tokens([IMAGE_TOKEN, PAD])
     bos, eos, unk = FIRST_TOKENS
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=PAD, model_max_length=args.max_position_embeddings,
         clean_up_tokenization_spaces=False)
@@ -132,16 +143,16 @@ def train_tokenizer(args: Args) -> PreTrainedTokenizerFast:
 
 
 def make_processor(args: Args, folder: Path) -> LlavaProcessor:
-    """The run's tokenizer and picture processor: another LLaVA's, or made once and kept in the run's folder."""
+    """The run's tokenizer and image processor: another LLaVA's, or made once and kept in the run's folder."""
     kept = folder / "processor"
     source = args.init_from or args.tokenizer_path or (str(kept) if kept.exists() else None)
     if source is None:
         side = args.image_size
-        tokenizer, pictures = train_tokenizer(args), CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        tokenizer, images = train_tokenizer(args), CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     else:
-        tokenizer, pictures = load_chat_tokenizer(source), load_image_processor(source)
+        tokenizer, images = load_chat_tokenizer(source), load_image_processor(source, args.pixels)
     processor = LlavaProcessor(
-        pictures, tokenizer, patch_size=args.patch_size, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template,
+        images, tokenizer, patch_size=args.patch_size, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template,
         num_additional_image_tokens=1)
     if source is None:
         processor.save_pretrained(folder / "processor.partial")
@@ -164,14 +175,12 @@ def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -
         num_hidden_layers=args.num_hidden_layers, num_attention_heads=args.num_attention_heads, num_key_value_heads=args.num_key_value_heads,
         max_position_embeddings=args.max_position_embeddings, tie_word_embeddings=True, rms_norm_eps=1e-5,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    marker = tokenizer.convert_tokens_to_ids(MARKER)
+    marker = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=marker, image_seq_length=(args.image_size // args.patch_size) ** 2, tie_word_embeddings=True)
     config._attn_implementation = attention
     model = LlavaForConditionalGeneration(config)
-    for block in model.model.language_model.layers:  # GPT-2's rule: each block writes twice into the residual stream
-        for projection in (block.self_attn.o_proj, block.mlp.down_proj):
-            projection.weight.data /= (2 * args.num_hidden_layers) ** 0.5
+    damp_residual_writes(model.model.language_model.layers)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return model
 
@@ -183,21 +192,20 @@ class Pretraining:
         self.args, self.folder, self.processor, self.tokenizer = args, folder, processor, processor.tokenizer
         self.device, self.dtype, attention = args.resolve()
         self.model = make_model(args, self.tokenizer, attention).to(self.device)
-        sight = Sight(self.model.config.image_token_id, self.model.config.image_seq_length, processor.image_processor, args.image_dir and Path(args.image_dir))
-        self.options = EncodeOptions(self.tokenizer, "assistant", args.max_length, args.batch_size, sight)
-        self._prepare_tower(sight)
+        config, folder_of_images = self.model.config, None if args.image_dir is None else Path(args.image_dir)
+        self.images = ImageInputs(config.image_token_id, config.image_seq_length, processor.image_processor, folder_of_images)
+        self.options = EncodeOptions(self.tokenizer, "assistant", args.max_length, args.batch_size, self.images)
+        self._prepare_tower()
         self.stream = open_stream(args.dataset, "train", args.dataset_path, args.seed)
         self.batches = Prefetched(PaddedBatches(self.stream, self.options))
         held_out = open_stream(args.dataset, "validation", args.dataset_path, args.seed)
         self.validation = held_out_batches(held_out, self.options, VALIDATION_BATCHES)
-        self.pictures = list(islice((example for example in held_out.rest_of_epoch() if "scene" in example), NAMED_PICTURES))
+        self.scenes = list(islice((example for example in held_out.rest_of_epoch() if "scene" in example), NAMED_SCENES))
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        matrices, vectors = ([p for p in trained if (p.ndim >= 2) == many] for many in (True, False))
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+        optimizer = make_optimizer(trained, args.learning_rate, args.weight_decay)
         self.learner = Learner("", folder, trained, optimizer, args.learning_rate, self.save)
 
-    def _prepare_tower(self, sight: Sight) -> None:
+    def _prepare_tower(self) -> None:
         """The vision tower as its own lesson leaves it, taught once and kept in the run's folder, or another LLaVA's; as in LLaVA it then stays as it is."""
         tower, kept = self.model.model.vision_tower, self.folder / "tower.safetensors"
         if self.args.init_from is not None:
@@ -206,7 +214,7 @@ class Pretraining:
             return
         if not kept.exists():
             stream = open_stream(self.args.dataset, "train", None, self.args.seed + 1)
-            right = pretrain_tower(tower, stream, sight, self.model.config.vision_feature_layer, self.args.tower_steps)
+            right = pretrain_tower(tower, stream, self.images, self.model.config.vision_feature_layer, self.args.tower_steps)
             print(f"the vision tower tells {right:.1%} of the traits of a quarter", flush=True)
             partial = kept.with_suffix(".partial")
             save_file({name: tensor.contiguous().cpu() for name, tensor in tower.state_dict().items()}, partial)
@@ -236,34 +244,26 @@ class Pretraining:
         self.model.eval()
         total = sum(float(self._batch_loss(batch)) for batch in self.validation)
         self.learner.validation = {"validation_loss": total / sum(int(batch["loss_mask"].sum()) for batch in self.validation)}
-        if self.pictures:
+        if self.scenes:
             captions = self._captions()
             print(f"--- {captions[0]}")
-            right = [names_all(text, example["scene"]) for text, example in zip(captions, self.pictures, strict=True)]
+            right = [names_all(text, example["scene"]) for text, example in zip(captions, self.scenes, strict=True)]
             self.learner.validation["validation_named"] = sum(right) / len(right)
         self.model.train()
 
     def _captions(self) -> list[str]:
-        """What the model says of the held-out pictures, greedily."""
-        ask = {"messages": [{"role": "user", "content": "Can you tell me what is in the image?"}]}
-        sight = self.options.sight
-        ids = expanded(encode_prompt(self.tokenizer, ask, pictures=1), sight.token, sight.placeholders)
-        prompts = torch.tensor([ids] * len(self.pictures), device=self.device)
-        pixels = torch.cat([sight.pixels(example["images"]) for example in self.pictures]).to(self.device)
+        """What the model says of the held-out images, greedily."""
+        ask = {"messages": [{"role": "user", "content": QUESTION}]}
+        ids = self.images.with_placeholders(encode_prompt(self.tokenizer, ask, num_images=1))
+        prompts = torch.tensor([ids] * len(self.scenes), device=self.device)
+        pixels = torch.cat([self.images.pixels(example["images"]) for example in self.scenes]).to(self.device)
         out = self.model.generate(
             input_ids=prompts, attention_mask=torch.ones_like(prompts), pixel_values=pixels, max_new_tokens=CAPTION_TOKENS, do_sample=False)
         return self.tokenizer.batch_decode(out[:, len(ids) :], skip_special_tokens=True)
 
     def save(self, step: int, losses: dict[str, float]) -> Path:
-        """Write `model_<step>`, bf16, complete or not at all."""
-        final = self.folder / f"model_{step:06d}"
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(partial)
-        self.processor.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        return final
+        """Write `model_<step>`."""
+        return save_bf16(self.folder, step, self.model, self.processor)
 
     def task(self) -> TrainingTask:
         return TrainingTask([self.learner], self.batches, self.count, self.learn, self.validate, ("validation_loss", "validation_named"))
@@ -282,9 +282,7 @@ def pretrain(args: Args, folder: Path) -> int:
     check_same_run(folder, args, {})
     if print_if_finished(folder):
         return 0
-    processes = Processes(args.resolve()[0])
-    if processes.count > 1:
-        raise UserError("pretraining runs in one process; start it without accelerate launch")
+    processes = only_process(args.resolve()[0])
     processor = make_processor(args, folder)
     pretraining = Pretraining(args, folder, processor)
     facts = {"data": fingerprint(pretraining.stream), "tokenizer_hash": tokenizer_hash(processor.tokenizer)}

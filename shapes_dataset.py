@@ -27,12 +27,13 @@ NUM_ROWS = {"train": 200_000, "validation": 1_000, "test": 1_000}
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 30), "orange": (245, 130, 20), "purple": (140, 50, 170),
            "white": (250, 250, 250), "black": (15, 15, 15)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-SIZES = {"small": 0.30, "large": 0.42}  # half the width, of a quarter's
+SIZES = {"small": 0.30, "large": 0.42}  # half a shape's width, as a share of a quarter's
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 NUMBERS = ("no", "one", "two", "three", "four")
 JITTER = 0.06  # of a quarter's width
 PIXELS = 112
-ASK_FOR_ALL = ("Can you tell me what is in the image?", "Describe the picture.", "What do you see?", "What does this image show?")
+QUESTION = "Can you tell me what is in the image?"
+ASK_FOR_ALL = (QUESTION, "Describe the picture.", "What do you see?", "What does this image show?")
 
 Scene = list[dict[str, str]]  # of each shape: place, size, colour, shape; in the order of PLACES
 
@@ -45,19 +46,24 @@ def make_scene(rng: random.Random) -> Scene:
 
 
 def scene_key(scene: Scene) -> str:
-    """What two pictures of equal content have in common."""
+    """The scene as one string, equal for equal scenes."""
     return "; ".join(" ".join(one.values()) for one in scene)
+
+
+def is_scene(value: object) -> bool:
+    """Whether `value` has the form of a Scene."""
+    return isinstance(value, list) and all(isinstance(one, dict) and {"colour", "shape"} <= one.keys() for one in value)
 
 
 # ---- pictures ----
 
-def draw(scene: Scene, seed: int, pixels: int = PIXELS) -> Image.Image:
+def draw(scene: Scene, seed: int) -> Image.Image:
     """An RGB picture of `scene`; `seed` moves the shapes a little and tints the background."""
     rng = random.Random(seed)
     grey = rng.randint(120, 170)
-    picture = Image.new("RGB", (pixels, pixels), tuple(grey + rng.randint(-8, 8) for _ in range(3)))
+    picture = Image.new("RGB", (PIXELS, PIXELS), tuple(grey + rng.randint(-8, 8) for _ in range(3)))
     pen = ImageDraw.Draw(picture)
-    quarter = pixels / 2
+    quarter = PIXELS / 2
     for one in scene:
         column, row = PLACES[one["place"]]
         x, y = ((at + 0.5 + rng.uniform(-JITTER, JITTER)) * quarter for at in (column, row))
@@ -210,7 +216,7 @@ def main() -> None:
         row = make_row(args.split, index)
         name = f"shapes_{args.split}_{index:04d}.png"
         draw(row["scene"], row["seed"]).save(folder / name)
-        lines.append(json.dumps({"question_id": index, "image": name, "text": ASK_FOR_ALL[0], "scene": scene_key(row["scene"])}))
+        lines.append(json.dumps({"question_id": index, "image": name, "text": QUESTION, "scene": row["scene"]}))
     write_text(folder / "questions.jsonl", "\n".join(lines) + "\n")
     print(folder / "questions.jsonl")
 

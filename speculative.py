@@ -40,7 +40,7 @@ from decoding.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupport
 from decoding.static_tree import StaticTree, static_tree_round
 from decoding.vanilla import vanilla_round
 from decoding.verify import TREE_RULES, VERIFICATIONS, TreeRule, Verification
-from decoding.vlm import PicturePrompt, Prompt, Shifted, View, view_of
+from decoding.vlm import AnyPrompt, ImageEmbeddings, ImagePrompt, Shifted, View, view_of
 from plain_llama import as_llama, constant_drafting
 from truncated_llama import TruncatedLlama
 
@@ -222,14 +222,14 @@ class Generation:
 
 def generate(
     target: nn.Module,
-    prompt: Prompt,
+    prompt: AnyPrompt,
     options: DecodeOptions,
     draft: nn.Module | None = None,
     *,
     prompt_id: int = 0,
     on_tokens: Callable[[list[int]], None] | None = None,
 ) -> Generation:
-    """Continue `prompt` (token ids, at least one, or a PicturePrompt; see decoding/vlm.py) with `options`.
+    """Continue `prompt` (token ids, at least one, or a ImagePrompt; see decoding/vlm.py) with `options`.
 
     `target` and `draft` are called as transformers' causal models are (a TruncatedLlama is too) and must share their
     token ids; `prompt_id` keys the noise beside `options.seed`. `on_tokens` gets each round's tokens as they are
@@ -242,7 +242,7 @@ def generate(
 @torch.inference_mode()
 def generate_batch(
     target: nn.Module,
-    prompts: list[Prompt],
+    prompts: list[AnyPrompt],
     options: DecodeOptions,
     draft: nn.Module | None = None,
     *,
@@ -255,9 +255,10 @@ def generate_batch(
     ended takes part in the passes, unused, until the last ends. `on_tokens(row, tokens)` gets what is committed.
     """
     method = METHODS[options.method]
-    asked = [Asked.of(prompt, target, draft if method.draft != "none" else target) for prompt in prompts]
+    drafting = target if method.draft == "none" else draft
+    asked = [Views.of(prompt, target, drafting) for prompt in prompts]
     for views in asked:
-        _check(target, views, options, draft if method.draft != "none" else target)
+        _check(target, views, options, drafting)
     if method.plan is not None and len(prompts) > 1:
         raise ValueError(f"method {options.method!r} decodes one text at a time, not {len(prompts)}")
     prompt_ids = list(range(len(prompts))) if prompt_ids is None else prompt_ids
@@ -277,16 +278,16 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Views:
     """A prompt as target and draft are given it; the same object where they are given the same."""
 
     target: View
     draft: View
 
     @classmethod
-    def of(cls, prompt: Prompt, target: nn.Module, draft: nn.Module | None) -> Asked:
+    def of(cls, prompt: AnyPrompt, target: nn.Module, draft: nn.Module | None) -> Views:
         own = view_of(prompt, target)
-        return cls(own, view_of(prompt, draft) if isinstance(prompt, PicturePrompt) and draft is not None else own)
+        return cls(own, view_of(prompt, draft) if isinstance(prompt, ImagePrompt) and draft is not None else own)
 
     @property
     def shift(self) -> int:
@@ -295,7 +296,7 @@ class Asked:
 
 
 def _decode(
-    engines: Engines, asked: list[Asked], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int],
+    engines: Engines, asked: list[Views], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int],
     on_tokens: Callable[[int, list[int]], None] | None,
 ) -> list[Generation]:
     """Rounds until every text has ended."""
@@ -343,7 +344,7 @@ def _finish(state: DecodeState, row: int, stats: DecodeStats, wall_s: float) -> 
     return Generation(tokens, stats)
 
 
-def _check(target: nn.Module, asked: Asked, options: DecodeOptions, draft: nn.Module | None) -> None:
+def _check(target: nn.Module, asked: Views, options: DecodeOptions, draft: nn.Module | None) -> None:
     if not asked.target.ids:
         raise ValueError("the prompt is empty; give at least the BOS token")
     if draft is None:
@@ -407,7 +408,7 @@ def _slots(views: list[View], options: DecodeOptions) -> int:
     return max(len(view.ids) for view in views) + options.max_new_tokens + options.slots_ahead + 1
 
 
-def _prepare(engines: Engines, asked: list[Asked], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int]) -> DecodeState:
+def _prepare(engines: Engines, asked: list[Views], options: DecodeOptions, draft: nn.Module | None, prompt_ids: list[int]) -> DecodeState:
     """Empty caches of sufficient capacity for target and draft, and all else that a generation starts with."""
     kind = _draft_kind(engines.target, draft, options)
     drafter = None if kind == "none" else _draft_for(engines, draft, kind, _slots([views.draft for views in asked], options), options.engine)
@@ -489,7 +490,7 @@ def _new_engine(model: nn.Module, capacity: int, batch: int, engine: str) -> Mod
     return CachedModel(model)
 
 
-def _shifted(drafter: Model | SharedExit | None, asked: list[Asked]) -> Model | SharedExit | Shifted | None:
+def _shifted(drafter: Model | SharedExit | None, asked: list[Views]) -> Model | SharedExit | Shifted | None:
     """The draft's engine, in the target's places where its prompts are shorter. Raises ValueError where they are shorter by different numbers of tokens."""
     shifts = {views.shift for views in asked} if drafter is not None else {0}
     if len(shifts) > 1:
@@ -498,12 +499,16 @@ def _shifted(drafter: Model | SharedExit | None, asked: list[Asked]) -> Model | 
     return Shifted(drafter, shift) if shift else drafter
 
 
-def _prefill(state: DecodeState, asked: list[Asked]) -> None:
-    """Fill all caches; every model looks at the pictures once. An exit fills the target's cache too, as it shares blocks with it."""
-    pictures = [views.target.rows() for views in asked]
-    whole = [views.target.ids[:-1] for views in asked], pictures
+def _prefill(state: DecodeState, asked: list[Views]) -> None:
+    """Fill all caches; every model looks at the images once. An exit fills the target's cache too, as it shares blocks with it."""
+    given = _texts([views.target for views in asked])
     if not isinstance(state.draft, SharedExit):
-        state.target.prefill(*whole)
+        state.target.prefill(*given)
     if state.draft is not None:
         same = all(views.draft is views.target for views in asked)
-        state.draft.prefill(*whole) if same else state.draft.prefill([views.draft.ids[:-1] for views in asked], [views.draft.rows() for views in asked])
+        state.draft.prefill(*(given if same else _texts([views.draft for views in asked])))
+
+
+def _texts(views: list[View]) -> tuple[list[list[int]], list[ImageEmbeddings | None]]:
+    """All tokens but the last, and what is seen of the images, now."""
+    return [view.ids[:-1] for view in views], [view.image_embeddings() for view in views]

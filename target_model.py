@@ -14,6 +14,7 @@ from typing import Literal
 from command_line import UserError, first_line, import_optional
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -90,11 +91,11 @@ def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> Pre
     """The configuration of the model at `path`, of one of `families` (None: of any). Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
     if families is not None and config.model_type not in families:
         sees = "; train.py distils LLaVAs, and benchmark_llava.py decodes with them" if config.model_type == "llava" else ""
-        raise UserError(f"{path} is a {config.model_type} model; this suite exits early from Llama models only{sees}")
+        raise UserError(f"{path} is a {config.model_type} model; a {' or '.join(families)} model is needed here{sees}")
     return config
 
 

@@ -1,4 +1,4 @@
-"""Generated text in the colours of where its tokens came from: for terminals, as HTML, and, beside pictures, as a contact sheet (PNG and HTML).
+"""Generated text in the colours of where its tokens came from: for terminals, as HTML, and, beside images, as a contact sheet (PNG and HTML).
 
 accepted: drafted, and kept. corrected: the target's own, where a drafted token was not kept. bonus: the target's own, behind drafted tokens that all were. A token
 that nothing was drafted for has no colour.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerBase
 
@@ -77,26 +77,25 @@ def as_html(text: list[Piece]) -> str:
 
 @dataclass(frozen=True)
 class Card:
-    """A prompt with what was generated behind it, and a line on how; with its pictures, where it has some."""
+    """A prompt with what was generated behind it, and a line on how; with its images, where it has some."""
 
     prompt: str
     text: list[Piece]
     note: str
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
 
 
-def card_of(prompt: str, tokenizer: PreTrainedTokenizerBase, generation: Generation, pictures: tuple[Image.Image, ...] = ()) -> Card:
+def card_of(prompt: str, tokenizer: PreTrainedTokenizerBase, generation: Generation, images: tuple[Image.Image, ...] = ()) -> Card:
     """The card of one generation."""
     stats = generation.stats
-    accepted, proposed = (sum(getattr(one, name) for one in stats.rounds) for name in ("accepted", "proposed"))
-    note = f"{stats.emitted} tokens in {stats.target_calls} target calls; {accepted} of {proposed} drafted tokens kept"
-    return Card(prompt, pieces(tokenizer, generation.tokens, stats.rounds), note, pictures)
+    note = f"{stats.emitted} tokens in {stats.target_calls} target calls; {stats.accepted} of {stats.proposed} drafted tokens kept"
+    return Card(prompt, pieces(tokenizer, generation.tokens, stats.rounds), note, images)
 
 
 def write_html(path: Path, title: str, cards: list[Card]) -> None:
     """A page of `cards` that needs no other file."""
     rows = "\n".join(
-        f'<div class="card"><div>{"".join(map(_embedded, card.pictures))}</div><div><p class="prompt">{html.escape(card.prompt)}</p>'
+        f'<div class="card"><div>{"".join(map(_embedded, card.images))}</div><div><p class="prompt">{html.escape(card.prompt)}</p>'
         f'<p class="text">{as_html(card.text)}</p><p class="note">{html.escape(card.note)}</p></div></div>' for card in cards)
     style = (".card{display:flex;gap:1em;margin:1em 0}.prompt{font-weight:bold;margin:0}.text{white-space:pre-wrap;line-height:1.6}.note{color:#666;font-size:85%}"
              "body{font-family:sans-serif;max-width:60em;margin:2em auto;background:#fff;color:#000}img{width:14em;image-rendering:pixelated}")
@@ -104,23 +103,23 @@ def write_html(path: Path, title: str, cards: list[Card]) -> None:
                      f"<h1>{html.escape(title)}</h1>\n<p>{as_html(legend())}</p>\n{rows}\n</html>\n")
 
 
-def _embedded(picture: Image.Image) -> str:
+def _embedded(image: Image.Image) -> str:
     file = io.BytesIO()
-    _thumbnail(picture).save(file, "PNG")
+    _thumbnail(image).save(file, "PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def _thumbnail(picture: Image.Image) -> Image.Image:
-    """`picture`, made smaller where it is larger than PICTURE."""
-    small = picture.copy()
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """`image`, made smaller where it is larger than PICTURE."""
+    small = image.copy()
     small.thumbnail((PICTURE, PICTURE))
     return small
 
 
-# ---- as a picture ----
+# ---- as a image ----
 
 def write_png(path: Path, title: str, cards: list[Card]) -> None:
-    """The same as one picture."""
+    """A contact sheet of `cards` as one image."""
     plain, bold = map(_font, ("normal", "bold"))
     blocks = [_drawn([Piece(title, "plain")], bold, CARD + PICTURE), _drawn(legend(), plain, CARD + PICTURE), *(_drawn_card(card, plain, bold) for card in cards)]
     sheet = Image.new("RGB", (CARD + PICTURE + 3 * MARGIN, sum(block.height + MARGIN for block in blocks) + MARGIN), "white")
@@ -133,15 +132,17 @@ def write_png(path: Path, title: str, cards: list[Card]) -> None:
 
 def _font(weight: str) -> ImageFont.FreeTypeFont:
     """matplotlib's own font, so that a sheet looks the same everywhere; laid out letter by letter, as raqm refuses some texts that are none."""
+    from matplotlib import font_manager  # is slow to load
+
     return ImageFont.truetype(font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight)), FONT, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _drawn_card(card: Card, plain: ImageFont.FreeTypeFont, bold: ImageFont.FreeTypeFont) -> Image.Image:
     """Pictures on the left, prompt, text and note on the right."""
-    pictures = [_thumbnail(picture) for picture in card.pictures]
-    pictures = [one.resize((PICTURE, PICTURE * one.height // one.width), Image.Resampling.NEAREST) if one.width < PICTURE else one for one in pictures]
+    images = [_thumbnail(image) for image in card.images]
+    images = [one.resize((PICTURE, PICTURE * one.height // one.width), Image.Resampling.NEAREST) if one.width < PICTURE else one for one in images]
     lines = [_drawn([Piece(card.prompt, "plain")], bold, CARD), _drawn(card.text, plain, CARD), _drawn([Piece(card.note, "plain")], plain, CARD)]
-    columns = [(0, pictures), (PICTURE + MARGIN, lines)]
+    columns = [(0, images), (PICTURE + MARGIN, lines)]
     height = max(sum(one.height + MARGIN // 2 for one in column) for _, column in columns)
     whole = Image.new("RGB", (PICTURE + MARGIN + CARD, height), "white")
     for left, column in columns:
@@ -157,7 +158,7 @@ def _drawn(text: list[Piece], font: ImageFont.FreeTypeFont, width: int) -> Image
     line_height = round(FONT * 1.6)
     placed, x, y = [], 0.0, 0
     for piece in text:
-        for word in _words(piece.text):
+        for word in re.findall(r"\S*\s|\S+", piece.text):  # behind each space a line may end
             length = font.getlength(word.replace("\n", ""))
             if x > 0 and x + length > width:
                 x, y = 0.0, y + line_height
@@ -169,13 +170,3 @@ def _drawn(text: list[Piece], font: ImageFont.FreeTypeFont, width: int) -> Image
         pen.rectangle((x, y, x + length, y + line_height - 3), fill=COLOURS[kind][0])
         pen.text((x, y + 1), word, font=font, fill="black")
     return block
-
-
-def _words(text: str) -> list[str]:
-    """`text` cut behind spaces and line ends."""
-    found = [""]
-    for letter in text:
-        found[-1] += letter
-        if letter.isspace():
-            found.append("")
-    return [word for word in found if word]

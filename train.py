@@ -9,7 +9,7 @@
     # several kinds of exit at once
     python train.py --model_path assets/pydoc-llama-7m --dataset pydoc --target_layers 3 --kinds head rank64 translator head+attention_block \\
         --max_steps 100 --learning_rate 1e-3 --output_dir runs/try
-    # an exit of a LLaVA, on chats about pictures
+    # an exit of a LLaVA, on chats about images
     python train.py --model_path llava-hf/llava-1.5-7b-hf --dataset llava_instruct --dataset_path llava_instruct_150k.json --image_dir train2017 \\
         --max_length 1024 --target_layers 3 --ft_head --ft_last_transformer --output_dir runs/llava-exit
 
@@ -35,7 +35,7 @@ import torch
 from transformers import LlamaConfig
 
 from data_utils import EncodeOptions, LossOn, PaddedBatches, Prefetched, encode_example, held_out_by_source
-from llava_target import SightedTarget, is_llava, load_target_of_any_kind, text_config
+from llava_target import LlavaTarget, is_llava, load_llama_or_llava, text_config
 from losses import LOSS_TYPES
 from metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
 from processes import Processes
@@ -65,7 +65,7 @@ class Args(TrainingArgs, DeviceArgs):
     dataset: list[str] = field(default_factory=lambda: ["ultrachat"], metadata={"help": "data set to distil on, or several, mixed example by example"})
     mix: list[float] = field(default_factory=list, metadata={"help": "shares of several data sets (default: equal)"})
     dataset_path: str | None = field(default=None, metadata={"help": "local files of the data set's form"})
-    image_dir: str | None = field(default=None, metadata={"help": "folder of the pictures that llava_instruct names, for a LLaVA"})
+    image_dir: str | None = field(default=None, metadata={"help": "folder of the images that llava_instruct names, for a LLaVA"})
     loss_on: LossOn = field(default="all", metadata={"help": "learn all tokens, or the assistant's only"})
     ft_head: bool = field(default=False, metadata={"help": "train the exit's norm and head"})
     head_rank: int | None = field(default=None, metadata={"help": "train norm and a head of this rank, from the best approximation of the target's"})
@@ -115,15 +115,15 @@ class Args(TrainingArgs, DeviceArgs):
     def _check_pictures(self) -> None:
         """Raise UserError for what goes with LLaVAs only, or does not go with them."""
         if self.image_dir is not None and not Path(self.image_dir).is_dir():
-            raise UserError(f"--image_dir {self.image_dir}: no such folder; give the one with the pictures")
+            raise UserError(f"--image_dir {self.image_dir}: no such folder; give the one with the images")
         if not is_llava(self.model_path):
             if self.image_dir is not None:
-                raise UserError(f"--image_dir {self.image_dir}: {self.model_path} sees no pictures; leave it out, or give a LLaVA")
+                raise UserError(f"--image_dir {self.image_dir}: {self.model_path} sees no images; leave it out, or give a LLaVA")
             return
         if self.teacher_cache is not None:
-            raise UserError(f"--teacher_cache {self.teacher_cache}: tells texts apart, not their pictures; leave it out with a LLaVA")
+            raise UserError(f"--teacher_cache {self.teacher_cache}: tells texts apart, not their images; leave it out with a LLaVA")
         if "llava_instruct" in self.dataset and self.image_dir is None:
-            raise UserError("--dataset llava_instruct names pictures: give their folder as --image_dir")
+            raise UserError("--dataset llava_instruct names images: give their folder as --image_dir")
 
     def exit_kinds(self) -> list[ExitKind]:
         """What --kinds or the flags of one kind ask for. Raises UserError."""
@@ -195,8 +195,8 @@ class Distillation:
 
     def __init__(self, args: Args, target: Target, streams: dict[str, ExampleStream | MixedStream], folder: Path, processes: Processes) -> None:
         self.args, self.target, self.processes = args, target, processes
-        sight = target.sight if isinstance(target, SightedTarget) else None
-        options = EncodeOptions(target.tokenizer, args.loss_on, args.max_length, args.batch_size, sight)
+        images = target.images if isinstance(target, LlavaTarget) else None
+        options = EncodeOptions(target.tokenizer, args.loss_on, args.max_length, args.batch_size, images)
         self.batches = Prefetched(PaddedBatches(streams["train"], options, (processes.rank, processes.count)))
         self.validation = held_out_by_source(streams["validation"].streams, options, VALIDATION_BATCHES * processes.count)
         self.sources = list(self.validation) if len(self.validation) > 1 else []
@@ -218,8 +218,8 @@ class Distillation:
         """The tokens that a trimmed head will know."""
         streams = [open_stream(name, "train", self.args.dataset_path, self.args.seed) for name in self.args.dataset]
         examples = (example for stream in streams for example in islice(stream.rest_of_epoch(), FREQUENCY_EXAMPLES))
-        pictures = 0 if isinstance(self.target, SightedTarget) else None  # their placeholders are never drafted
-        texts = (encode_example(self.target.tokenizer, example, pictures=pictures).input_ids for example in examples)
+        num_images = 0 if isinstance(self.target, LlavaTarget) else None  # their placeholders are never drafted
+        texts = (encode_example(self.target.tokenizer, example, num_images=num_images).input_ids for example in examples)
         return frequent_tokens(texts, count, self.target.model.config.vocab_size).to(self.target.model.device)
 
     def _learner(self, name: str, variant: Variant, exit_: Exit, kind: ExitKind, folder: Path) -> Learner:
@@ -321,6 +321,8 @@ def main() -> int:
     processes = Processes(args.resolve()[0])
     if processes.shards_target and args.teacher_cache is not None:
         raise UserError(f"--teacher_cache {args.teacher_cache}: the processes that share a target must all run all of its blocks; leave it out with --use_fsdp")
+    if processes.shards_target and is_llava(args.model_path):
+        raise UserError(f"--use_fsdp: {args.model_path} is a LLaVA, which is trained whole on each GPU; launch without it")
     with only_writer(folder) if processes.is_main else nullcontext():
         return train(args, folder, processes)
 
@@ -332,9 +334,7 @@ def train(args: Args, folder: Path, processes: Processes) -> int:
     if print_if_finished(folder):
         return 0
     streams = {split: open_mixture(args.dataset, args.mix, split, args.dataset_path, args.seed) for split in ("train", "validation")}
-    target = load_target_of_any_kind(args.model_path, on_the_cpu(args) if processes.shards_target else args, args.image_dir and Path(args.image_dir))
-    if processes.shards_target and isinstance(target, SightedTarget):
-        raise UserError(f"--use_fsdp: {args.model_path} is a LLaVA, which is trained whole on each GPU; launch without it")
+    target = load_llama_or_llava(args.model_path, on_the_cpu(args) if processes.shards_target else args, args.image_dir and Path(args.image_dir))
     facts = {**start, "data": fingerprint(streams["train"]), "target_hash": weights_hash(target.model)}
     check_same_run(folder, args, facts)
     distillation = Distillation(args, target, streams, folder, processes)

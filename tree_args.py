@@ -23,7 +23,7 @@ from decoding.growmap import BestTrees, Growmap, load_growmap
 from decoding.specexec import SpecExec
 from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES, TreeVerification
-from decoding.vlm import Prompt
+from decoding.vlm import AnyPrompt
 from followers import load_followers
 from results import file_hash, write_json
 from speculative import METHODS, DecodeOptions, TreePlan
@@ -151,7 +151,7 @@ def made_for_another(plan: StaticTree, options: DecodeOptions, fitted: Fitted) -
 class Fitted:
     """What trees are fitted to: `prompts()` of the data set `data`; `path` is where the draft lies, if it does."""
 
-    prompts: Callable[[], list[Prompt]]
+    prompts: Callable[[], list[AnyPrompt]]
     data: str
     path: str | None = None
 

@@ -23,7 +23,7 @@ from decoding.growmap import Growmap
 from decoding.sampling import Noise, Purpose, policy_probs
 from decoding.static_tree import StaticTree
 from decoding.verify import residual, without
-from decoding.vlm import Prompt, forced_logits, view_of
+from decoding.vlm import AnyPrompt, forced_logits, view_of
 from speculative import METHODS, DecodeOptions, TreePlan, generate
 
 CHUNK_ROWS = 64  # positions of V numbers in fp64 at a time: 65 MB each at V = 128k
@@ -43,10 +43,10 @@ class OwnText:
     tokens: list[int]
     prompt: int
     noise: Noise
-    given: Prompt
+    given: AnyPrompt
 
 
-def own_texts(target: nn.Module, prompts: Sequence[Prompt], options: DecodeOptions) -> list[OwnText]:
+def own_texts(target: nn.Module, prompts: Sequence[AnyPrompt], options: DecodeOptions) -> list[OwnText]:
     """What the target makes of `prompts` under the policy, seed and lengths of `options`."""
     vanilla = replace(options, method="vanilla", tree=None)
     asked = [view_of(prompt, target).ids for prompt in prompts]
@@ -116,7 +116,7 @@ def _gradient(weights: torch.Tensor, features: torch.Tensor, drawn: torch.Tensor
     return (found - mean).sum(-1).cpu(), second.cpu()
 
 
-def fit_trust(target: nn.Module, draft: nn.Module, prompts: Sequence[Prompt], options: DecodeOptions, coupling: Coupling) -> Coupling:
+def fit_trust(target: nn.Module, draft: nn.Module, prompts: Sequence[AnyPrompt], options: DecodeOptions, coupling: Coupling) -> Coupling:
     """`coupling` with the trust for which a dynamic tree brings in rounds behind `prompts` what it promises; at most 1."""
     def excess(trust: float) -> float:
         """log of the promised over the found tokens, the round's last draw apart: nearly linear in log trust."""
@@ -189,7 +189,7 @@ def _swor_chances(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor) -> tor
     return torch.cat(found, -1)
 
 
-def acceptance_in_rounds(target: nn.Module, draft: nn.Module, prompts: Sequence[Prompt], options: DecodeOptions, plan: StaticTree) -> list[float]:
+def acceptance_in_rounds(target: nn.Module, draft: nn.Module, prompts: Sequence[AnyPrompt], options: DecodeOptions, plan: StaticTree) -> list[float]:
     """The same of rounds that draft nothing but children of the root, as many as `plan`'s growmap has: behind a correction, where drafts are worse than elsewhere."""
     width = plan.growmap.size - 1
     counts, rounds = Counter(), 0
@@ -216,7 +216,7 @@ class TreeCosts:
         return self.draft_s / self.target_s[max(self.target_s)]
 
 
-def tree_costs(target: nn.Module, draft: nn.Module, prompt: Prompt, options: DecodeOptions, plans: Sequence[TreePlan]) -> TreeCosts:
+def tree_costs(target: nn.Module, draft: nn.Module, prompt: AnyPrompt, options: DecodeOptions, plans: Sequence[TreePlan]) -> TreeCosts:
     """Median costs of rounds over `plans`, behind `prompt`, in generations that take turns with vanilla ones; the first turn is not counted."""
     plain = replace(options, method="vanilla", tree=None, common_sense=None, eos_ids=frozenset(), stop=None)
     found: dict[str, list[float]] = {"vanilla": [], "draft": []}

@@ -17,7 +17,7 @@ from torch import nn
 from decoding.sampling import policy_probs
 from decoding.state import RoundResult
 from decoding.verify import expected_acceptance
-from decoding.vlm import Prompt
+from decoding.vlm import AnyPrompt
 from speculative import DecodeOptions, generate
 from truncated_llama import TruncatedLlama
 
@@ -51,7 +51,7 @@ class TimedLength:
         return late or self.seconds[1:]
 
 
-def round_costs(target: nn.Module, draft: nn.Module, prompt: Prompt, options: DecodeOptions, longest: int = LONGEST) -> list[float]:
+def round_costs(target: nn.Module, draft: nn.Module, prompt: AnyPrompt, options: DecodeOptions, longest: int = LONGEST) -> list[float]:
     """Median seconds of a round of `options` that drafts 0, 1, … `longest` tokens behind `prompt`; never falling.
 
     A length is measured in generations of its own: a vanilla step that follows others is faster than one that follows drafting,

@@ -65,20 +65,18 @@ def _lent(target: PreTrainedModel, drafting: GenerationConfig | None, assistant:
 
 
 def _inputs(target: PreTrainedModel, prompt: View, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `generate` is given: tokens, or embeddings where there are pictures."""
-    if prompt.look is None:
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    x = target.get_input_embeddings()(ids)
-    prompt.rows().put(x[0])
-    return {"inputs_embeds": x, "attention_mask": torch.ones_like(ids)}
+    """What `generate` is given: tokens, or embeddings where there are images."""
+    images = prompt.image_embeddings()
+    given = {"input_ids": ids} if images is None else {"inputs_embeds": images.embedded(target, ids)}
+    return {**given, "attention_mask": torch.ones_like(ids)}
 
 
 def hf_decode(
     target: PreTrainedModel, prompt: View, config: GenerationConfig, seed: int,
     drafting: GenerationConfig | None = None, assistant: PreTrainedModel | None = None,
 ) -> tuple[list[int], DecodeStats]:
-    """New tokens and counts of `target.generate` behind `prompt`; `drafting` says how much the assistant, or the early exit, drafts, which see no pictures."""
-    if prompt.look is not None and drafting is not None:
+    """New tokens and counts of `target.generate` behind `prompt`; `drafting` says how much the assistant, or the early exit, drafts, which see no images."""
+    if prompt.encode_images is not None and drafting is not None:
         raise ValueError("transformers' assisted generation drafts behind text only: use method 'speculative'")
     ids, marks = torch.tensor([prompt.ids], device=target.device), Marks()
     synchronize(target.device)
@@ -90,7 +88,7 @@ def hf_decode(
         out = target.generate(**_inputs(target, prompt, ids), generation_config=config, assistant_model=assistant, streamer=marks)
     synchronize(target.device)
     wall_s = time.perf_counter() - start
-    tokens = out[0, 0 if prompt.look is not None else len(prompt.ids) :].tolist()  # behind embeddings it returns the new ones only
+    tokens = out[0, 0 if prompt.encode_images is not None else len(prompt.ids) :].tolist()  # behind embeddings it returns the new ones only
     with_prefill, *counts = marks.counts[1:]
     rounds = [RoundResult([0] * count) for count in counts]
     stats = DecodeStats(

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from decoding.programs import Programs
-from decoding.vlm import Rows
+from decoding.vlm import ImageEmbeddings
 
 
 class CachedModel:
@@ -39,7 +39,7 @@ class CachedModel:
 
     def forward(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """Logits (1, T, V) that follow each of `tokens` (1, T), appended to the cache."""
-        return self._pass(tokens)
+        return self._pass(tokens.shape[1], input_ids=tokens.to(self.device))
 
     def forward_tree(self, tokens: torch.Tensor, starts: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Logits (T, V) that follow the nodes `tokens` (T,), appended to the cache; places as StaticLlama's. Attention must take 4-D masks (eager, sdpa)."""
@@ -47,11 +47,12 @@ class CachedModel:
         hidden = torch.zeros(count, int(starts) + window, dtype=self.model.dtype, device=self.device)
         hidden[:, int(starts) :].masked_fill_(~visible, torch.finfo(hidden.dtype).min)
         positions = (int(starts) + depths)[None]
-        return self._pass(tokens[None], attention_mask=hidden[None, None], position_ids=positions)[0]
+        return self._pass(count, input_ids=tokens[None].to(self.device), attention_mask=hidden[None, None], position_ids=positions)[0]
 
-    def _pass(self, tokens: torch.Tensor, **inputs: object) -> torch.Tensor:
-        self._filled += tokens.shape[1]
-        return self.model(input_ids=tokens.to(self.device), past_key_values=self._cache, use_cache=True, **inputs).logits
+    def _pass(self, count: int, **inputs: object) -> torch.Tensor:
+        """Logits of a pass that appends `count` tokens."""
+        self._filled += count
+        return self.model(**inputs, past_key_values=self._cache, use_cache=True).logits
 
     def advance(self, count: int) -> None:
         """Count the `count` tokens of a pass as appended."""
@@ -69,18 +70,13 @@ class CachedModel:
         self.advance(tokens.shape[1])
         return logits
 
-    def prefill(self, prompts: list[list[int]], pictures: list[Rows | None] | None = None) -> None:
-        """Fill the cache with the text, without logits; an empty one is no change. `pictures` as StaticLlama's."""
+    def prefill(self, prompts: list[list[int]], images: list[ImageEmbeddings | None] | None = None) -> None:
+        """Fill the cache with the text, without logits; an empty one is no change. `images` as StaticLlama's."""
         if not prompts[0]:
             return
-        tokens = torch.tensor(prompts, device=self.device)
-        if pictures is None or pictures[0] is None:
-            self._pass(tokens, logits_to_keep=1)
-        else:
-            x = self.model.get_input_embeddings()(tokens)
-            pictures[0].put(x[0])
-            self._filled += x.shape[1]
-            self.model(inputs_embeds=x, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        tokens, own = torch.tensor(prompts, device=self.device), images and images[0]
+        inputs = {"input_ids": tokens} if own is None else {"inputs_embeds": own.embedded(self.model, tokens)}
+        self._pass(tokens.shape[1], **inputs, logits_to_keep=1)
         self.lengths = [len(prompts[0])]
 
     def crop(self, lengths: list[int]) -> None:

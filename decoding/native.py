@@ -25,6 +25,7 @@ WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
 COMPILE = ("-O3", "-march=native", *WIDE, "-ffast-math", "-fno-associative-math", "-fopenmp", "-fPIC", "-std=c++17")
 LINK = ("-shared", "-fopenmp")  # without -ffast-math, which would make the whole process round its smallest numbers to 0
 SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+OUTPUTS = 16  # every product makes a multiple of so many
 UP_TO = {torch.float32: 96, torch.bfloat16: 12}  # rows for which the C++ blocks are faster than torch's
 
 
@@ -118,7 +119,7 @@ def function(name: str, dtype: torch.dtype | None = None) -> Callable[..., None]
 
 def serves(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
     """Whether the C++ blocks run tensors of `dtype` on `device`, with these numbers of outputs."""
-    return device.type == "cpu" and dtype in SUFFIXES and all(size % 16 == 0 for size in sizes) and library() is not None
+    return device.type == "cpu" and dtype in SUFFIXES and all(size % OUTPUTS == 0 for size in sizes) and library() is not None
 
 
 def samples(*tensors: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from decoding.static_llama import KEPT_WIDTHS, Head, Kept, KeyValues, Scatter, Span, Stack, StaticLlama, weights_at
-from decoding.vlm import Rows
+from decoding.vlm import ImageEmbeddings
 
 
 class SharedExit:
@@ -38,10 +38,10 @@ class SharedExit:
         """Forget all tokens and counts."""
         self.lengths, self.calls, self.tokens, self.block_tokens = [0] * self.target.batch, 0, 0, 0
 
-    def prefill(self, prompts: list[list[int]], pictures: list[Rows | None] | None = None) -> None:
+    def prefill(self, prompts: list[list[int]], images: list[ImageEmbeddings | None] | None = None) -> None:
         """Fill the target's cache and the own block's with a text each; see StaticLlama."""
         for row, prompt in enumerate(prompts):
-            for x, place in self.target.prefill_passes(row, prompt, pictures and pictures[row]):
+            for x, place in self.target.prefill_passes(row, prompt, images and images[row]):
                 self.target.stack.run(x, place, kept=self.kept)
                 if self.own is not None:
                     self.own.run(place.load(self.kept.store), place)

@@ -89,6 +89,16 @@ class DecodeStats:
     wall_s: float = 0.0
 
     @property
+    def proposed(self) -> int:
+        """Drafted tokens of all rounds."""
+        return sum(one.proposed for one in self.rounds)
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that were kept."""
+        return sum(one.accepted for one in self.rounds)
+
+    @property
     def timed(self) -> int:
         """Tokens that `decode_s` covers."""
         return self.emitted - self.with_prefill

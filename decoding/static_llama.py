@@ -18,7 +18,7 @@ from itertools import chain
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, pad, rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaForCausalLM, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import (
 from decoding import native
 from decoding.matmul import Product, Projection
 from decoding.programs import Programs
-from decoding.vlm import Rows
+from decoding.vlm import ImageEmbeddings
 
 PLAIN = frozenset({  # what a Llama is made of
     LlamaForCausalLM, LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding,
@@ -535,13 +535,13 @@ class Head:
         self._norm, self._eps = norm.weight.detach(), eps
         self._projections = [single(linear) for linear in (head if isinstance(head, nn.Sequential) else [head])]
         self._spaces: dict[int, tuple[Norm, list[Product]]] = {}
-        self._native = self._pointers() if cpp and self._fits_cpp() else None
+        self._native = self._pointers(*_tensors(self._projections[-1])) if cpp and self._fits_cpp() else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (R, V); valid until the next call with as many rows."""
         self._read = x
         if self._native is not None and len(x) <= native.UP_TO[x.dtype]:
-            return self._run_native(x)
+            return self._run_native(x.contiguous())
         norm, products = self._spaces.get(len(x)) or self._new_space(x)
         norm(x, self._norm)
         for product, projection in zip(products, self._projections, strict=True):
@@ -559,19 +559,29 @@ class Head:
 
     def _fits_cpp(self) -> bool:
         tensors = [self._norm, *chain.from_iterable(map(_tensors, self._projections))]
-        sizes = chain.from_iterable(projection.weight.shape for projection in self._projections)
-        return all(tensor is None or tensor.is_contiguous() for tensor in tensors) and native.serves(self._norm.dtype, self._norm.device, *sizes)
+        *sizes, outputs, last = chain.from_iterable(projection.weight.shape for projection in self._projections)
+        dense = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+        return dense and outputs >= native.OUTPUTS and native.serves(self._norm.dtype, self._norm.device, *sizes, last)
 
-    def _pointers(self) -> native.Head:
-        *inner, last = self._projections
-        tensors = [self._norm, *_tensors(inner[0] if inner else None), *_tensors(last)]
-        n, k = last.weight.shape
-        return native.Head(*map(native.address, tensors), len(self._norm), k, n, self._eps)
+    def _pointers(self, weight: torch.Tensor, bias: torch.Tensor | None) -> native.Head:
+        """The head with the last matrix `weight` (n, K), of which C++ makes as many outputs as it can: a multiple of native.OUTPUTS."""
+        tensors = [self._norm, *_tensors(self._projections[0] if len(self._projections) > 1 else None), weight, bias]
+        n, k = weight.shape
+        return native.Head(*map(native.address, tensors), len(self._norm), k, n - n % native.OUTPUTS, self._eps)
 
     def _run_native(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        out = x.new_empty(len(x), self._native.n)
-        native.function("run_head", x.dtype)(self._native, native.address(x), native.address(out), len(x), torch.get_num_threads())
+        logits, last = self._call_native(self._native, x), self._projections[-1]
+        rest = len(last.weight) % native.OUTPUTS
+        if rest == 0:
+            return logits
+        padded = (None if tensor is None else pad(tensor[-rest:], (0, 0) * (tensor.dim() - 1) + (0, native.OUTPUTS - rest)) for tensor in _tensors(last))
+        weight, bias = padded  # made anew, as weights may change where they lie
+        return torch.cat([logits, self._call_native(self._pointers(weight, bias), x)[:, :rest]], 1)
+
+    @staticmethod
+    def _call_native(head: native.Head, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(len(x), head.n)
+        native.function("run_head", x.dtype)(head, native.address(x), native.address(out), len(x), torch.get_num_threads())
         return out
 
     def _new_space(self, x: torch.Tensor) -> tuple[Norm, list[Product]]:
@@ -694,17 +704,17 @@ class StaticLlama:
         self.advance(tokens.shape[1])
         return logits
 
-    def prefill(self, prompts: list[list[int]], pictures: list[Rows | None] | None = None) -> None:
-        """Fill the cache with a text each, without logits; an empty one is no change. `pictures`: rows in the place of tokens, by text."""
+    def prefill(self, prompts: list[list[int]], images: list[ImageEmbeddings | None] | None = None) -> None:
+        """Fill the cache with a text each, without logits; an empty one is no change. `images`: those of each text."""
         for row, prompt in enumerate(prompts):
-            for x, place in self.prefill_passes(row, prompt, pictures and pictures[row]):
+            for x, place in self.prefill_passes(row, prompt, images and images[row]):
                 self.stack.run(x, place)
 
-    def prefill_passes(self, row: int, prompt: list[int], pictures: Rows | None = None) -> Iterator[tuple[torch.Tensor, Span]]:
+    def prefill_passes(self, row: int, prompt: list[int], images: ImageEmbeddings | None = None) -> Iterator[tuple[torch.Tensor, Span]]:
         """Embeddings (T, D) and place of each piece of `prompt`, to be run through all blocks."""
         for start in range(0, len(prompt), PREFILL_CHUNK):
             x = self.embed(torch.tensor(prompt[start : start + PREFILL_CHUNK], device=self.device))
-            yield x if pictures is None else pictures.put(x, start), Span(self.rotary, start, len(x), row)
+            yield x if images is None else images.write_into(x, start), Span(self.rotary, start, len(x), row)
         self.lengths[row] = len(prompt)
 
     def crop(self, lengths: list[int]) -> None:

@@ -1,101 +1,64 @@
-"""Vision-language models: a LLaVA decodes as the Llama that it holds, behind a prompt of which some rows are made of pictures (2304.08485; Spec-LLaVA 2509.11961).
+"""Vision-language targets: a LLaVA decodes as the Llama inside it, behind a prompt of which some embeddings are images' (2304.08485; Spec-LLaVA 2509.11961).
 
-There is no round of its own here. A picture becomes rows of embeddings, once, by each model's own tower and projector; the prompt is prefilled, once; what follows is
-text, and every method, cache and tree is that of text, at the positions behind the whole prompt. Each model has its own `View` of a prompt: a draft with another tower
-has other placeholders, one that sees no pictures (2404.08856) none; its positions are then its own, and `Shifted` keeps them so.
+There is no round of its own here. An image becomes embeddings, once, by each model's own vision encoder; the prompt is prefilled, once; what follows is text, and every
+method, cache and tree is that of text, at the positions behind the whole prompt. Each model has its own `View` of a prompt: a draft with another vision encoder has other
+placeholders, a draft of text alone (2404.08856) none; its positions are then its own, and `Shifted` keeps them so.
 Lossless with any draft: q may see whatever it likes.
 """
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaModel, LlavaForConditionalGeneration
 
-# ---- models ----
-
-def as_text_model(language_model: LlamaModel, lm_head: nn.Linear, vocab_size: int) -> LlamaForCausalLM:
-    """The Llama of these parts, of which it has no copies, that knows the first `vocab_size` tokens only: a token behind them, such as a picture's placeholder or
-    what pads the matrices, has no logit, so that no policy can draw it. They may still be fed."""
-    config = copy.deepcopy(language_model.config)
-    config.num_hidden_layers = 0
-    with torch.device("meta"):
-        shell = LlamaForCausalLM(config)
-    config.num_hidden_layers, config.vocab_size = language_model.config.num_hidden_layers, vocab_size
-    head = nn.Linear(lm_head.in_features, vocab_size, bias=lm_head.bias is not None, device="meta")
-    for name, parameter in lm_head.named_parameters():
-        setattr(head, name, nn.Parameter(parameter.detach()[:vocab_size], requires_grad=False))
-    shell.model, shell.lm_head = language_model, head
-    return shell.eval()
-
-
-class Eyes:
-    """What makes rows of embeddings of pictures: a LLaVA's tower and projector."""
-
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
-        self._model = model
-        side = model.config.vision_config.image_size
-        self.shape = (model.config.vision_config.num_channels, side, side)
-        self.rows = len(self(torch.zeros(1, *self.shape)))  # of one picture
-
-    def modules(self) -> tuple[nn.Module, nn.Module]:
-        """Tower and projector."""
-        return self._model.model.vision_tower, self._model.model.multi_modal_projector
-
-    @torch.no_grad()
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Rows (n·rows, D) of `pixels` (n, 3, height, width)."""
-        config, like = self._model.config, self._model.lm_head.weight
-        found = self._model.model.get_image_features(
-            pixel_values=pixels.to(like.device, like.dtype), vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy, return_dict=True)
-        return torch.cat(list(found.pooler_output)).to(like.dtype)
-
-
-# ---- prompts ----
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Embeddings that stand in the place of tokens: `values` (R, D) at `places`, R ascending indices."""
+class ImageEmbeddings:
+    """Embeddings that stand in the place of tokens: `values` (R, D) at `positions`, R ascending indices."""
 
-    places: list[int]
+    positions: list[int]
     values: torch.Tensor
 
-    def put(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """`x` (T, D), the embeddings of the tokens from `start` on, with the rows that stand there; changed in place."""
-        first, end = bisect_left(self.places, start), bisect_left(self.places, start + len(x))
+    def write_into(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """`x` (T, D), the embeddings of the tokens from `start` on, with those of images among them; changed in place."""
+        first, end = bisect_left(self.positions, start), bisect_left(self.positions, start + len(x))
         if first < end:
-            x[torch.tensor(self.places[first:end], device=x.device) - start] = self.values[first:end].to(x.dtype)
+            x[torch.tensor(self.positions[first:end], device=x.device) - start] = self.values[first:end].to(x.dtype)
+        return x
+
+    def embedded(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (1, T, D) that `model` has for `input_ids` (1, T), with those of images."""
+        x = model.get_input_embeddings()(input_ids)
+        self.write_into(x[0])
         return x
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A prompt as one model is given it: tokens, of which every `placeholder` stands for a row that `look` makes; without `look` there are no pictures."""
+    """A prompt as one model is given it: `ids`, of which every `placeholder` stands for a row of what `encode_images` returns (R, D); without it there are no images."""
 
     ids: list[int]
     placeholder: int = -1
-    look: Callable[[], torch.Tensor] | None = None
+    encode_images: Callable[[], torch.Tensor] | None = None
 
-    def rows(self) -> Rows | None:
-        """The pictures' rows, computed now. Raises ValueError where they are not as many as the placeholders."""
-        if self.look is None:
+    def image_embeddings(self) -> ImageEmbeddings | None:
+        """The images', computed now. Raises ValueError where they are not as many as the placeholders."""
+        if self.encode_images is None:
             return None
-        places = [index for index, token in enumerate(self.ids) if token == self.placeholder]
-        values = self.look()
-        if len(values) != len(places):
-            raise ValueError(f"{len(places)} placeholders for {len(values)} rows of pictures")
-        return Rows(places, values)
+        positions = [index for index, token in enumerate(self.ids) if token == self.placeholder]
+        values = self.encode_images()
+        if len(values) != len(positions):
+            raise ValueError(f"{len(positions)} placeholders for {len(values)} embeddings of images")
+        return ImageEmbeddings(positions, values)
 
 
 @dataclass(frozen=True, eq=False)
-class PicturePrompt:
-    """A prompt with pictures: the view of each model that takes part. All must end in the same token, which is text."""
+class ImagePrompt:
+    """A prompt with images: the view of each model that takes part. All must end in the same token, which is text."""
 
     views: Mapping[nn.Module, View]
 
@@ -105,12 +68,12 @@ class PicturePrompt:
             raise ValueError("the views of a prompt must end in the same text token")
 
 
-Prompt = list[int] | PicturePrompt
+AnyPrompt = list[int] | ImagePrompt
 
 
-def view_of(prompt: Prompt, model: nn.Module) -> View:
+def view_of(prompt: AnyPrompt, model: nn.Module) -> View:
     """How `model`, or an exit of it, is given `prompt`. Raises ValueError for a model that the prompt has no view for."""
-    if not isinstance(prompt, PicturePrompt):
+    if not isinstance(prompt, ImagePrompt):
         return View(prompt)
     whole = getattr(model, "target", model)  # an exit sees what its target sees
     if whole not in prompt.views:
@@ -118,20 +81,13 @@ def view_of(prompt: Prompt, model: nn.Module) -> View:
     return prompt.views[whole]
 
 
-def forced_logits(model: nn.Module, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
+def forced_logits(model: nn.Module, prompt: AnyPrompt, tokens: list[int]) -> torch.Tensor:
     """Logits (T, V) of `model`, teacher-forced, that predict each of `tokens` (T) behind `prompt`."""
     view = view_of(prompt, model)
-    ids = torch.tensor([[*view.ids, *tokens[:-1]]], device=model.device)
-    if view.look is None:
-        logits = model(ids, use_cache=False).logits
-    else:
-        x = model.get_input_embeddings()(ids)
-        view.rows().put(x[0])
-        logits = model(inputs_embeds=x, use_cache=False).logits
-    return logits[0, len(view.ids) - 1 :]
+    input_ids, images = torch.tensor([[*view.ids, *tokens[:-1]]], device=model.device), view.image_embeddings()
+    inputs = {"input_ids": input_ids} if images is None else {"inputs_embeds": images.embedded(model, input_ids)}
+    return model(**inputs, use_cache=False).logits[0, len(view.ids) - 1 :]
 
-
-# ---- a draft whose prompt has another length ----
 
 class Shifted:
     """A draft's engine as rounds see it, whose prompt is `shift` tokens shorter than the target's: they speak of the target's places, it is fed at its own."""
@@ -144,7 +100,7 @@ class Shifted:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text that its cache is ahead to, counted as the target counts."""
+        """Tokens of each text in the draft's cache, in the target's count."""
         return [length + self._shift for length in self._engine.lengths]
 
     @property

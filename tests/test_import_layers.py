@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     0: "answers command_line machine_speed processes decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap decoding.vlm frozen_linear",
     1: "row_files results presets record_file records decoding.sampling decoding.kv_cache decoding.static_llama",
-    2: "pictures decoding.verify decoding.shared_exit decoding.common_sense",
+    2: "image_inputs decoding.verify decoding.shared_exit decoding.common_sense",
     3: "data_utils decoding.state decoding.children decoding.autojudge",
     4: "decoding.draft_length decoding.vanilla",
     5: "decoding.drafting decoding.tree_drafting",
@@ -21,7 +21,7 @@ LEVELS = {
     11: "tower_pretraining llava_target metrics capacity_plots",
     12: "plots",
     13: "judge_plots tree_plots",
-    20: "text_datasets truncated_llama followers decoding.chain decoding.self_speculation decoding.static_tree decoding.dynamic_tree"
+    20: "pretraining text_datasets truncated_llama followers decoding.chain decoding.self_speculation decoding.static_tree decoding.dynamic_tree"
         " decoding.specexec decoding.hf_peers",
     21: "tuned_llama plain_llama planted",
     30: "speculative",
@@ -29,7 +29,8 @@ LEVELS = {
     32: "potential tree_args",
     40: "evaluation bench_prompts token_views",
     41: "bench_methods bench_records",
-    42: "bench_args bench_runs picture_prompts planted_llava",
+    42: "bench_args image_prompts planted_llava",
+    43: "bench_runs",
     50: "train evaluate evaluate_checkpoints pretrain_draft_model prove export_draft sweep_settings benchmark_torch_compile pretrain_llava tune build_followers build_growmap"
         " generate_dataset benchmark_training train_judge evaluate_judge benchmark benchmark_llava validate_results validate_configs plot_results",
 }

@@ -14,7 +14,7 @@ import tower_pretraining
 from shapes_dataset import COLOURS, NUM_ROWS, PLACES, SHAPES, SIZES, caption, draw, make_row, make_scene, named_shapes, names_all, parse, scene_key
 from test_commands import check_one_line, run_main
 from text_datasets import fingerprint, open_stream
-from tower_pretraining import TRAITS, by_patch, lesson_of
+from tower_pretraining import TRAITS, patch_labels, quarter_labels
 
 
 def test_rows_are_a_function_of_split_and_index():
@@ -96,10 +96,10 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, words, message):
 
 def test_lessons_say_what_is_where():
     scene = [{"place": "bottom left", "size": "small", "colour": "white", "shape": "ring"}]
-    lesson = lesson_of(scene)
+    lesson = quarter_labels(scene)
     names = [[list(values)[index] for values, index in zip(TRAITS.values(), row, strict=True)] for row in lesson.tolist()]
     assert names == [["", "", ""], ["", "", ""], ["white", "ring", "small"], ["", "", ""]]
-    patches = by_patch(lesson[None], 16)[0].view(4, 4, 3)
+    patches = patch_labels(lesson[None], 16)[0].view(4, 4, 3)
     assert (patches[2:, :2] == lesson[2]).all() and (patches[:2] == 0).all() and (patches[2:, 2:] == 0).all()
 
 
@@ -108,13 +108,13 @@ def test_a_tower_learns_its_lesson(monkeypatch):
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from pictures import Sight
+    from image_inputs import ImageInputs
 
     monkeypatch.setattr(tower_pretraining, "WARMUP", 5)
-    sight = Sight(0, 4, CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}))
+    image_inputs = ImageInputs(0, 4, CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}))
     torch.manual_seed(0)
     tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14))
-    first, later = (tower_pretraining.pretrain_tower(tower, open_stream("shapes", "train", seed=seed), sight, -2, steps) for seed, steps in ((0, 1), (1, 60)))
+    first, later = (tower_pretraining.pretrain_tower(tower, open_stream("shapes", "train", seed=seed), image_inputs, -2, steps) for seed, steps in ((0, 1), (1, 60)))
     assert first < 0.4 < 0.6 < later
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import evaluate
 from decoding.sampling import SamplingPolicy
-from decoding.state import RoundResult
+from decoding.state import DecodeStats, RoundResult
 from speculative import DecodeOptions, generate
 from test_commands import check_one_line, exit_path, run_main  # noqa: F401
 from token_views import COLOURS, Card, Piece, as_ansi, as_html, card_of, kinds_of, legend, pieces, write_html, write_png
@@ -59,8 +59,8 @@ def test_html_and_ansi_say_the_kinds():
 
 
 def test_a_sheet_has_every_card(tmp_path):
-    picture = Image.new("RGB", (900, 300), "red")
-    cards = [Card("What?", [Piece("word " * 60, "accepted"), Piece("日本\x07\u202e\n\nx", "bonus")], "a note", (picture, picture)), Card("Without", [], "none")]
+    image = Image.new("RGB", (900, 300), "red")
+    cards = [Card("What?", [Piece("word " * 60, "accepted"), Piece("日本\x07\u202e\n\nx", "bonus")], "a note", (image, image)), Card("Without", [], "none")]
     write_png(tmp_path / "sheet.png", "Title", cards)
     write_html(tmp_path / "sheet.html", "Title <", cards)
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -72,7 +72,7 @@ def test_a_sheet_has_every_card(tmp_path):
 
 
 def test_a_card_counts_its_tokens():
-    stats = SimpleNamespace(emitted=3, target_calls=2, rounds=[RoundResult([65, 66], proposed=2, accepted=1), RoundResult([67])])
+    stats = DecodeStats(emitted=3, target_calls=2, rounds=[RoundResult([65, 66], proposed=2, accepted=1), RoundResult([67])])
     card = card_of("Q", Bytes(), SimpleNamespace(tokens=[65, 66, 67], stats=stats))
     assert card.note == "3 tokens in 2 target calls; 1 of 2 drafted tokens kept"
     assert card.text == [Piece("A", "accepted"), Piece("B", "corrected"), Piece("C", "plain")]

@@ -1,4 +1,4 @@
-"""LLaVAs: text behind pictures is transformers' own, its law is the target's for every draft, and what a picture shows changes what is written."""
+"""LLaVAs: text behind images is transformers' own, its law is the target's for every draft, and what a image shows changes what is written."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import torch
 
 import decoding.static_llama as static_llama
 import decoding.vlm as vlm
+import llava_target
 from decoding.sampling import SamplingPolicy, policy_probs
 from decoding.static_llama import Span, StaticLlama
-from decoding.vlm import PicturePrompt, Shifted, View, forced_logits, view_of
+from decoding.vlm import ImagePrompt, Shifted, View, forced_logits, view_of
 from speculative import DecodeOptions, generate, generate_batch
 from test_planted_tree_bugs import plant
 from test_self_speculation import after_every_round
 from test_tree_engine import as_on_device
-from toy_llava import DRAFTS, PAD, PLACEHOLDER, ROWS, WRITTEN, Seer, asked, pictures, some_words, tiny_llava
+from toy_llava import DRAFTS, PAD, PLACEHOLDER, ROWS, WRITTEN, Seer, asked, images, some_words, tiny_llava
 from toy_models import COUPLED_TREES, TREES, chi_square_p, near, same_layers, tiny_llama
 
 GREEDY, NUCLEUS, SAMPLED = SamplingPolicy(0.0), SamplingPolicy(0.7, top_p=0.95), SamplingPolicy(1.0)
@@ -45,10 +46,10 @@ def transformers_text(seer: Seer, words: list[list[int]], pixels: torch.Tensor, 
 # ---- equality ----
 
 def check_greedy(seer: Seer, name: str, count: int = 3, **options: object) -> None:
-    """Greedy text with the draft `name` is transformers', behind `count` prompts with one, two and no pictures."""
+    """Greedy text with the draft `name` is transformers', behind `count` prompts with one, two and no images."""
     draft, other = DRAFTS[name](seer)
     for number in range(count):
-        words, pixels = some_words(shown := (1, 2, 0)[number % 3], number), pictures(shown, number)
+        words, pixels = some_words(shown := (1, 2, 0)[number % 3], number), images(shown, number)
         found = generate(seer.text, asked(seer, other, words, pixels), DecodeOptions(**options_for(draft, **options)), draft)
         assert found.tokens == transformers_text(seer, words, pixels), (name, number)
         assert found.stats.prompt_tokens == len(seer.view(words, pixels).ids) and found.stats.target_calls == len(found.stats.rounds)
@@ -75,7 +76,7 @@ def test_trees_through_transformers_forward_pass(seer):
 @pytest.mark.parametrize("method", ["vanilla", "hf_generate"])
 def test_without_a_draft(seer, method):
     for number in range(3):
-        words, pixels = some_words(1, number), pictures(1, number)
+        words, pixels = some_words(1, number), images(1, number)
         found = generate(seer.text, asked(seer, None, words, pixels), DecodeOptions(method=method, max_new_tokens=24))
         assert found.tokens == transformers_text(seer, words, pixels)
         assert found.stats.prompt_tokens == len(seer.view(words, pixels).ids) and found.stats.emitted == 24
@@ -86,7 +87,7 @@ def check_coupled(seer: Seer, name: str, policy: SamplingPolicy, count: int = 3,
     draft, other = DRAFTS[name](seer)
     calls = emitted = 0
     for number in range(count):
-        prompt = asked(seer, other, some_words(1, number), pictures(1, number))
+        prompt = asked(seer, other, some_words(1, number), images(1, number))
         settings = options_for(draft, policy=policy, **options)
         plain = {key: value for key, value in settings.items() if key not in ("tree", "gamma", "verification")}
         vanilla = generate(seer.text, prompt, DecodeOptions(**{**plain, "method": "vanilla"}), prompt_id=number)
@@ -106,10 +107,10 @@ def test_coupled_text_is_vanillas(seer, name, policy):
 
 
 def test_a_draft_that_sees_the_same_is_accepted(seer):
-    """The very same LLaVA as its own draft has everything accepted: its own eyes, cache and places agree with the target's."""
+    """The very same LLaVA as its own draft has everything accepted: its own vision, cache and places agree with the target's."""
     twin = Seer(tiny_llava())
     for options in ({"verification": "rejection", "gamma": 4}, {"verification": "coupled", "gamma": 4}):
-        prompt = asked(seer, twin, some_words(2), pictures(2))
+        prompt = asked(seer, twin, some_words(2), images(2))
         stats = generate(seer.text, prompt, DecodeOptions(**options_for(twin.text, policy=SAMPLED, **options)), twin.text).stats
         assert all(one.accepted == one.proposed for one in stats.rounds)
 
@@ -129,10 +130,10 @@ def check_law(seer: Seer, name: str, runs: int = 1500, **options: object) -> Non
     """The first two tokens have the law that transformers' model gives them."""
     policy = SamplingPolicy(1.0, top_k=6)
     draft, other = DRAFTS[name](seer)
-    words, pixels = some_words(1, 4), pictures(1, 4)
+    words, pixels = some_words(1, 4), images(1, 4)
     law, prompt, counts = exact_law(seer, words, pixels, policy), asked(seer, other, words, pixels), torch.zeros(WRITTEN, WRITTEN)
-    rows = {model: view.rows() for model, view in prompt.views.items()}  # looked at once, as all runs look at the same
-    prompt = PicturePrompt({model: View(view.ids, view.placeholder, view.look and (lambda seen=rows[model]: seen.values)) for model, view in prompt.views.items()})
+    rows = {model: view.image_embeddings() for model, view in prompt.views.items()}  # looked at once, as all runs look at the same
+    prompt = ImagePrompt({model: View(view.ids, view.placeholder, view.encode_images and (lambda seen=rows[model]: seen.values)) for model, view in prompt.views.items()})
     settings = DecodeOptions(**options_for(draft, policy=policy, **{"max_new_tokens": 2, **options}))
     for number in range(runs):
         first, second = generate(seer.text, prompt, settings, draft, prompt_id=number).tokens
@@ -141,7 +142,7 @@ def check_law(seer: Seer, name: str, runs: int = 1500, **options: object) -> Non
     assert chi_square_p(counts.flatten()[None], runs * law.flatten()[None]) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["other eyes", "text only", "exit with a block"])
+@pytest.mark.parametrize("name", ["other vision", "text only", "exit with a block"])
 def test_two_tokens_have_the_targets_law(seer, name):
     check_law(seer, name, verification="rejection", gamma=1)
 
@@ -151,16 +152,16 @@ def test_two_tokens_of_trees_have_the_targets_law(seer):
     check_law(seer, "llava", **COUPLED_TREES["dynamic"])
 
 
-# ---- pictures matter, and are looked at once ----
+# ---- images matter, and are looked at once ----
 
 def test_pixels_change_what_is_written(seer):
     words = some_words(1)
-    texts = [generate(seer.text, asked(seer, None, words, pictures(1, seed)), DecodeOptions(max_new_tokens=16)).tokens for seed in (0, 1)]
+    texts = [generate(seer.text, asked(seer, None, words, images(1, seed)), DecodeOptions(max_new_tokens=16)).tokens for seed in (0, 1)]
     assert texts[0] != texts[1]
 
 
-def test_the_order_of_pictures_matters(seer):
-    words, two = [[3], [3], [3]], pictures(2)
+def test_the_order_of_images_matters(seer):
+    words, two = [[3], [3], [3]], images(2)
     texts = [generate(seer.text, asked(seer, None, words, pixels), DecodeOptions(max_new_tokens=16)).tokens for pixels in (two, two.flip(0))]
     assert texts[0] != texts[1]
 
@@ -168,16 +169,16 @@ def test_the_order_of_pictures_matters(seer):
 @pytest.mark.parametrize("name", DRAFTS)
 def test_every_model_looks_once(seer, name, monkeypatch):
     looks = []
-    exact = vlm.Eyes.__call__
+    exact = llava_target.VisionEncoder.__call__
     draft, other = DRAFTS[name](seer)
-    monkeypatch.setattr(vlm.Eyes, "__call__", lambda self, pixels: looks.append(self) or exact(self, pixels))
-    generate(seer.text, asked(seer, other, some_words(1), pictures(1)), DecodeOptions(**options_for(draft)), draft)
-    assert len(looks) == len(set(looks)) == (2 if name in ("llava", "other eyes") else 1)
+    monkeypatch.setattr(llava_target.VisionEncoder, "__call__", lambda self, pixels: looks.append(self) or exact(self, pixels))
+    generate(seer.text, asked(seer, other, some_words(1), images(1)), DecodeOptions(**options_for(draft)), draft)
+    assert len(looks) == len(set(looks)) == (2 if name in ("llava", "other vision") else 1)
 
 
 def test_an_exit_as_a_model_of_its_own_looks_with_the_target(seer, monkeypatch):
     draft, _ = DRAFTS["exit"](seer)
-    words, pixels = some_words(1), pictures(1)
+    words, pixels = some_words(1), images(1)
     found = generate(seer.text, asked(seer, None, words, pixels), DecodeOptions(method="speculative", max_new_tokens=24), draft)
     assert found.tokens == transformers_text(seer, words, pixels)
 
@@ -189,7 +190,7 @@ def test_an_exit_as_a_model_of_its_own_looks_with_the_target(seer, monkeypatch):
 def test_caches_equal_a_fresh_prefill_after_every_round(seer, name, options, monkeypatch):
     """Values by block, of the target and of a draft at its own places."""
     draft, other = DRAFTS[name](seer)
-    prompt = asked(seer, other, some_words(1), pictures(1))
+    prompt = asked(seer, other, some_words(1), images(1))
 
     def check(state) -> None:
         held = [(state.target, seer.text)]
@@ -201,7 +202,7 @@ def test_caches_equal_a_fresh_prefill_after_every_round(seer, name, options, mon
             length = engine.starts()[0].item()
             assert length >= len(view.ids) - 1 and length <= len(text) - 1
             fresh = StaticLlama(model, 256)
-            fresh.prefill([text[:length]], [view.rows()])
+            fresh.prefill([text[:length]], [view.image_embeddings()])
             assert same_layers(engine.layers(), fresh.layers())
 
     rounds = after_every_round(monkeypatch, check)
@@ -210,15 +211,15 @@ def test_caches_equal_a_fresh_prefill_after_every_round(seer, name, options, mon
 
 
 def test_prefill_in_pieces_that_cut_a_picture(seer, monkeypatch):
-    words, pixels = [[1, 2], [5], [7, 8, 9]], pictures(2)
+    words, pixels = [[1, 2], [5], [7, 8, 9]], images(2)
     wanted = transformers_text(seer, words, pixels)
     monkeypatch.setattr(static_llama, "PREFILL_CHUNK", 3)
     assert generate(seer.text, asked(seer, None, words, pixels), DecodeOptions(max_new_tokens=24)).tokens == wanted
 
 
 def test_teacher_forced_logits_are_decodings(seer):
-    """What trees are fitted to: the logits along a text behind a picture."""
-    words, pixels = some_words(1), pictures(1)
+    """What trees are fitted to: the logits along a text behind a image."""
+    words, pixels = some_words(1), images(1)
     prompt = asked(seer, None, words, pixels)
     text = generate(seer.text, prompt, DecodeOptions(max_new_tokens=12)).tokens
     assert forced_logits(seer.text, prompt, text).argmax(-1).tolist() == text
@@ -230,26 +231,26 @@ def test_teacher_forced_logits_are_decodings(seer):
 
 def test_texts_of_a_batch_are_those_of_their_own(seer):
     draft, other = DRAFTS["text only"](seer)
-    prompts = [asked(seer, other, some_words(1, number), pictures(1, number)) for number in range(3)]
+    prompts = [asked(seer, other, some_words(1, number), images(1, number)) for number in range(3)]
     options = DecodeOptions(**options_for(draft, verification="coupled", policy=NUCLEUS))
     together = generate_batch(seer.text, prompts, options, draft)
     assert [found.tokens for found in together] == [generate(seer.text, prompt, options, draft, prompt_id=number).tokens for number, prompt in enumerate(prompts)]
-    mixed = [prompts[0], asked(seer, other, some_words(2), pictures(2))]
+    mixed = [prompts[0], asked(seer, other, some_words(2), images(2))]
     with pytest.raises(ValueError, match="4, 8 tokens shorter than the target's: decode them one by one"):
         generate_batch(seer.text, mixed, options, draft)
 
 
 def test_bad_prompts_name_the_mistake(seer):
-    with pytest.raises(ValueError, match="4 placeholders for 8 rows"):
-        generate(seer.text, PicturePrompt({seer.text: View([1, *[PLACEHOLDER] * 4, 2], PLACEHOLDER, lambda: seer.eyes(pictures(2)))}), DecodeOptions())
+    with pytest.raises(ValueError, match="4 placeholders for 8 embeddings"):
+        generate(seer.text, ImagePrompt({seer.text: View([1, *[PLACEHOLDER] * 4, 2], PLACEHOLDER, lambda: seer.vision(images(2)))}), DecodeOptions())
     with pytest.raises(ValueError, match="must end in the same text token"):
-        PicturePrompt({seer.text: View([1, PLACEHOLDER], PLACEHOLDER)})
+        ImagePrompt({seer.text: View([1, PLACEHOLDER], PLACEHOLDER)})
     draft, _ = DRAFTS["text only"](seer)
     with pytest.raises(ValueError, match="no view for this LlamaForCausalLM"):
-        generate(seer.text, asked(seer, None, some_words(1), pictures(1)), DecodeOptions(method="speculative"), draft)
+        generate(seer.text, asked(seer, None, some_words(1), images(1)), DecodeOptions(method="speculative"), draft)
     with pytest.raises(ValueError, match="drafts behind text only"):
         twin = Seer(tiny_llava())
-        generate(seer.text, asked(seer, twin, some_words(1), pictures(1)), DecodeOptions(method="hf_assisted", max_new_tokens=4), twin.text)
+        generate(seer.text, asked(seer, twin, some_words(1), images(1)), DecodeOptions(method="hf_assisted", max_new_tokens=4), twin.text)
 
 
 def test_the_text_model_has_the_llavas_own_tensors_and_no_logits_for_placeholders(seer):
@@ -267,7 +268,7 @@ def fails(check, *arguments, **options) -> None:
         check(*arguments, **options)
 
 
-def test_a_mask_by_which_pictures_see_what_follows_is_found(seer, monkeypatch):
+def test_a_mask_by_which_images_see_what_follows_is_found(seer, monkeypatch):
     """Rows of a prefill that see each other both ways."""
     exact = static_llama.SpanView.__init__
 
@@ -279,7 +280,7 @@ def test_a_mask_by_which_pictures_see_what_follows_is_found(seer, monkeypatch):
     fails(check_greedy, Seer(tiny_llava()), "llava", gamma=3)
 
 
-def test_a_tree_mask_that_hides_the_picture_is_found(seer, monkeypatch):
+def test_a_tree_mask_that_hides_the_image_is_found(seer, monkeypatch):
     exact = static_llama.SpanView._mask
 
     def mask(place: Span, cache) -> torch.Tensor:
@@ -293,12 +294,12 @@ def test_a_tree_mask_that_hides_the_picture_is_found(seer, monkeypatch):
 
 
 @pytest.mark.parametrize(("function", "right", "wrong"), [
-    (vlm.Rows.put, "device=x.device) - start]", "device=x.device) - start - 1]"),
-    (vlm.Rows.put, "self.values[first:end]", "self.values[first:end].flip(0)"),
-    (vlm.Eyes.__call__, "config.vision_feature_layer", "-1"),
-    (vlm.Eyes.__call__, "list(found.pooler_output)", "list(found.pooler_output)[::-1]"),
-    (vlm.as_text_model, "parameter.detach()[:vocab_size]", "parameter.detach()[-vocab_size:]"),
-], ids=["one place off", "rows in reverse", "another layer", "pictures in reverse", "the last tokens"])
+    (vlm.ImageEmbeddings.write_into, "device=x.device) - start]", "device=x.device) - start - 1]"),
+    (vlm.ImageEmbeddings.write_into, "self.values[first:end]", "self.values[first:end].flip(0)"),
+    (llava_target.VisionEncoder.__call__, "config.vision_feature_layer", "-1"),
+    (llava_target.VisionEncoder.__call__, "list(found.pooler_output)", "list(found.pooler_output)[::-1]"),
+    (llava_target.as_text_model, "parameter.detach()[:vocab_size]", "parameter.detach()[-vocab_size:]"),
+], ids=["one place off", "rows in reverse", "another layer", "images in reverse", "the last tokens"])
 def test_planted_bugs_of_looking_are_found(monkeypatch, function, right, wrong):
     plant(monkeypatch, function, right, wrong)
     fails(check_greedy, Seer(tiny_llava()), "llava", gamma=3)
@@ -344,7 +345,7 @@ def test_planted_bugs_of_shifting_are_found(monkeypatch, function, right, wrong)
 
 # ---- on a device: places are tensors, trees of fixed shape ----
 
-@pytest.mark.parametrize("name", ["other eyes", "text only", "exit with a block"])
+@pytest.mark.parametrize("name", ["other vision", "text only", "exit with a block"])
 def test_as_on_a_device(name, monkeypatch):
     as_on_device(monkeypatch)
     seer = Seer(tiny_llava())

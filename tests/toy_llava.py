@@ -1,4 +1,4 @@
-"""Random LLaVAs that are small enough to know exactly, drafts for them that see differently, and prompts with pictures."""
+"""Random LLaVAs that are small enough to know exactly, drafts for them that see differently, and prompts with images."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from decoding.vlm import Eyes, PicturePrompt, View, as_text_model
+from decoding.vlm import ImagePrompt, View
+from llava_target import VisionEncoder, as_text_model
 from toy_models import near_copy, noisy_exit, tiny_llama
 
 SIDE, WRITTEN, PLACEHOLDER, PAD, ROWS = 28, 60, 60, 61, 64  # pixels; tokens that may be written, and rows of the embedding
 
 
 def tiny_llava(seed: int = 0, patch: int = 14, **overrides: object) -> LlavaForConditionalGeneration:
-    """A random LLaVA, fp64, whose pictures matter: 4 rows of a picture of 28 pixels with patches of 14, 16 with patches of 7."""
+    """A random LLaVA, fp64, whose images matter: 4 rows of a image of 28 pixels with patches of 14, 16 with patches of 7."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=patch, projection_dim=16)
     shape = {"vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -31,19 +32,19 @@ def tiny_llava(seed: int = 0, patch: int = 14, **overrides: object) -> LlavaForC
 
 @dataclass
 class Seer:
-    """A LLaVA with the Llama that it decodes as, and its eyes."""
+    """A LLaVA with the Llama that it decodes as, and its vision."""
 
     llava: LlavaForConditionalGeneration
 
     def __post_init__(self) -> None:
         self.text = as_text_model(self.llava.model.language_model, self.llava.lm_head, WRITTEN)
-        self.eyes = Eyes(self.llava)
+        self.vision = VisionEncoder(self.llava)
 
     def view(self, words: list[list[int]], pixels: torch.Tensor) -> View:
-        """`words`, a picture between each two of them."""
-        between = [PLACEHOLDER] * self.eyes.rows
+        """`words`, a image between each two of them."""
+        between = [PLACEHOLDER] * self.vision.image_seq_length
         ids = [token for number, part in enumerate(words) for token in [*(between if number else []), *part]]
-        return View(ids, PLACEHOLDER, (lambda: self.eyes(pixels)) if len(pixels) else None)
+        return View(ids, PLACEHOLDER, (lambda: self.vision(pixels)) if len(pixels) else None)
 
 
 @dataclass
@@ -57,13 +58,13 @@ class Blind:
 
 
 def near_llava(seer: Seer) -> Seer:
-    """A LLaVA of its own that nearly says what `seer` says, with its eyes."""
+    """A LLaVA of its own that nearly says what `seer` says, with its vision."""
     return Seer(near_copy(seer.llava))
 
 
 DRAFTS: dict[str, Callable[[Seer], tuple[nn.Module, object | None]]] = {  # the draft, and who looks for it where that is not the target
     "llava": lambda seer: _own(near_llava(seer)),
-    "other eyes": lambda seer: _own(Seer(tiny_llava(3, patch=7))),
+    "other vision": lambda seer: _own(Seer(tiny_llava(3, patch=7))),
     "text only": lambda seer: _own(Blind(tiny_llama(5, vocab_size=WRITTEN, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}).to(seer.text.dtype))),
     "exit": lambda seer: (noisy_exit(seer.text, 1, scale=0.02), None),
     "exit with a block": lambda seer: (noisy_exit(seer.text, 2, own_block=True, scale=0.02), None),
@@ -74,19 +75,19 @@ def _own(one: Seer | Blind) -> tuple[nn.Module, object]:
     return one.text, one
 
 
-def pictures(count: int, seed: int = 0) -> torch.Tensor:
+def images(count: int, seed: int = 0) -> torch.Tensor:
     """Random pixels (count, 3, SIDE, SIDE), fp64."""
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def some_words(pictures_: int, seed: int = 0) -> list[list[int]]:
-    """Random words around so many pictures; the last are at least one token."""
+def some_words(count: int, seed: int = 0) -> list[list[int]]:
+    """Random words around so many images; the last are at least one token."""
     generator = torch.Generator().manual_seed(100 + seed)
-    lengths = torch.randint(1, 6, (pictures_ + 1,), generator=generator).tolist()
+    lengths = torch.randint(1, 6, (count + 1,), generator=generator).tolist()
     return [torch.randint(0, WRITTEN, (length,), generator=generator).tolist() for length in lengths]
 
 
-def asked(seer: Seer, other: object | None, words: list[list[int]], pixels: torch.Tensor) -> PicturePrompt:
+def asked(seer: Seer, other: object | None, words: list[list[int]], pixels: torch.Tensor) -> ImagePrompt:
     """The prompt as target and draft are given it."""
     views = {seer.text: seer.view(words, pixels)}
-    return PicturePrompt(views if other is None else {**views, other.text: other.view(words, pixels)})
+    return ImagePrompt(views if other is None else {**views, other.text: other.view(words, pixels)})
