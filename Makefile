@@ -31,7 +31,7 @@ DEMO_SHORT := $(DEMO) LAYERS=3 MAX_STEPS_HEAD=4 MAX_STEPS_FTLAST=4 QUALITY_MAX_B
 
 # Pictures: the embedded LLaVA with each of its drafts in turn, chains and trees.
 LLAVA := assets/shapes-llava
-DEMO_LLAVA := env HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmark_llava.py --target $(LLAVA) --device cpu --num_threads 2 --end 48 --max_new_tokens 96
+DEMO_LLAVA := env HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmark_llava.py --target $(LLAVA) --device cpu --num_threads 2 --end 40 --max_new_tokens 96 --runs 2
 
 # Flags of benchmark.py that variables set.
 DATASET ?=
@@ -64,6 +64,7 @@ demo-llava: setup ## decode behind pictures with three drafts, in under 3 minute
 	$(DEMO_LLAVA) --model $(LLAVA)-draft --out runs/demo_llava/small_llava
 	$(DEMO_LLAVA) --model $(LLAVA)-blind --out runs/demo_llava/text_only
 	$(DEMO_LLAVA) --checkpoint $(LLAVA)-exit/layer1.safetensors --out runs/demo_llava/early_exit
+	for draft in small_llava text_only early_exit; do $(BIN)/python plot_results.py runs/demo_llava/$$draft/results.jsonl --out_dir runs/demo_llava/$$draft/plots; done
 
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

@@ -1,4 +1,4 @@
-"""From generations to the records of benchmark.py: keys, the figures of a run, and summaries over all runs that a file holds."""
+"""From generations to the records of the benchmarks: keys, the figures of a run, and summaries over all runs that a file holds."""
 
 from __future__ import annotations
 

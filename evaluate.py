@@ -17,25 +17,15 @@ behind the first 4 prompts, in the colours of where their tokens came from: on a
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from command_line import UserError, parse_args, run
 
-from evaluation import (
-    Draft,
-    DraftArgs,
-    EvaluationArgs,
-    EvaluationData,
-    choose_prompts,
-    drafting_options,
-    evaluate_draft,
-    load_draft,
-    summary_table,
-)
+from evaluation import DraftArgs, EvaluationArgs, choose_prompts, evaluate_draft, load_draft, summary_table
 from potential import PotentialArgs, PotentialOptions, evaluate_examples, potential_table
 from results import new_output_dir, record_run, write_json
-from speculative import generate
+from speculative import Generation
 from target_model import Target, load_target
 from token_views import as_ansi, card_of, legend, write_html
 
@@ -70,22 +60,19 @@ def evaluate(args: Args) -> None:
     target = load_target(args.model_path, args)
     facts = args.facts(target, data)
     record_run(folder, args, facts)
-    draft = load_draft(target, args)
-    row = {**evaluate_draft(target, draft, args, data), "settings_hash": args.settings_hash(facts)}
+    row, drafted = evaluate_draft(target, load_draft(target, args), args, data)
+    row["settings_hash"] = args.settings_hash(facts)
     write_json(folder / RESULTS_NAME, row)
     print(summary_table([row], args.quality_datasets[0]))
     if args.show:
-        show_texts(target, draft, args, data, folder / TEXTS_NAME)
+        show_texts(target, row, choose_prompts(target, args, data), drafted[: args.show], folder / TEXTS_NAME)
     print(folder / RESULTS_NAME)
 
 
-def show_texts(target: Target, draft: Draft, args: Args, data: EvaluationData, path: Path) -> None:
-    """The first texts as they were drafted, decoded once more: at `path`, and on a terminal."""
-    options, cards = replace(drafting_options(target, draft, args, data), record_overlap=False), []
-    for index, prompt in enumerate(choose_prompts(target, args, data)[: args.show], start=1):
-        generation = generate(target.model, prompt, options, draft.model, prompt_id=index)
-        cards.append(card_of(target.tokenizer.decode(prompt, skip_special_tokens=True), target.tokenizer, generation))
-    write_html(path, f"{options.method}, drafted by {Path(draft.columns['checkpoint']).name}", cards)
+def show_texts(target: Target, row: dict, prompts: list[list[int]], drafted: list[Generation], path: Path) -> None:
+    """The first measured texts in the colours of where their tokens came from: at `path`, and on a terminal."""
+    cards = [card_of(target.tokenizer.decode(prompt, skip_special_tokens=True), target.tokenizer, one) for prompt, one in zip(prompts, drafted, strict=False)]
+    write_html(path, f"{row['method']}, drafted by {Path(row['checkpoint']).name}", cards)
     if sys.stdout.isatty():
         print("\n\n".join([as_ansi(legend()), *(f"{card.prompt}{as_ansi(card.text)}\n{card.note}" for card in cards)]))
     print(path)

@@ -99,7 +99,8 @@ def main() -> None:
         record_run(folder, args, facts)
     for number, name in enumerate(missing, start=1):
         print(f"[{number}/{len(missing)}] {name}", flush=True)
-        rows.append({**evaluate_draft(target, plan[name](), args, data), **settings})
+        row, _ = evaluate_draft(target, plan[name](), args, data)
+        rows.append({**row, **settings})
         write_csv(results, rows)
     if missing or not (folder / "plots").exists():
         from plots import plot_results  # matplotlib is slow to load, and only needed here

@@ -270,8 +270,8 @@ def model_draft(target: Target, model: nn.Module, path: str) -> Draft:
     return Draft(model, {"checkpoint": path, "kind": "model", "exit_bytes": module_bytes(model), "cost_ratio_bytes": ratio})
 
 
-def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs, data: EvaluationData) -> dict:
-    """One row of results: what the draft is, the settings, its quality per data set, and its speculation figures.
+def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs, data: EvaluationData) -> tuple[dict, list[Generation]]:
+    """One row of results: what the draft is, the settings, its quality per data set, and its speculation figures; and the drafted texts that were measured.
 
     `data` is what `args.open_data()` returned.
     """
@@ -279,8 +279,8 @@ def evaluate_draft(target: Target, draft: Draft, args: EvaluationArgs, data: Eva
     for name in args.quality_datasets:
         quality = measure_quality(target, draft, args.stream(data, name), args)
         row |= {f"{name}_{metric}": value for metric, value in quality.items()}
-    row |= measure_speculation(target, draft, args, data)
-    return {**row, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k}
+    figures, drafted = measure_speculation(target, draft, args, data)
+    return {**row, **figures, "temperature": args.spec_temperature, "top_p": args.spec_top_p, "top_k": args.spec_top_k}, drafted
 
 
 # ---- quality ----
@@ -360,8 +360,8 @@ def drafting_options(target: Target, draft: Draft, args: EvaluationArgs, data: E
         raise UserError(str(error)) from error
 
 
-def measure_speculation(target: Target, draft: Draft, args: EvaluationArgs, data: EvaluationData) -> dict[str, float]:
-    """How it was decoded, and metrics.SPECULATION_COLUMNS: vanilla and speculative decoding of the same prompts, in turn.
+def measure_speculation(target: Target, draft: Draft, args: EvaluationArgs, data: EvaluationData) -> tuple[dict[str, float], list[Generation]]:
+    """How it was decoded, and metrics.SPECULATION_COLUMNS: vanilla and speculative decoding of the same prompts, in turn; and the latter's texts.
 
     One pair is decoded and discarded first; the order within a pair alternates.
     """
@@ -393,7 +393,7 @@ def measure_speculation(target: Target, draft: Draft, args: EvaluationArgs, data
         row |= predict_by_steps(target, draft.model, prompts[0], drafting, row)
     elif "tree_expected_tokens" in row:
         row |= predict_by_tree(target, draft.model, prompts[0], drafting, row)
-    return {**method_columns(drafting, args), **row}
+    return {**method_columns(drafting, args), **row}, found["speculative"]
 
 
 @torch.inference_mode()

@@ -2,8 +2,8 @@
 
 A data set is a `TextDataset` record: how its rows are found and how one row becomes an *example*. An example is
 `{"messages": [{"role", "content"}, ...]}` (a chat), `{"text": ...}` (plain text), and may carry `"loss_on":
-"assistant"` where the data set itself says which part is learned. Examples of a mixture carry `"source"`, the index of
-the stream that they came from.
+"assistant"` where the data set itself says which part is learned. A chat about images carries `"images"`, file names or functions that draw them, and maybe
+`"scene"`, what is really there. Examples of a mixture carry `"source"`, the index of the stream that they came from.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class TextDataset:
     hub_splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
     streaming: bool = False
     split_key: str | None = None
-    make_rows: Callable[[str], list[dict]] | None = None
+    make_rows: Callable[[str], Sequence[dict]] | None = None
     assemble: Callable[[Iterable], list[dict]] | None = None
     cut: bool = True
 

@@ -30,8 +30,7 @@ from row_files import ExampleStream, MixedStream, TextDataset, open_rows
 
 _MODULES = (
     ultrachat_dataset, share_gpt_dataset, oasst_dataset, lmsys_dataset, slim_pj_dataset, fineweb_dataset, c4_dataset, openwebtext_dataset,
-    cnn_dataset, xsum_dataset, gsm8k_dataset, mt_bench_dataset, pydoc_dataset, arithmetic_dataset, shapes_dataset,
-    llava_dataset,
+    cnn_dataset, xsum_dataset, gsm8k_dataset, mt_bench_dataset, pydoc_dataset, arithmetic_dataset, shapes_dataset, llava_dataset,
 )
 DATASETS: dict[str, TextDataset] = {module.DATASET.name: module.DATASET for module in _MODULES}
 ALIASES = {"oasst1": "oasst", "lmsys-chat-1m": "lmsys"}  # as the hub calls them
@@ -81,7 +80,7 @@ def open_mixture(
 def fingerprint(stream: ExampleStream | MixedStream) -> dict:
     """What identifies the data: name, number of rows (None for a hub stream), and a hash.
 
-    The hash is of all rows that are in memory (made by the suite, local files), of the hub's first FINGERPRINT_ROWS.
+    The hash is of all rows that are in memory, and of the first FINGERPRINT_ROWS of others (the hub's, and drawn ones).
     A mixture is its name, its shares and its sources.
     """
     if isinstance(stream, MixedStream):
