@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import speculative
 from decoding import native, static_llama
@@ -18,7 +19,7 @@ from decoding.programs import Programs
 from decoding.sampling import Noise, SamplingPolicy
 from decoding.shared_exit import SharedExit
 from decoding.state import DecodeState
-from decoding.static_llama import PREFILL_CHUNK, Scatter, StaticLlama, why_unsupported
+from decoding.static_llama import PREFILL_CHUNK, Head, Scatter, StaticLlama, why_unsupported
 from speculative import DecodeOptions, generate, generate_batch
 from toy_models import (
     check_batch,
@@ -651,3 +652,20 @@ def test_self_speculation_on_an_unsupported_model_is_refused():
     model = tiny_llama()
     with pytest.raises(ValueError, match="use method 'speculative'"):
         decode(model, TruncatedLlama(model, Exit(model, 2)), [1, 2], method="self_speculative", engine="transformers")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [16, 17, 439, 448])
+@torch.inference_mode()
+def test_a_head_of_any_size_gives_a_row_the_same_bits_at_every_width(outputs, bias):
+    """C++ makes outputs by 16; the last few of others go through it as well, from the weights as they are now."""
+    torch.manual_seed(0)
+    norm, linear, x = LlamaRMSNorm(64), nn.Linear(64, outputs, bias=bias), torch.randn(12, 64)
+    head = Head(norm, linear, 1e-5)
+    assert head._native is not None
+    for _ in range(2):
+        whole, by_torch = head(x).clone(), Head(norm, linear, 1e-5, cpp=False)(x)
+        assert whole.shape == (12, outputs) and near(whole, by_torch, 1e-5)
+        for width in (1, 3, 5):
+            assert torch.equal(torch.cat([head(rows).clone() for rows in x.split(width)]), whole)
+        linear.weight.mul_(-2)
