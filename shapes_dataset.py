@@ -21,7 +21,7 @@ from command_line import UserError, parse_args, run
 from PIL import Image, ImageDraw
 
 from results import make_output_dir, write_text
-from row_files import TextDataset, split_of
+from row_files import SkipRow, TextDataset, split_of
 
 NUM_ROWS = {"train": 200_000, "validation": 1_000, "test": 1_000}
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 30), "orange": (245, 130, 20), "purple": (140, 50, 170),
@@ -52,7 +52,8 @@ def scene_key(scene: Scene) -> str:
 
 def is_scene(value: object) -> bool:
     """Whether `value` has the form of a Scene."""
-    return isinstance(value, list) and all(isinstance(one, dict) and {"colour", "shape"} <= one.keys() for one in value)
+    known = {"place": PLACES, "size": SIZES, "colour": COLOURS, "shape": SHAPES}
+    return isinstance(value, list) and all(isinstance(one, dict) and all(one.get(name) in words for name, words in known.items()) for one in value)
 
 
 # ---- pictures ----
@@ -184,6 +185,8 @@ class Rows:
 
 def parse(row: dict) -> dict:
     """A row as an example: the chat, and its picture to be drawn."""
+    if not is_scene(row.get("scene")) or not isinstance(row.get("seed"), int) or not row.get("turns"):
+        raise SkipRow("without scene, seed and turns")
     messages = [{"role": role, "content": text} for turn in row["turns"] for role, text in zip(("user", "assistant"), turn, strict=True)]
     return {"messages": messages, "images": [partial(draw, row["scene"], row["seed"])], "scene": row["scene"], "loss_on": "assistant"}
 

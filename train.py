@@ -94,7 +94,7 @@ class Args(TrainingArgs, DeviceArgs):
             raise UserError(f"--loss_type {' '.join(sorted(unknown))}: choose from {', '.join(LOSS_TYPES)}")
         check_mixture(self.dataset, self.mix, self.dataset_path)
         self._check_against(text_config(self.model_path))
-        self._check_pictures()
+        self._check_images()
         if self.checkpoint_path:
             self._check_start([read_exit_info(path) for path in self.checkpoint_path])
 
@@ -112,7 +112,7 @@ class Args(TrainingArgs, DeviceArgs):
         for kind in self.exit_kinds():
             kind.check(config)
 
-    def _check_pictures(self) -> None:
+    def _check_images(self) -> None:
         """Raise UserError for what goes with LLaVAs only, or does not go with them."""
         if self.image_dir is not None and not Path(self.image_dir).is_dir():
             raise UserError(f"--image_dir {self.image_dir}: no such folder; give the one with the images")

@@ -10,6 +10,7 @@ from command_line import UserError
 
 import pytest
 
+import bench_runs
 import benchmark
 import mt_bench_dataset
 from bench_prompts import BUILT_IN, Prompt, Question, encode, fitting, hash_of, read_questions, turn_prompts
@@ -170,7 +171,8 @@ def test_a_second_turn_follows_the_targets_own_greedy_answer(tiny_target_path, t
         prompts.append((list(prompt), options.policy.temperature, found.tokens))
         return found
 
-    monkeypatch.setattr(benchmark, "generate", generate)
+    for module in (benchmark, bench_runs):
+        monkeypatch.setattr(module, "generate", generate)
     words = ["--hf_model", tiny_target_path, "--method", "vanilla", "--dataset", write(tmp_path / "question.jsonl", MT_BENCH), "--turn_index", 1, "--max_samples", 2,
              "--max_new_tokens", 6, "--out", tmp_path / "out.jsonl", "--num_threads", 1]
     assert run_main(benchmark, words, monkeypatch) == 0
@@ -188,13 +190,13 @@ def test_a_second_turn_follows_the_targets_own_greedy_answer(tiny_target_path, t
 @pytest.mark.parametrize(("said", "right"), [("The final answer is 5.", [True, False]), ("I do not know", [False, False]), ("1001", [False, True])])
 def test_answers_are_matched(tiny_target_path, tmp_path, monkeypatch, said, right):
     tokenizer = benchmark.load_tokenizer(str(tiny_target_path))
-    exact = benchmark.generate
+    exact = bench_runs.generate
 
     def generate(*arguments, **names):
         found = exact(*arguments, **names)
-        return benchmark.Generation(tokenizer(said, add_special_tokens=False)["input_ids"], found.stats)
+        return bench_runs.Generation(tokenizer(said, add_special_tokens=False)["input_ids"], found.stats)
 
-    monkeypatch.setattr(benchmark, "generate", generate)
+    monkeypatch.setattr(bench_runs, "generate", generate)
     words = ["--hf_model", tiny_target_path, "--method", "vanilla", "--dataset", write(tmp_path / "a.jsonl", GSM8K), "--max_new_tokens", 4, "--out", tmp_path, "--num_threads", 1]
     assert run_main(benchmark, words, monkeypatch) == 0
     run, summary = read_records(tmp_path / "results.jsonl")

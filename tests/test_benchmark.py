@@ -14,6 +14,7 @@ import torch
 
 import bench_args
 import bench_methods
+import bench_runs
 import benchmark
 import validate_results
 from bench_methods import LOSSY, NAMES
@@ -85,7 +86,8 @@ def record_calls(monkeypatch) -> list[SimpleNamespace]:
         calls.append(SimpleNamespace(options=options, prompt=tuple(prompt), prompt_id=prompt_id, tokens=found.tokens))
         return found
 
-    monkeypatch.setattr(benchmark, "generate", generate)
+    for module in (benchmark, bench_runs):
+        monkeypatch.setattr(module, "generate", generate)
     return calls
 
 
@@ -160,7 +162,7 @@ def test_skipped_methods_say_why_and_only_named_ones_are_missed(subject, tmp_pat
     records = start(monkeypatch, subject, out, method=["all"], checkpoint=None)
     assert [name for name, _, status in runs_of(records) if status == "ok"] == ["vanilla", "hf_generate"]
     reasons = {record["method"]: record["info_message"] for record in records if record["status"] == "skipped" and not record["summary"]}
-    assert set(reasons) == set(NAMES) - {"vanilla", "hf_generate"} and all("give --checkpoint EXIT or --hf_draft_model MODEL" in why for why in reasons.values())
+    assert set(reasons) == set(NAMES) - {"vanilla", "hf_generate"} and all("give --checkpoint EXIT or --draft_model_path MODEL" in why for why in reasons.values())
     assert "speculative is skipped: needs a draft" in capsys.readouterr().err
     for _ in range(2):  # what is missing is missing at the second start, too, which adds no record
         again = start(monkeypatch, subject, out, status=1, method=["vanilla", "speculative"], checkpoint=None)
@@ -254,7 +256,7 @@ def test_prompts_take_turns_behind_a_warm_up_that_does_not_count(subject, tmp_pa
 
 def test_warming_covers_every_reach_the_longest_first():
     prompts = [Prompt([0] * length) for length in (10, 300, 40, 600, 290)]
-    assert [len(prompt.input_ids) for prompt in benchmark.warming(prompts)] == [600, 600, 290, 10]
+    assert [len(prompt.input_ids) for prompt in bench_runs.warming(prompts)] == [600, 600, 290, 10]
 
 
 # ---- what is measured again ----
@@ -380,7 +382,7 @@ def test_killed_at_any_moment_it_loses_no_record_and_measures_none_twice(subject
 
 def break_method(monkeypatch, method: str, error: Exception, call: int = 0) -> None:
     """Let a method raise from its `call`-th generation on."""
-    exact, calls = benchmark.generate, Counter()
+    exact, calls = bench_runs.generate, Counter()
 
     def generate(target, prompt, options, *arguments, **names):
         calls[options.method] += 1
@@ -388,7 +390,7 @@ def break_method(monkeypatch, method: str, error: Exception, call: int = 0) -> N
             raise error
         return exact(target, prompt, options, *arguments, **names)
 
-    monkeypatch.setattr(benchmark, "generate", generate)
+    monkeypatch.setattr(bench_runs, "generate", generate)
 
 
 @pytest.mark.parametrize(
@@ -419,8 +421,8 @@ def test_a_method_that_cannot_be_prepared_or_summed_up_fails_alone(subject, tmp_
     records = start(monkeypatch, subject, tmp_path / "out.jsonl", status=1, method=["vanilla", "static_tree"], runs=2)
     assert Counter(runs_of(records)) == Counter((method, run, status) for method, status in (("vanilla", "ok"), ("static_tree", "error")) for run in (1, 2))
     assert {record["lossless"] for record in records if record["method"] == "vanilla"} == {True}
-    exact = benchmark.run_fields
-    monkeypatch.setattr(benchmark, "run_fields", lambda runs, correct, options: fail() if options.method == "speculative" else exact(runs, correct, options))
+    exact = bench_runs.run_fields
+    monkeypatch.setattr(bench_runs, "run_fields", lambda runs, correct, options: fail() if options.method == "speculative" else exact(runs, correct, options))
     records = start(monkeypatch, subject, tmp_path / "other.jsonl", status=1, method=["vanilla", "speculative"])
     assert Counter(runs_of(records)) == Counter([("vanilla", 1, "ok"), ("speculative", 1, "error")])
 
@@ -492,7 +494,8 @@ def test_list_presets(monkeypatch, capsys):
     ],
 )
 def test_mistakes_get_one_line(subject, tmp_path, monkeypatch, capsys, changes, message):
-    monkeypatch.setattr(benchmark, "generate", lambda *_, **__: pytest.fail("something was decoded"))
+    for module in (benchmark, bench_runs):
+        monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("something was decoded"))
     assert run_main(benchmark, command(subject, tmp_path / "out.jsonl", **changes), monkeypatch) == 2
     check_one_line(capsys, message)
 

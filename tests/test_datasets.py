@@ -51,6 +51,8 @@ FORMS = {
     "cnn": {"article": "LONDON, England (CNN) -- It rained. It rained more.", "highlights": "It rained .\nMore rain is due .", "id": "42c027e4"},
     "openwebtext": {"text": "The quick brown fox.\n\nIt jumped."},
     "c4": {"text": "The quick brown fox.\nIt jumped.", "timestamp": "2019-04-25T12:57:54Z", "url": "https://fox.com/quick/"},
+    "shapes": {"scene": [{"place": "top left", "size": "large", "colour": "red", "shape": "ring"}], "seed": 3, "turns": [["What do you see?", "A large red ring."]]},
+    "llava_instruct": {"id": "1", "image": "x.jpg", "conversations": [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A bus."}]},
     "mt_bench": {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Now a shorter one."]},
 }
 

@@ -170,8 +170,8 @@ def test_positions_of_the_draft_off_by_one(monkeypatch):
     """Texts stay exact with a wrong draft; only a draft that should equal the target shows it."""
     exact = truncated_llama.prepare_pass
 
-    def shifted(target, input_ids, attention_mask=None, cache=None, position_ids=None):
-        hidden, inputs = exact(target, input_ids, attention_mask, cache, position_ids)
+    def shifted(target, input_ids, attention_mask=None, cache=None, *further):
+        hidden, inputs = exact(target, input_ids, attention_mask, cache, *further)
         moved = inputs["position_ids"] + (cache is not None and cache.get_seq_length() > 0)
         return hidden, {**inputs, "position_embeddings": target.model.rotary_emb(hidden, position_ids=moved)}
 

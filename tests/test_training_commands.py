@@ -201,7 +201,7 @@ def test_with_the_teachers_states_on_disk_a_run_is_the_same(train_here, tmp_path
     flags = {"target_layers": [0, 1], "kinds": "head", "max_steps": 6}
     runs: list[int] = []
     whole = TunedLlama.frozen_pass
-    monkeypatch.setattr(TunedLlama, "frozen_pass", lambda self, ids, mask, teacher=None: runs.append(teacher is None) or whole(self, ids, mask, teacher))
+    monkeypatch.setattr(TunedLlama, "frozen_pass", lambda self, ids, mask, teacher=None, **images: runs.append(teacher is None) or whole(self, ids, mask, teacher, **images))
     for name, cache in (("plain", None), ("filling", tmp_path / "states"), ("reading", tmp_path / "states")):
         runs.clear()
         assert train_here(tmp_path / name, teacher_cache=cache, **flags) == 0
