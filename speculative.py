@@ -229,7 +229,7 @@ def generate(
     prompt_id: int = 0,
     on_tokens: Callable[[list[int]], None] | None = None,
 ) -> Generation:
-    """Continue `prompt` (token ids, at least one, or a ImagePrompt; see decoding/vlm.py) with `options`.
+    """Continue `prompt` (token ids, at least one, or an ImagePrompt; see decoding/vlm.py) with `options`.
 
     `target` and `draft` are called as transformers' causal models are (a TruncatedLlama is too) and must share their
     token ids; `prompt_id` keys the noise beside `options.seed`. `on_tokens` gets each round's tokens as they are

@@ -116,7 +116,7 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     return small
 
 
-# ---- as a image ----
+# ---- as an image ----
 
 def write_png(path: Path, title: str, cards: list[Card]) -> None:
     """A contact sheet of `cards` as one image."""

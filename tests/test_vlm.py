@@ -1,4 +1,4 @@
-"""LLaVAs: text behind images is transformers' own, its law is the target's for every draft, and what a image shows changes what is written."""
+"""LLaVAs: text behind images is transformers' own, its law is the target's for every draft, and what an image shows changes what is written."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_prefill_in_pieces_that_cut_a_picture(seer, monkeypatch):
 
 
 def test_teacher_forced_logits_are_decodings(seer):
-    """What trees are fitted to: the logits along a text behind a image."""
+    """What trees are fitted to: the logits along a text behind an image."""
     words, pixels = some_words(1), images(1)
     prompt = asked(seer, None, words, pixels)
     text = generate(seer.text, prompt, DecodeOptions(max_new_tokens=12)).tokens

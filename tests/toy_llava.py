@@ -17,7 +17,7 @@ SIDE, WRITTEN, PLACEHOLDER, PAD, ROWS = 28, 60, 60, 61, 64  # pixels; tokens tha
 
 
 def tiny_llava(seed: int = 0, patch: int = 14, **overrides: object) -> LlavaForConditionalGeneration:
-    """A random LLaVA, fp64, whose images matter: 4 rows of a image of 28 pixels with patches of 14, 16 with patches of 7."""
+    """A random LLaVA, fp64, whose images matter: 4 rows of an image of 28 pixels with patches of 14, 16 with patches of 7."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=patch, projection_dim=16)
     shape = {"vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -41,7 +41,7 @@ class Seer:
         self.vision = VisionEncoder(self.llava)
 
     def view(self, words: list[list[int]], pixels: torch.Tensor) -> View:
-        """`words`, a image between each two of them."""
+        """`words`, an image between each two of them."""
         between = [PLACEHOLDER] * self.vision.image_seq_length
         ids = [token for number, part in enumerate(words) for token in [*(between if number else []), *part]]
         return View(ids, PLACEHOLDER, (lambda: self.vision(pixels)) if len(pixels) else None)
