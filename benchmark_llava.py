@@ -73,14 +73,18 @@ class Args(MethodArgs):
         self.check_counts()
         self.methods()
         self._check_questions()
-        if self.growmap is not None:
-            read_growmap(self.growmap)
-        self.settings()
         if self.draft_model_path is not None and self.checkpoint is not None:
             raise UserError("--draft_model_path and --checkpoint: give one draft")
         if self.random_init is not None:
             self._check_random()
-            return
+        else:
+            self._check_models()
+        self.settings()
+        if self.growmap is not None:
+            read_growmap(self.growmap)
+
+    def _check_models(self) -> None:
+        """Raise UserError for models that cannot be found, or are none for this."""
         load_llava_config(self.target_path)
         if self.draft_path is not None:
             text_config(self.draft_path)
