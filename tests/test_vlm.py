@@ -129,7 +129,7 @@ def exact_law(seer: Seer, words: list[list[int]], pixels: torch.Tensor, policy: 
     return first[:, None] * second
 
 
-def check_law(seer: Seer, name: str, runs: int = 600, **options: object) -> None:
+def check_law(seer: Seer, name: str, runs: int = 400, **options: object) -> None:
     """The first two tokens have the law that transformers' model gives them."""
     policy = SamplingPolicy(1.0, top_k=4)
     draft, other = DRAFTS[name](seer)
@@ -145,7 +145,7 @@ def check_law(seer: Seer, name: str, runs: int = 600, **options: object) -> None
     assert chi_square_p(counts.flatten()[None], runs * law.flatten()[None]) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["other vision", "text only", "exit with a block"])
+@pytest.mark.parametrize("name", ["text only", "exit with a block"])
 def test_two_tokens_have_the_targets_law(seer, name):
     check_law(seer, name, verification="rejection", gamma=1)
 
