@@ -14,6 +14,7 @@ tokens came from.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,13 +112,13 @@ class Args(MethodArgs):
     @property
     def target_path(self) -> str:
         """The target, or the embedded one."""
-        return self.model_path or str(EMBEDDED_LLAVA)
+        return self.model_path or from_here(EMBEDDED_LLAVA)
 
     @property
     def draft_path(self) -> str | None:
         """The model to draft with; the embedded target has one of its own."""
         embedded = self.model_path is None and self.checkpoint is None and self.random_init is None
-        return self.draft_model_path or (str(EMBEDDED_DRAFT) if embedded else None)
+        return self.draft_model_path or (from_here(EMBEDDED_DRAFT) if embedded else None)
 
     @property
     def folder(self) -> Path | None:
@@ -143,6 +144,11 @@ class Args(MethodArgs):
         if not measured:
             raise UserError(f"--start {self.start} --end {self.end}: no question there whose images can be read; choose others")
         return measured, readable(asked, self.folder)
+
+
+def from_here(path: Path) -> str:
+    """`path` as records name it: from the current folder."""
+    return os.path.relpath(path)
 
 
 # ---- what decodes, and what it decodes ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 from types import SimpleNamespace
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+import benchmark_llava
 from benchmark_llava import EMBEDDED_DRAFT, EMBEDDED_LLAVA
 from decoding.sampling import SamplingPolicy
 from decoding.vlm import ImagePrompt, View
 from image_prompts import ImageQuestion, as_prompt, drawn_questions
 from llava_target import load_llava, load_llava_draft
+from record_file import read_records
 from shapes_dataset import QUESTION, draw
 from speculative import DecodeOptions, generate
 from target_model import ASSETS, DeviceArgs, eos_token_ids
+from test_commands import run_main
 from toy_models import COUPLED_TREES
 from truncated_llama import TruncatedLlama, load_exit
 
@@ -105,3 +109,10 @@ def test_it_is_small_and_says_where_it_comes_from():
     assert sum(path.stat().st_size for folder in folders for path in folder.rglob("*.safetensors")) < 6_000_000
     provenance = (EMBEDDED_LLAVA / "README.md").read_text()
     assert all(command in provenance for command in ("pretrain_llava.py", "pretrain_draft_model.py", "train.py"))
+
+
+def test_without_flags_the_embedded_models_decode_and_records_name_no_machine(tmp_path, monkeypatch):
+    words = ["--device", "cpu", "--num_threads", 1, "--method", "vanilla", "speculative", "--end", 2, "--fit_prompts", 1, "--max_new_tokens", 16, "--sheet", 0, "--out", tmp_path]
+    assert run_main(benchmark_llava, words, monkeypatch) == 0
+    named = {(record["target_model"], record["draft_model"]) for record in read_records(tmp_path / "results.jsonl")}
+    assert named == {tuple(os.path.relpath(path) for path in (EMBEDDED_LLAVA, EMBEDDED_DRAFT))}
