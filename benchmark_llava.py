@@ -171,7 +171,7 @@ def load_data(args: Args, questions: tuple[list[ImageQuestion], list[ImageQuesti
     """The measured questions as prompts, and those behind them that trees are fitted to, or, where there are none, the measured ones."""
     room = context_length(models[0].model.config) - args.max_new_tokens - args.settings().longest
     measured, behind = ([prompt for _, prompt in fitting(some, partial(as_prompt, models=models), room)] if some else [] for some in questions)
-    return Data.of(measured, behind, lambda prompts: prompts, args)
+    return Data.of(measured, behind, list, args)
 
 
 def random_subject(args: Args) -> tuple[Subject, Data, list[str | None]]:
@@ -181,7 +181,7 @@ def random_subject(args: Args) -> tuple[Subject, Data, list[str | None]]:
         named_config(args.random_init, ("llava",)), args.planted_layer, args.planted_alpha, args.settings().policy, args.verification, dtype, device, args.seed)
     prompts = [RandomPrompt.of(planted, number) for number in range(args.start, args.end + args.fit_prompts)]
     count = args.end - args.start
-    data = Data.of(prompts[:count], prompts[count:], lambda behind: behind, args)
+    data = Data.of(prompts[:count], prompts[count:], list, args)
     draft = Draft(planted.draft, {"checkpoint": f"exit at layer {args.planted_layer}, planted acceptance {planted.alpha:.3f}"})
     return Subject(Target(planted.model, None, f"random {args.random_init}"), draft, frozenset(), Fitted(data.fit, data.fitted_to)), data, [planted.vision.identity]
 

@@ -13,7 +13,6 @@ The result is a folder `model_<step>` that `from_pretrained` loads, tokenizer in
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,12 +25,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_utils import EncodeOptions, PackedBatches, encode_prompt
-from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, only_process, save_bf16
-from results import make_output_dir, read_config, record_run
-from row_files import describe_skipped
-from target_model import DeviceArgs, load_config, load_tokenizer, tokenizer_hash
-from text_datasets import find_dataset, fingerprint, open_stream
-from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
+from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
+from results import read_config
+from target_model import DeviceArgs, load_config, load_tokenizer
+from text_datasets import find_dataset, open_stream
+from training_loop import Learner, TrainingArgs, TrainingTask
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -208,32 +206,21 @@ class Pretraining:
     def task(self) -> TrainingTask:
         return TrainingTask([self.learner], self.batches, self.count, self.learn, self.validate, ("validation_loss",))
 
+    def close(self) -> None:
+        """Nothing reads ahead."""
+
+
+def prepare(args: Args, folder: Path) -> Pretraining:
+    """The run's tokenizer, model and data. Raises UserError for a tokenizer that is no run's."""
+    if read_config(folder) is None and (folder / "tokenizer").exists():
+        raise UserError(f"{folder} holds a tokenizer but no run; choose another --output_dir, or delete it")
+    return Pretraining(args, folder, make_tokenizer(args, folder))
+
 
 def main() -> int:
     args = parse_args(Args)
     args.check()
-    folder = make_output_dir(args.output_dir)
-    with only_writer(folder):
-        return pretrain(args, folder)
-
-
-def pretrain(args: Args, folder: Path) -> int:
-    """The run in `folder`: begun, continued, or finished already."""
-    check_same_run(folder, args, {})
-    if print_if_finished(folder):
-        return 0
-    if read_config(folder) is None and (folder / "tokenizer").exists():
-        raise UserError(f"{folder} holds a tokenizer but no run; choose another --output_dir, or delete it")
-    tokenizer = make_tokenizer(args, folder)
-    processes = only_process(args.resolve()[0])
-    pretraining = Pretraining(args, folder, tokenizer)
-    facts = {"data": [fingerprint(stream) for stream in pretraining.streams], "tokenizer_hash": tokenizer_hash(tokenizer)}
-    check_same_run(folder, args, facts)
-    record_run(folder, args, {**facts, "parameters": sum(p.numel() for p in pretraining.model.parameters())})
-    status = run_training(pretraining.task(), args, folder, processes)
-    for stream in pretraining.streams:
-        print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {describe_skipped(stream.skipped)}", file=sys.stderr)
-    return status
+    return pretrain(args, prepare)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The result is a folder `model_<step>` that `LlavaForConditionalGeneration.from_p
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,14 +33,12 @@ from data_utils import EncodeOptions, PaddedBatches, Prefetched, encode_prompt, 
 from image_inputs import IMAGE_TOKEN, ImageInputs
 from llava_target import load_chat_tokenizer, load_image_processor, load_llava_config
 from losses import learned_rows, learned_tokens
-from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, only_process, save_bf16
-from results import make_output_dir, record_run
-from row_files import describe_skipped
+from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
 from shapes_dataset import QUESTION, names_all
-from target_model import DeviceArgs, tokenizer_hash
-from text_datasets import find_dataset, fingerprint, open_stream
+from target_model import DeviceArgs
+from text_datasets import find_dataset, open_stream
 from tower_pretraining import pretrain_tower
-from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
+from training_loop import Learner, TrainingArgs, TrainingTask
 
 FIRST_TOKENS, PAD = ("<s>", "</s>", "<unk>"), "<pad>"
 CHAT_TEMPLATE = (  # LLaVA's, with the BOS in it, and for chats without images, too
@@ -196,8 +193,8 @@ class Pretraining:
         self.images = ImageInputs(config.image_token_id, config.image_seq_length, processor.image_processor, folder_of_images)
         self.options = EncodeOptions(self.tokenizer, "assistant", args.max_length, args.batch_size, self.images)
         self._prepare_tower()
-        self.stream = open_stream(args.dataset, "train", args.dataset_path, args.seed)
-        self.batches = Prefetched(PaddedBatches(self.stream, self.options))
+        self.streams = [open_stream(args.dataset, "train", args.dataset_path, args.seed)]
+        self.batches = Prefetched(PaddedBatches(self.streams[0], self.options))
         held_out = open_stream(args.dataset, "validation", args.dataset_path, args.seed)
         self.validation = held_out_batches(held_out, self.options, VALIDATION_BATCHES)
         self.scenes = list(islice((example for example in held_out.rest_of_epoch() if "scene" in example), NAMED_SCENES))
@@ -268,30 +265,15 @@ class Pretraining:
     def task(self) -> TrainingTask:
         return TrainingTask([self.learner], self.batches, self.count, self.learn, self.validate, ("validation_loss", "validation_named"))
 
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self.batches.close()
+
 
 def main() -> int:
     args = parse_args(Args)
     args.check()
-    folder = make_output_dir(args.output_dir)
-    with only_writer(folder):
-        return pretrain(args, folder)
-
-
-def pretrain(args: Args, folder: Path) -> int:
-    """The run in `folder`: begun, continued, or finished already."""
-    check_same_run(folder, args, {})
-    if print_if_finished(folder):
-        return 0
-    processes = only_process(args.resolve()[0])
-    processor = make_processor(args, folder)
-    pretraining = Pretraining(args, folder, processor)
-    facts = {"data": fingerprint(pretraining.stream), "tokenizer_hash": tokenizer_hash(processor.tokenizer)}
-    check_same_run(folder, args, facts)
-    record_run(folder, args, {**facts, "parameters": sum(p.numel() for p in pretraining.model.parameters())})
-    status = run_training(pretraining.task(), args, folder, processes)
-    pretraining.batches.close()
-    print(f"{pretraining.stream.dataset.name}: epoch {pretraining.stream.position['epoch']}, {describe_skipped(pretraining.stream.skipped)}", file=sys.stderr)
-    return status
+    return pretrain(args, lambda args, folder: Pretraining(args, folder, make_processor(args, folder)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What training a model from scratch takes, whether it sees or not: tokenizer, initial scale, optimizer, checkpoints as folders."""
+"""What training a model from scratch takes, whether it sees or not: tokenizer, initial scale, optimizer, checkpoints as folders, and the run."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from command_line import UserError
 
@@ -15,6 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from processes import Processes
+from results import make_output_dir, record_run
+from row_files import ExampleStream, describe_skipped
+from target_model import tokenizer_hash
+from text_datasets import fingerprint
+from training_loop import TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
 
 ADAM_BETAS = (0.9, 0.95)
 
@@ -60,9 +67,33 @@ def save_bf16(folder: Path, step: int, model: PreTrainedModel, beside: PreTraine
     return final
 
 
-def only_process(device: torch.device) -> Processes:
-    """This process. Raises UserError where it is one of several."""
-    processes = Processes(device)
-    if processes.count > 1:
-        raise UserError("pretraining runs in one process; start it without accelerate launch")
-    return processes
+class Run(Protocol):
+    """What a command pretrains: `model`, its `tokenizer`, the `streams` that it reads, and the `task` of them; `close` ends what reads ahead."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    streams: list[ExampleStream]
+
+    def task(self) -> TrainingTask: ...
+    def close(self) -> None: ...
+
+
+def pretrain(args: TrainingArgs, make: Callable[[TrainingArgs, Path], Run]) -> int:
+    """The run in --output_dir, which `make` prepares: begun, continued, or finished already. Returns the exit status."""
+    folder = make_output_dir(args.output_dir)
+    with only_writer(folder):
+        check_same_run(folder, args, {})
+        if print_if_finished(folder):
+            return 0
+        processes = Processes(args.resolve()[0])
+        if processes.count > 1:
+            raise UserError("pretraining runs in one process; start it without accelerate launch")
+        run = make(args, folder)
+        facts = {"data": [fingerprint(stream) for stream in run.streams], "tokenizer_hash": tokenizer_hash(run.tokenizer)}
+        check_same_run(folder, args, facts)
+        record_run(folder, args, {**facts, "parameters": sum(p.numel() for p in run.model.parameters())})
+        status = run_training(run.task(), args, folder, processes)
+        run.close()
+        for stream in run.streams:
+            print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {describe_skipped(stream.skipped)}", file=sys.stderr)
+        return status

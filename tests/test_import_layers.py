@@ -21,9 +21,9 @@ LEVELS = {
     11: "tower_pretraining llava_target metrics capacity_plots",
     12: "plots",
     13: "judge_plots tree_plots",
-    20: "pretraining text_datasets truncated_llama followers decoding.chain decoding.self_speculation decoding.static_tree decoding.dynamic_tree"
+    20: "text_datasets truncated_llama followers decoding.chain decoding.self_speculation decoding.static_tree decoding.dynamic_tree"
         " decoding.specexec decoding.hf_peers",
-    21: "tuned_llama plain_llama planted",
+    21: "pretraining tuned_llama plain_llama planted",
     30: "speculative",
     31: "judges judge_mining tuning tree_tuning",
     32: "potential tree_args",
