@@ -22,7 +22,8 @@ ARG PIP_CERT
 WORKDIR /app
 RUN useradd --create-home suite && install -d -o suite -g suite /app && install -d -m 1777 /data
 # Before the sources, so that a change to them installs nothing anew.
-COPY install_dependencies.sh requirements.txt requirements-dev.txt constraints.txt ./
+COPY install_dependencies.sh ./
+COPY requirements/ requirements/
 RUN PIP_FLAGS=--no-cache-dir ./install_dependencies.sh && rm -rf /var/lib/apt/lists/* \
     && git config --system safe.directory /app # whoever the container runs as, results name the revision
 COPY --chown=suite:suite . .

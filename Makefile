@@ -18,6 +18,9 @@ BUILD_ARGS = $(foreach name,BASE_IMAGE TORCH_VERSION TORCH_INDEX_URL PIP_INDEX_U
 OUT_FOLDER = $(abspath $(if $(filter %.jsonl,$(OUT)),$(dir $(OUT)),$(OUT)))
 DATASET_FILE = $(abspath $(wildcard $(DATASET)))
 
+# The oldest torch and libraries that requirements.txt admits, in an environment of its own.
+OLDEST := .venv-oldest
+
 # The demo's sweep, made for 2 CPU cores. See `bash run_sweep_ultrachat_two_stage.sh --help`. Word problems, because exits learn them in minutes.
 DEMO := env PYTHON=$(BIN)/python HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DEVICE=cpu SEED=0 NUM_THREADS=2 \
 	MODEL_PATH=assets/pydoc-llama-7m DATASET=arithmetic LAYERS="1 3 7" OUTPUT_DIR=runs/demo EVAL_DIR=runs/demo/evaluation \
@@ -41,14 +44,14 @@ HEADLESS ?=
 BENCH = $(BIN)/python benchmark.py --out $(OUT) $(if $(DATASET),--dataset $(DATASET)) $(if $(HEADLESS),--require_headless)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo demo-short demo-llava test check bench bench-toy smoke-hf autojudge specexec list-presets validate-configs validate-results docker-engine docker-build docker-build-gpu docker-test docker-bench clean
+.PHONY: help setup setup-gpu demo demo-short demo-llava test test-oldest test-aarch64 aarch64-wheels check bench bench-toy smoke-hf autojudge specexec list-presets validate-configs validate-results docker-engine docker-build docker-build-gpu docker-test docker-bench clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 25
 
 setup: $(VENV)/.installed ## make the .venv with the tested versions; done once
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt
+$(VENV)/.installed: $(wildcard requirements/*.txt)
 	$(INSTALL)
 
 setup-gpu: ## the same with the CUDA build of torch; needs an NVIDIA driver
@@ -69,8 +72,12 @@ demo-llava: setup ## decode behind pictures with three drafts, in under 3 minute
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
+test-oldest: ## all tests and the short demo with Python 3.12 and the oldest libraries, torch 2.6.0 under the name that NVIDIA's 25.01 gives it; downloads 3 GB once
+	bash requirements/make_oldest.sh $(OLDEST)
+	$(MAKE) test demo-short VENV=$(OLDEST)
+
 check: setup validate-configs ## lint, the rule of the import levels, and the presets
-	$(BIN)/ruff check .
+	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -q tests/test_import_layers.py
 
 bench: setup ## decoding methods side by side: DATASET (builtin, a name or a file), OUT, EXPERIMENT, HEADLESS=1

@@ -9,13 +9,15 @@ import difflib
 import importlib
 import importlib.metadata
 import platform
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TypeVar
 
-# Lowest admitted version and first excluded one; the same ranges stand in requirements.txt.
-SUPPORTED = {"python": ("3.10", "3.14"), "torch": ("2.6", "2.14"), "transformers": ("5.17", "6")}
+# Lowest admitted version and first excluded one; the same ranges stand in requirements/. A pre-release counts as its release: NVIDIA's 2.6.0a0 as 2.6.
+SUPPORTED = {"python": ("3.10", "3.14"), "torch": ("2.6", "2.16"), "transformers": ("5.17", "6")}
+NO_IMPORT = ("5.18", "5.19")  # of transformers: they fail at import beside torch 2.6 where no GPU is seen
 
 Args = TypeVar("Args")
 
@@ -40,27 +42,42 @@ def import_optional(module: str, package: str, needed_by: str) -> ModuleType:
 def version_complaint(package: str, version: str) -> str | None:
     """Why `version` of `package` is outside SUPPORTED, or None."""
     lowest, excluded = SUPPORTED[package]
-
-    def release(text: str) -> list[int]:
-        return [int("".join(filter(str.isdigit, part)) or 0) for part in text.split("+")[0].split(".")[:2]]
-
-    if release(lowest) <= release(version) < release(excluded):
+    if not _release(lowest) <= _release(version) < _release(excluded):
+        needs = f">= {lowest} and < {excluded}"
+    elif package == "transformers" and _release(version) in map(_release, NO_IMPORT):
+        needs = f"another than {' and '.join(NO_IMPORT)}"
+    else:
         return None
-    return f"{package} {version} is not supported: needs >= {lowest} and < {excluded}; run: pip install -r requirements.txt"
+    return f"{package} {version} is not supported: needs {needs}; run: pip install -r requirements.txt"
+
+
+def _release(version: str) -> list[int]:
+    """The first two numbers of a version."""
+    return [int("".join(filter(str.isdigit, part)) or 0) for part in version.split("+")[0].split(".")[:2]]
+
+
+def pair_complaint(torch: str, transformers: str, requirements: Sequence[str]) -> str | None:
+    """Why the `transformers` that has these `requirements` in its metadata doesn't take `torch`, or None. It would switch PyTorch off, and say so late or nowhere."""
+    from packaging.requirements import Requirement
+
+    for needed in map(Requirement, filter(re.compile(r"torch(?![\w.-])").match, requirements)):
+        if needed.marker.evaluate({"extra": "torch"}) and not needed.specifier.contains(torch, prereleases=True):
+            return f"transformers {transformers} needs torch{needed.specifier} and finds {torch}; run: pip install -r requirements.txt"
+    return None
 
 
 def check_versions() -> None:
-    """Exit with one line if Python, torch or transformers lies outside the supported range."""
+    """Exit with one line if Python, torch or transformers lies outside the supported range, or the two do not go together."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             _exit(f"{package} is not installed; run: pip install -r requirements.txt")
-    for package, version in versions.items():
-        complaint = version_complaint(package, version)
-        if complaint:
-            _exit(complaint)
+    complaints = [version_complaint(package, version) for package, version in versions.items()]
+    complaints.append(pair_complaint(versions["torch"], versions["transformers"], importlib.metadata.requires("transformers") or ()))
+    for complaint in filter(None, complaints):
+        _exit(complaint)
 
 
 def _exit(message: str) -> None:

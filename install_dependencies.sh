@@ -4,12 +4,12 @@
 #
 #   ./install_dependencies.sh                  # .venv with the CPU build of torch
 #   ./install_dependencies.sh --gpu            # with the CUDA build
-#   ./install_dependencies.sh --keep_torch     # in an NVIDIA container: with the container's own torch
+#   ./install_dependencies.sh --keep_torch     # in an NVIDIA container: with the container's own torch (docs/gpu.md)
 #
 # Flags:
 #   --gpu               install the CUDA build of torch; needs an NVIDIA driver
 #   --gpu_later         the same without a driver: for an image, which meets its driver when it runs
-#   --keep_torch        install no torch: the virtual environment sees the packages of the system's Python, and its torch stays
+#   --keep_torch        install no torch: the virtual environment sees the packages of python3, and its torch and numpy stay
 #   --venv PATH         the virtual environment (default: .venv beside this script)
 #   --allow_eol_ubuntu  go on with a release of Ubuntu, or Debian, that gets no more updates
 #   --help
@@ -20,8 +20,9 @@
 # Settings (environment variables):
 #   SYSTEM_PYTHON    makes the virtual environment (default: python3.11, else another from 3.10 to 3.13)
 #   PIP_FLAGS        for every pip install
-#   TORCH_VERSION    (default: that of constraints.txt)
+#   TORCH_VERSION    (default: that of requirements/constraints.txt)
 #   TORCH_INDEX_URL  an index with builds of torch, asked beside pip's own
+#   PIP_CONSTRAINT   as pip reads it; NVIDIA's containers set it, and it is followed as far as it leaves a choice
 #   OS_RELEASE       names the release of this system (default: /etc/os-release)
 set -euo pipefail
 
@@ -30,9 +31,11 @@ readonly PYTHONS=(3.11 3.12 3.13 3.10) # the tested one first
 readonly PROBE='
 import importlib.metadata, importlib.util, os, sys, sysconfig
 have = ["%d.%d" % sys.version_info[:2]]
-have += ["venv"] if importlib.util.find_spec("ensurepip") else []
+have += [word for word, module in (("venv", "ensurepip"), ("pip", "pip")) if importlib.util.find_spec(module)]
 have += ["headers"] if os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")) else []
-have += ["torch==" + found.version for found in importlib.metadata.distributions(name="torch")][:1]
+for name in ("torch", "numpy"):
+    have += [name + "==" + found.version for found in importlib.metadata.distributions(name=name)][:1]
+have += ["packages=" + sysconfig.get_path("purelib")] if sys.prefix != sys.base_prefix else [] # it is a virtual environment itself
 print(*have)'
 
 main() {
@@ -55,7 +58,7 @@ main() {
   make_venv
   fill_venv
   ingredients >"$venv/.installed"
-  say "$venv has $torch and the suite's other packages"
+  say "$(chosen)"
 }
 
 parse_flags() {
@@ -122,7 +125,7 @@ install_packages() {
     find_missing
   fi
   [[ -n $python ]] || fail "there is no Python from 3.10 to 3.13; install one with its venv module, and name it by SYSTEM_PYTHON"
-  [[ $python_has == *" venv"* ]] || fail "$python makes no virtual environments; as root: apt-get install python${python_has%% *}-venv"
+  can_make_venv || fail "$python makes no virtual environments; as root: apt-get install python${python_has%% *}-venv"
   ((${#packages[@]} == 0)) || echo "warning: going on without ${packages[*]}, which apt-get would install for root" >&2
 }
 
@@ -136,8 +139,13 @@ find_missing() {
   [[ -e /etc/ssl/certs/ca-certificates.crt ]] || packages+=(ca-certificates) # for downloads from the hub
   find_python
   [[ -n $python ]] || return 0
-  [[ $python_has == *" venv"* ]] || packages+=("python${python_has%% *}-venv")
+  can_make_venv || packages+=("python${python_has%% *}-venv")
   [[ $python_has == *" headers"* ]] || packages+=("python${python_has%% *}-dev") # torch.compile compiles against them
+}
+
+# A virtual environment that sees python3's packages takes its pip from there, too.
+can_make_venv() {
+  [[ $python_has == *" venv"* || ($kind == own && $python_has == *" pip"*) ]]
 }
 
 # Sets `python` to the first that will do and `python_has` to what it has, or both to nothing.
@@ -167,7 +175,7 @@ apt_python() {
 
 # Sets `torch` to what pip is to install, or to what the system's Python has.
 choose_torch() {
-  torch=torch==${TORCH_VERSION:-$(sed -n 's/^torch==//p' constraints.txt)}
+  torch=torch==${TORCH_VERSION:-$(sed -n 's/^torch==//p' requirements/constraints.txt)}
   case $kind in
     cpu) # pip's own index has CUDA builds for Linux, which bring gigabytes of CUDA packages
       [[ $(uname -s) != Linux || $torch == *+* ]] || torch+=+cpu
@@ -175,14 +183,41 @@ choose_torch() {
       ;;
     own)
       [[ $python_has == *torch==* ]] || fail "--keep_torch: $python has no torch; leave the flag out, or give --gpu"
-      torch=torch==${python_has##*torch==}
+      torch=$(version_of torch)
+      check_range
       ;;
   esac
 }
 
+# The word "NAME==VERSION" of what the Python has, or nothing.
+version_of() {
+  local word
+  for word in $python_has; do
+    [[ $word != "$1"==* ]] || echo "$word"
+  done
+}
+
+# Python's own torch has to lie in the range of requirements/common.txt.
+check_range() {
+  local range lowest excluded
+  range=$(sed -n 's/^torch>=//p' requirements/common.txt)
+  lowest=${range%,<*} excluded=${range#*,<}
+  (($(release "${torch#*==}") >= $(release "$lowest"))) ||
+    fail "--keep_torch: $torch of $python is too old: needs $lowest or newer; take a newer container (NVIDIA's from 24.11 on), or leave the flag out and give --gpu"
+  (($(release "${torch#*==}") < $(release "$excluded"))) ||
+    fail "--keep_torch: $torch of $python is too new: tested below $excluded; take an older container, or leave the flag out and give --gpu"
+}
+
+# The first two numbers of a version as one that can be compared: 2.6.0a0 is 2006.
+release() {
+  local major minor
+  IFS=. read -r major minor _ <<<"$1"
+  echo $((major * 1000 + minor))
+}
+
 # What the virtual environment is made of, in a line; its file .installed holds that of the last installation.
 ingredients() {
-  echo "$kind python${python_has%% *} $torch $(cat requirements.txt requirements-dev.txt constraints.txt | cksum)"
+  echo "$kind python${python_has%% *} $torch $(cat requirements/{common,newest,dev,constraints}.txt | cksum)"
 }
 
 make_venv() {
@@ -196,7 +231,11 @@ make_venv() {
     make+=(--clear)
   fi
   [[ $kind != own ]] || make+=(--system-site-packages)
+  [[ $kind != own || $python_has != *" pip"* ]] || make+=(--without-pip)
   "${make[@]}" "$venv"
+  if [[ $kind == own && $python_has == *" packages="* ]]; then
+    echo "${python_has##* packages=}" >"$venv/lib/python${python_has%% *}/site-packages/keep_torch.pth"
+  fi
   rm -f "$venv/.installed" # until all is in place
 }
 
@@ -208,14 +247,28 @@ fill_venv() {
   if [[ $kind != own ]]; then
     "$venv/bin/python" "${install[@]}" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} "$torch" || torch_by_uv
   fi
-  "$venv/bin/python" "${install[@]}" -r requirements-dev.txt
+  install_suite || without_container_constraints
   check_torch
 }
 
+install_suite() {
+  "$venv/bin/python" "${install[@]}" -r requirements/newest.txt -r requirements/dev.txt
+}
+
+# A container pins all that it brings, at times lower than the suite's packages need. The virtual environment is not the
+# container's: newer versions in it replace nothing outside, and what is compiled against each other (torch, numpy) is held.
+without_container_constraints() {
+  [[ $kind == own && -n ${PIP_CONSTRAINT:-} ]] || exit 1
+  say "PIP_CONSTRAINT=$PIP_CONSTRAINT leaves pip no choice: trying without it, in $venv alone, with $(constrain | tr '\n' ' ')held"
+  PIP_CONSTRAINT='' install_suite
+}
+
 # Exactly the torch that was chosen, so that no other build can take its place, and the tested versions. Those need Python
-# 3.11, and may not fit what a container brings: there the ranges of requirements.txt decide.
+# 3.11, and may not fit what a container brings: there the ranges decide, and of the container's numpy, with which its torch
+# exchanges arrays, no other version may take the place.
 constrain() {
-  [[ $kind == own || $python_has == 3.10* ]] || sed '/^torch==/d' constraints.txt
+  [[ $kind == own || $python_has == 3.10* ]] || sed '/^torch==/d' requirements/constraints.txt
+  [[ $kind != own ]] || version_of numpy
   echo "$torch"
 }
 
@@ -226,17 +279,35 @@ torch_by_uv() {
   VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --torch-backend=cpu "$torch"
 }
 
+# What pip made has to work: torch is the one that was chosen, and transformers takes it. Otherwise it would switch PyTorch off.
 check_torch() {
+  local problem
   case $kind in
     cuda)
       "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
         fail "pip found a build of torch without CUDA; name another index by TORCH_INDEX_URL, e.g. https://download.pytorch.org/whl/cu130"
       ;;
     own)
-      [[ $("$venv/bin/python" -c "$PROBE") == *" $torch" ]] ||
-        fail "$venv does not see $torch of $python; give the Python that it is installed for by SYSTEM_PYTHON, not a virtual environment's"
+      [[ " $("$venv/bin/python" -c "$PROBE") " == *" $torch "* ]] ||
+        fail "$venv does not see $torch of $python; give the Python that it is installed for by SYSTEM_PYTHON"
       ;;
   esac
+  problem=$("$venv/bin/python" -c 'from transformers.models.llama.modeling_llama import LlamaForCausalLM' 2>&1) ||
+    fail "$torch and transformers $(transformers_version) do not work together: ${problem##*$'\n'}"
+}
+
+transformers_version() {
+  "$venv/bin/python" -c 'import importlib.metadata; print(importlib.metadata.version("transformers"))'
+}
+
+# One line: what stands in the virtual environment, and why.
+chosen() {
+  local why='the tested versions'
+  case $kind in
+    own) why="the torch is $python's own, and this transformers is the newest that takes it" ;;
+    *) [[ $python_has != 3.10* ]] || why='this transformers is the newest that takes this torch' ;;
+  esac
+  echo "$venv has $torch and transformers $(transformers_version): $why"
 }
 
 main "$@"

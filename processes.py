@@ -9,6 +9,8 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # FSDP asks for it, and torch 2.6 has it for GPUs alone
+
 
 class Processes:
     """This process among the `count` that train together. All methods but the properties must be called by all of them, in the same order."""

@@ -38,7 +38,7 @@ from data_utils import EncodeOptions, LossOn, PaddedBatches, Prefetched, encode_
 from llava_target import LlavaTarget, is_llava, load_llama_or_llava, text_config
 from losses import LOSS_TYPES
 from metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
-from processes import Processes
+from processes import SHARDS_ON_CPU, Processes
 from results import file_hash, make_output_dir, read_config, record_run
 from row_files import ExampleStream, MixedStream, describe_skipped
 from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, tokenizer_hash, weights_hash
@@ -321,6 +321,8 @@ def main() -> int:
     processes = Processes(args.resolve()[0])
     if processes.shards_target and args.teacher_cache is not None:
         raise UserError(f"--teacher_cache {args.teacher_cache}: the processes that share a target must all run all of its blocks; leave it out with --use_fsdp")
+    if processes.shards_target and processes.device.type == "cpu" and not SHARDS_ON_CPU:
+        raise UserError(f"--use_fsdp: torch {torch.__version__} shares no model out on the CPU; take torch 2.7 or later, or a GPU, or launch without it")
     if processes.shards_target and is_llava(args.model_path):
         raise UserError(f"--use_fsdp: {args.model_path} is a LLaVA, which is trained whole on each GPU; launch without it")
     with only_writer(folder) if processes.is_main else nullcontext():

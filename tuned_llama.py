@@ -65,7 +65,7 @@ class TunedLlama(nn.Module):
         self._blocks, self._grade = tuple(target.model.layers), grade
         if compiled:
             self._blocks, self._grade = tuple(torch.compile(block, dynamic=True) for block in self._blocks), torch.compile(grade, dynamic=True)
-            torch._dynamo.config.recompile_limit = 4 * len(LOSS_TYPES)  # the loss once for each objective, with and without a trimmed vocabulary
+            torch._dynamo.config.cache_size_limit = 4 * len(LOSS_TYPES)  # recompilations: the loss once for each objective, with and without a trimmed vocabulary
 
     @property
     def target(self) -> LlamaForCausalLM:

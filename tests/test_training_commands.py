@@ -33,6 +33,7 @@ import train
 import training_loop
 import truncated_llama
 from arithmetic_dataset import make_problem
+from processes import SHARDS_ON_CPU
 from results import read_csv_log
 from row_files import MixedStream
 from speculative import Generation
@@ -295,13 +296,15 @@ def test_two_processes_are_one_with_twice_the_batch(train_here, start_there, tmp
              "grad_accumulate_steps": 2, "eval_every_steps": 3}
     pair = [*start_there(2, tmp_path / "run-pair", **flags), *start_there(2, tmp_path / "run-parts", {"ACCELERATE_USE_FSDP": "true"}, **flags)]
     assert train_here(tmp_path / "one", batch_size=4, **flags) == 0
-    assert statuses(pair) == [0] * 4
+    assert statuses(pair) == [0, 0, *([0, 0] if SHARDS_ON_CPU else [2, 2])]
     folders = [path.parent for path in tmp_path.glob("one/*/final_checkpoint.txt")]
     assert len(folders) == 6
     for folder in folders:
         assert log_of(folder)["tokens"].dropna().nunique() > 1
         check_same(tmp_path / "run-pair" / folder.name, folder, 1e-4)
-        check_same(tmp_path / "run-parts" / folder.name, tmp_path / "run-pair" / folder.name)
+        if SHARDS_ON_CPU:
+            check_same(tmp_path / "run-parts" / folder.name, tmp_path / "run-pair" / folder.name)
+    assert SHARDS_ON_CPU or "shares no model out on the CPU; take torch 2.7 or later" in (tmp_path / "run-parts.0").read_text()
     assert ".safetensors" in (tmp_path / "run-pair.0").read_text() and ".safetensors" not in (tmp_path / "run-pair.1").read_text()
 
 
