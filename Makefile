@@ -76,6 +76,12 @@ test-oldest: ## all tests and the short demo with Python 3.12 and the oldest lib
 	bash requirements/make_oldest.sh $(OLDEST)
 	$(MAKE) test demo-short VENV=$(OLDEST)
 
+test-aarch64: setup ## the tests of the C++ for a GH200's CPU, under qemu-user; needs qemu-user and g++-aarch64-linux-gnu
+	bash tests/aarch64.sh
+
+aarch64-wheels: setup ## list the wheels that a GH200 gets: docs/aarch64-wheels.txt
+	bash requirements/aarch64_wheels.sh > docs/aarch64-wheels.txt
+
 check: setup validate-configs ## lint, the rule of the import levels, and the presets
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -q tests/test_import_layers.py

@@ -12,6 +12,11 @@ from torch.distributed.fsdp import fully_shard
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # FSDP asks for it, and torch 2.6 has it for GPUs alone
 
 
+def shards_target() -> bool:
+    """Whether `accelerate launch --use_fsdp` asks several processes to share the target."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 class Processes:
     """This process among the `count` that train together. All methods but the properties must be called by all of them, in the same order."""
 
@@ -27,11 +32,6 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the one that writes."""
         return self.rank == 0
-
-    @property
-    def shards_target(self) -> bool:
-        """Whether `accelerate launch --use_fsdp` asked for it."""
-        return self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
     def place(self, target: nn.Module, exits: list[nn.Module]) -> None:
         """Move a Llama that was loaded on the CPU here, its blocks a part in each process, and the exits, whole.

@@ -152,8 +152,8 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in the suite's folder, or None outside a checkout."""
-    return _output_of(["git", "-C", str(Path(__file__).parent), *arguments])
+    """Output of a git command in the suite's folder, or None outside a checkout. Whoever owns it: in a container root works in a user's folder."""
+    return _output_of(["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent), *arguments])
 
 
 def _driver_version() -> str | None:

@@ -72,7 +72,7 @@ class DeviceArgs:
 
     def _check_flash_attention(self) -> None:
         if importlib.util.find_spec("flash_attn") is None:
-            raise UserError("--attn_implementation flash_attention_2: the flash-attn package is not installed; use sdpa, or pip install flash-attn")
+            raise UserError("--attn_implementation flash_attention_2: the flash-attn package is not installed; use sdpa, or pip install flash-attn (PyPI has no wheels of it, so it compiles; NVIDIA's containers bring it)")
         device, dtype, _ = self.resolve()
         if device.type != "cuda" or dtype != torch.bfloat16:
             raise UserError("--attn_implementation flash_attention_2 needs cuda and bf16; use sdpa")

@@ -38,7 +38,7 @@ from data_utils import EncodeOptions, LossOn, PaddedBatches, Prefetched, encode_
 from llava_target import LlavaTarget, is_llava, load_llama_or_llava, text_config
 from losses import LOSS_TYPES
 from metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
-from processes import SHARDS_ON_CPU, Processes
+from processes import SHARDS_ON_CPU, Processes, shards_target
 from results import file_hash, make_output_dir, read_config, record_run
 from row_files import ExampleStream, MixedStream, describe_skipped
 from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, tokenizer_hash, weights_hash
@@ -205,7 +205,7 @@ class Distillation:
         vocabularies = {} if args.checkpoint_path else {size: self._frequent_tokens(size) for size in {kind.draft_vocab for kind in args.exit_kinds()} - {None}}
         started = [starting_exit(variant, args, target, vocabularies.get(variant.kind.draft_vocab)) for variant in self.variants.values()]
         exits = [exit_ for exit_, _ in started]
-        if processes.shards_target:
+        if shards_target():
             processes.place(target.model, exits)
         self.learners = [self._learner(name, variant, *start, folder) for (name, variant), start in zip(self.variants.items(), started, strict=True)]
         self.model = TunedLlama(target.model, exits, args.torch_compile, self._teacher_cache())
@@ -314,17 +314,24 @@ def on_the_cpu(args: Args) -> Args:
     return replace(args, device="cpu", torch_dtype=next(name for name, known in DTYPES.items() if known == dtype))
 
 
+def check_sharing(args: Args, device: torch.device) -> None:
+    """Raise UserError where processes cannot share the target; before they meet, as one that has left breaks the others off with a traceback."""
+    if args.teacher_cache is not None:
+        raise UserError(f"--teacher_cache {args.teacher_cache}: the processes that share a target must all run all of its blocks; leave it out with --use_fsdp")
+    if device.type == "cpu" and not SHARDS_ON_CPU:
+        raise UserError(f"--use_fsdp: torch {torch.__version__} shares no model out on the CPU; take torch 2.7 or later, or a GPU, or launch without it")
+    if is_llava(args.model_path):
+        raise UserError(f"--use_fsdp: {args.model_path} is a LLaVA, which is trained whole on each GPU; launch without it")
+
+
 def main() -> int:
     args = parse_args(Args)
     args.check()
     folder = make_output_dir(args.output_dir)
-    processes = Processes(args.resolve()[0])
-    if processes.shards_target and args.teacher_cache is not None:
-        raise UserError(f"--teacher_cache {args.teacher_cache}: the processes that share a target must all run all of its blocks; leave it out with --use_fsdp")
-    if processes.shards_target and processes.device.type == "cpu" and not SHARDS_ON_CPU:
-        raise UserError(f"--use_fsdp: torch {torch.__version__} shares no model out on the CPU; take torch 2.7 or later, or a GPU, or launch without it")
-    if processes.shards_target and is_llava(args.model_path):
-        raise UserError(f"--use_fsdp: {args.model_path} is a LLaVA, which is trained whole on each GPU; launch without it")
+    device, _, _ = args.resolve()
+    if shards_target():
+        check_sharing(args, device)
+    processes = Processes(device)
     with only_writer(folder) if processes.is_main else nullcontext():
         return train(args, folder, processes)
 
@@ -336,7 +343,7 @@ def train(args: Args, folder: Path, processes: Processes) -> int:
     if print_if_finished(folder):
         return 0
     streams = {split: open_mixture(args.dataset, args.mix, split, args.dataset_path, args.seed) for split in ("train", "validation")}
-    target = load_llama_or_llava(args.model_path, on_the_cpu(args) if processes.shards_target else args, args.image_dir and Path(args.image_dir))
+    target = load_llama_or_llava(args.model_path, on_the_cpu(args) if shards_target() else args, args.image_dir and Path(args.image_dir))
     facts = {**start, "data": fingerprint(streams["train"]), "target_hash": weights_hash(target.model)}
     check_same_run(folder, args, facts)
     distillation = Distillation(args, target, streams, folder, processes)

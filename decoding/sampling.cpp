@@ -211,9 +211,10 @@ constexpr float LEAST_EXPONENTIAL = 3e-8f;  // what −log(u) is where u rounds 
 extern "C" void gumbel_children(
     const float* logits, int64_t rows, int64_t n, float sharpness, float weight, const Noise* noise, const Places* places, const uint64_t* positions,
     const int64_t* ids, int64_t count, int64_t* tokens, double* values) {
-    static thread_local std::vector<float> gumbel, scores;
+    static thread_local std::vector<float> gumbel, scores, shares;
     gumbel.assign(n, 0.0f);
     scores.resize(n);
+    shares.resize(n);
     for (int64_t row = 0; row < rows; row++) {
         if (weight > 0 && (row == 0 || positions[row] != positions[row - 1])) {
             const uint64_t key = places->key(noise->of(0), positions[row]);
@@ -224,8 +225,9 @@ extern "C" void gumbel_children(
         for (int64_t i = 0; i < n; i++) scores[i] = sharpness * logits[row * n + i] + weight * gumbel[i];
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < n; i++) most = scores[i] > most ? scores[i] : most;
+        for (int64_t i = 0; i < n; i++) shares[i] = std::exp(scores[i] - most);  // apart: GCC 12 sums wrong where it calls inside a reduction, with SVE
 #pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < n; i++) total += std::exp(scores[i] - most);
+        for (int64_t i = 0; i < n; i++) total += shares[i];
         std::vector<Candidate> best;
         for (int64_t i = 0; i < n; i++) {
             if (int64_t(best.size()) == count && scores[i] <= best.back().score) continue;

@@ -5,6 +5,7 @@ The versions are those of 25.01 and of the index on a day of 2026; pip and the v
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -12,8 +13,6 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
-
-import pip
 
 ROOT = Path(__file__).parent.parent
 NGC_25_01 = "2.6.0a0+ecf3bae40a.nv25.1"  # as its metadata have it; torch.__version__ ends in nv25.01
@@ -80,7 +79,7 @@ class Image:
         self.packages.mkdir(parents=True)
         for name, version in {"torch": torch, **PINS}.items():
             self.add(name, version)
-        (self.packages / "pip").symlink_to(Path(pip.__file__).parent)
+        (self.packages / "pip").symlink_to(importlib.metadata.distribution("pip").locate_file("pip"))  # imported, it would keep setuptools from its work
         (folder / "constraint.txt").write_text("".join(f"{name}=={version}\n" for name, version in {**PINS, **(pins or {})}.items()))
         stubs = folder / "bin"
         stubs.mkdir()

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import command_line
 
@@ -17,9 +19,10 @@ import plots
 import pretrain_draft_model
 import prove
 import train
-from results import read_csv_log
+from results import environment, read_csv_log
 from toy_models import tiny_llama
 
+ROOT = Path(__file__).parent.parent
 EVALUATION = ["--quality_datasets", "arithmetic", "--quality_max_batches", "2", "--spec_num_prompts", "3", "--spec_prompt_length", "8",
               "--spec_max_new_tokens", "12", "--fit_prompts", "4", "--max_length", "64", "--gamma", "2", "--num_threads", "1"]
 
@@ -210,6 +213,14 @@ def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, 
     monkeypatch.setattr(drafting, "verify_chain", lambda v, p, q, drafted, noise, positions, ids: exact(v, p, q, drafted, noise, positions + 1, ids))
     assert run_main(prove, [*command, "--out_dir", tmp_path / "bug"], monkeypatch) == 1
     assert "FAIL  coupled" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="no checkout")
+def test_revision_is_found_in_somebody_elses_folder(monkeypatch):
+    """As root's container finds a user's: git refuses to look into it unless told."""
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    found = environment()
+    assert re.fullmatch(r"[0-9a-f]{40}", found["git_sha"]) and found["git_dirty"] in (True, False)
 
 
 @pytest.mark.parametrize(
