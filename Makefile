@@ -22,7 +22,8 @@ DATASET_FILE = $(abspath $(wildcard $(DATASET)))
 OLDEST := .venv-oldest
 
 # The demo's sweep, made for 2 CPU cores. See `bash run_sweep_ultrachat_two_stage.sh --help`. Word problems, because exits learn them in minutes.
-DEMO := env PYTHON=$(BIN)/python HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DEVICE=cpu SEED=0 NUM_THREADS=2 \
+DEMO_DEVICE ?= cpu
+DEMO := env PYTHON=$(BIN)/python HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DEVICE=$(DEMO_DEVICE) SEED=0 NUM_THREADS=2 \
 	MODEL_PATH=assets/pydoc-llama-7m DATASET=arithmetic LAYERS="1 3 7" OUTPUT_DIR=runs/demo EVAL_DIR=runs/demo/evaluation \
 	MAX_STEPS_HEAD=100   LR_HEAD=3e-3   LR_SCHEDULE_HEAD=cosine   BATCH_SIZE_HEAD=8   GRAD_ACCUM_HEAD=1 \
 	MAX_STEPS_FTLAST=300 LR_FTLAST=3e-3 LR_SCHEDULE_FTLAST=cosine BATCH_SIZE_FTLAST=8 GRAD_ACCUM_FTLAST=1 DRAFT_VOCAB=1024 \

@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly ROOT=$PWD/.cache/aarch64
 readonly PLATFORMS=(manylinux_2_{17,24,26,27,28}_aarch64 manylinux2014_aarch64)
-readonly TESTS=(tests/test_native.py tests/test_static_llama.py -k "native or same_bits or number_of_threads or logits_are_transformers or every_width or bf16_is")
+readonly TESTS=(tests/test_native.py tests/test_static_llama.py -k "native or same_bits or number_of_threads or logits_are_transformers or every_width")
 
 main() {
   local command core words=("$@")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import speculative
@@ -148,14 +148,15 @@ def test_dynamic_ntk_beyond_its_length_is_transformers_stepwise(path, prompt_len
 
 @pytest.mark.parametrize("name", ["gqa, tied, llama3", "mha", "untied", "biases", "odd vocabulary"])
 def test_bf16_is_as_near_to_fp32_as_transformers_is(name, path):
-    """Root mean square of the error of all logits, at most 1.1 times that of transformers' own bf16 pass."""
-    exact = llama(name)
+    """Root mean square of the error of all logits, at most 1.1 times that of transformers' own bf16 passes of the same widths: torch's narrow ones are less exact on some CPUs."""
+    exact, widths = llama(name), [1, 30, 2, 9, 1, 1, 5]
     text, model = random_text(120, exact.config.vocab_size), llama(name).bfloat16()
     with torch.inference_mode():
-        wanted = exact.bfloat16().float()(text).logits
-        found = pass_logits(StaticLlama(model, 120), text, [1, 30, 2, 9, 1, 1, 5])
-        error, usual = ((logits.float() - wanted).square().mean().sqrt() for logits in (found, model(text).logits))
-    assert error < 1.1 * usual
+        wanted, cache = exact.bfloat16().float()(text).logits, DynamicCache(config=model.config)
+        found = pass_logits(StaticLlama(model, 120), text, widths)
+        usual = torch.cat([model(piece, past_key_values=cache).logits for piece in text.split([*widths, 120 - sum(widths)], 1)], 1)
+        error, usual_error = ((logits.float() - wanted).square().mean().sqrt() for logits in (found, usual))
+    assert error < 1.1 * usual_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
