@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from data_utils import encode_example
 from followers import NO_FOLLOWER, Followers, count_followers, save_followers
 from results import make_output_dir
-from row_files import ExampleStream, describe_skipped
+from row_files import ExampleStream, check_learnable, describe_skipped
 from target_model import EMBEDDED_TARGET, load_config, load_tokenizer, tokenizer_hash
 from text_datasets import find_dataset, fingerprint, open_stream
 
@@ -54,8 +54,7 @@ class Args:
             raise UserError(f"--out {self.out}: must end in .safetensors")
         if Path(self.out).exists():
             raise UserError(f"{self.out} exists already and is not written over; choose another --out")
-        if not find_dataset(self.dataset).cut:
-            raise UserError(f"--dataset {self.dataset}: its train split holds the prompts that are measured with; choose another data set")
+        check_learnable(find_dataset(self.dataset))
         load_config(self.model_path)
 
 

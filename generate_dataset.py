@@ -39,7 +39,7 @@ from data_utils import BUCKET_BATCHES, encode_example, encode_prompt
 from decoding.sampling import SamplingPolicy
 from decoding.static_llama import why_unsupported
 from results import make_output_dir, read_config, record_run, write_json
-from row_files import ExampleStream, SkipRow, describe_skipped, read_rows
+from row_files import ExampleStream, SkipRow, check_learnable, describe_skipped, read_rows
 from speculative import DecodeOptions, context_length, generate_batch
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, weights_hash
 from text_datasets import find_dataset, fingerprint, open_stream
@@ -78,8 +78,8 @@ class Args(DeviceArgs):
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: must not be negative")
         self.policy()
-        if self.split == "train" and not find_dataset(self.dataset).cut:
-            raise UserError(f"--dataset {self.dataset}: its train split holds the prompts that are measured with; choose another data set, or --split test")
+        if self.split == "train":
+            check_learnable(find_dataset(self.dataset))
         context = context_length(load_config(self.model_path))
         if self.max_new_tokens >= context:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: the context of {self.model_path} is {context}, prompt included; lower it")

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from data_utils import EncodeOptions, PackedBatches, encode_prompt
 from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
 from results import read_config
+from row_files import check_learnable
 from target_model import DeviceArgs, load_config, load_tokenizer
 from text_datasets import find_dataset, open_stream
 from training_loop import Learner, TrainingArgs, TrainingTask
@@ -74,7 +75,7 @@ class Args(TrainingArgs, DeviceArgs):
         if self.dataset_path is not None and len(self.dataset) > 1:
             raise UserError("--dataset_path goes with one --dataset")
         for name in self.dataset:
-            find_dataset(name)
+            check_learnable(find_dataset(name))
         if self.init == "scratch":
             self._check_shape()
 

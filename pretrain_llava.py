@@ -34,6 +34,7 @@ from image_inputs import IMAGE_TOKEN, ImageInputs
 from llava_target import load_chat_tokenizer, load_image_processor, load_llava_config
 from losses import learned_rows, learned_tokens
 from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
+from row_files import check_learnable
 from shapes_dataset import QUESTION, names_all
 from target_model import DeviceArgs
 from text_datasets import find_dataset, open_stream
@@ -85,7 +86,7 @@ class Args(TrainingArgs, DeviceArgs):
             raise UserError(f"--learning_rate {self.learning_rate}: must be positive")
         if [self.init_from, self.tokenizer_path, self.train_tokenizer_size].count(None) != 2:
             raise UserError("give one of --train_tokenizer_size 512, --tokenizer_path LLAVA and --init_from LLAVA")
-        find_dataset(self.dataset)
+        check_learnable(find_dataset(self.dataset))
         if self.image_dir is not None and not Path(self.image_dir).is_dir():
             raise UserError(f"--image_dir {self.image_dir}: no such folder; give the one with the images")
         if self.init_from is None:

@@ -18,8 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from command_line import UserError, first_line, import_optional
 
@@ -31,7 +33,13 @@ ROLES = ("system", "user", "assistant")
 HELD_OUT_PERCENT = {"test": 2, "validation": 2}  # where a hash decides the split
 FILE_SHARE = {"train": 0.9, "validation": 0.05, "test": 0.05}  # where local files are cut
 FILE_PREFIXES = {"train": ("train",), "validation": ("val", "dev"), "test": ("test",)}
+KEPT_IN = ("test", "validation", "train")  # what stands in several splits stays in the first of these
 NOT_DATA = {"dataset_info.json", "state.json"}  # beside the Arrow files of `Dataset.save_to_disk`
+MAPPED = "cache-"  # begins the names of the Arrow files in which `Dataset.map` keeps its results, beside the data
+NO_TEXT = {  # how a file begins that is no JSON, whatever its name says: (what it is, what makes text of it)
+    b"\x1f\x8b": ("gzip", "unpack it with: gunzip"), b"\x28\xb5\x2f\xfd": ("zstd", "unpack it with: zstd -d"), b"PK\x03\x04": ("zip", "unpack it with: unzip"),
+    b"\xff\xfe": ("UTF-16", "convert it with: iconv -f utf-16 -t utf-8"), b"\xfe\xff": ("UTF-16", "convert it with: iconv -f utf-16 -t utf-8"),
+}
 SHUFFLE_BUFFER = 2_000  # rows of a hub stream, drawn from up to ten of its files at a time
 HUB_TIMEOUT_SEC = 10
 
@@ -88,7 +96,7 @@ class ExampleStream:
     def __init__(self, dataset: TextDataset, rows: Sequence[dict], seed: int, shuffle: bool = True) -> None:
         self.dataset, self.rows, self.seed, self.shuffle = dataset, rows, seed, shuffle
         self.position = {"epoch": 0, "row": 0}
-        self.skipped: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter(getattr(rows, "left_out", None))
         self.quiet = False
 
     @property
@@ -199,7 +207,18 @@ class MixedStream:
 def _parse(dataset: TextDataset, row: object) -> dict:
     if not isinstance(row, dict):
         raise SkipRow("that are not objects")
-    return dataset.parse(row)
+    example = dataset.parse(row)
+    try:
+        "".join(_texts_of(example)).encode()
+    except UnicodeEncodeError:
+        raise SkipRow("with half a character (a lone surrogate)") from None
+    return example
+
+
+def _texts_of(example: dict) -> Iterator[str]:
+    """The texts of an example, which a tokenizer will get."""
+    yield example.get("text", "")
+    yield from (message["content"] for message in example.get("messages", ()))
 
 
 def describe_skipped(skipped: Counter[str]) -> str:
@@ -289,17 +308,26 @@ def _user_first(messages: list[dict]) -> list[dict]:
 def open_rows(dataset: TextDataset, split: str, path: str | None = None) -> Sequence[dict]:
     """Rows of `split`: from the files at `path` (a file, folder or glob) where given, else from the data set's own place.
 
-    A local file whose name begins with a split (`train*`, `val*` or `dev*`, `test*`) is that split. The splits that
-    have no file of their own are cut from the train files, or from files without such names, by FILE_SHARE; so
-    training rows are never held-out rows. Raises UserError with the remedy.
+    A local file whose name begins with a split (`train*`, `val*` or `dev*`, `test*`) is that split, and so is a split of a saved
+    `DatasetDict`. The splits that have no file of their own are cut from the train files, or from files without such names, by
+    FILE_SHARE. What stands in several splits, as where a file was copied, stays in the first of KEPT_IN; so training rows are never
+    held-out rows. Raises UserError with the remedy, also for a train split of what is only measured with.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if split == "train":
+        check_learnable(dataset)
     if path is not None:
         return _split_of_files(dataset, split, path)
     if dataset.make_rows is not None:
         return dataset.make_rows(split)
     return _hub_rows(dataset, split)
+
+
+def check_learnable(dataset: TextDataset) -> None:
+    """Raise UserError for prompts that are measured with: nothing is learned from them, nor fitted to them."""
+    if not dataset.cut:
+        raise UserError(f"--dataset {dataset.name}: its prompts are measured with, and nothing is learned from them; choose another data set")
 
 
 def _hub_rows(dataset: TextDataset, split: str) -> Sequence[dict]:
@@ -350,22 +378,60 @@ def _how_to_enter(dataset: TextDataset) -> str:
     )
 
 
-def _split_of_files(dataset: TextDataset, split: str, path: str) -> list:
+class LocalRows(list):
+    """Rows of local files, without those `left_out`, which are counted by reason."""
+
+    left_out: Counter[str]
+
+
+def _split_of_files(dataset: TextDataset, split: str, path: str) -> LocalRows:
     files = _data_files(path)
-    named = {name: [file for file in files if file.stem.startswith(FILE_PREFIXES[name])] for name in SPLITS}
-    unnamed = [file for file in files if not any(file in group for group in named.values())]
     if not dataset.cut:
-        rows = _read_all(dataset, files)
-    elif unnamed and len(unnamed) < len(files):
-        raise UserError(f"--dataset_path {path}: some files are named by split, but {unnamed[0].name} is not; rename it, or give a glob without it")
-    elif split != "train" and named[split]:
-        rows = _read_all(dataset, named[split])
+        rows = LocalRows(_read_all(dataset, files))
     else:
-        rows = _read_all(dataset, unnamed or named["train"])
-        rows = rows[_share_slice(split, [name for name in SPLITS if name == "train" or not named[name]], len(rows))]
+        rows = _without_held_out(dataset, split, _rows_by_split(dataset, files, path))
     if not rows:
-        raise UserError(f"--dataset_path {path}: no rows for the {split} split; give a larger file, or one named {split}.jsonl beside it")
+        others = tuple(prefix for name in SPLITS if name != split for prefix in FILE_PREFIXES[name])
+        elsewhere = all(file.name.startswith(others) for file in files)
+        remedy = f"its files are named as another split's; rename them, or put {split}.jsonl beside them" if elsewhere else f"give more rows, or put {split}.jsonl beside them"
+        raise UserError(f"--dataset_path {path}: no rows for the {split} split; {remedy}")
     return rows
+
+
+def _rows_by_split(dataset: TextDataset, files: list[DataFile], path: str) -> Callable[[str], list]:
+    """split → its rows, which may stand in other splits, too. A file is read once."""
+    named = {name: [file for file in files if file.name.startswith(FILE_PREFIXES[name])] for name in SPLITS}
+    unnamed = [file for file in files if not any(file in group for group in named.values())]
+    if unnamed and len(unnamed) < len(files):
+        raise UserError(f"--dataset_path {path}: some files are named by split, but {unnamed[0].path.name} is not; rename it, or give a glob without it")
+    whole = cache(lambda: _read_all(dataset, unnamed or named["train"]))
+    cut = [name for name in SPLITS if name == "train" or not named[name]]
+
+    def rows_of(split: str) -> list:
+        if split not in cut:
+            return _read_all(dataset, named[split])
+        return whole()[_share_slice(split, cut, len(whole()))]
+
+    return rows_of
+
+
+def _without_held_out(dataset: TextDataset, split: str, rows_of: Callable[[str], list]) -> LocalRows:
+    """The rows of `split` that stand in no split before it in KEPT_IN."""
+    earlier = KEPT_IN[: KEPT_IN.index(split)]
+    held_out = {_identity(dataset, row) for name in earlier for row in rows_of(name)} - {None}
+    rows = rows_of(split)
+    kept = LocalRows(row for row in rows if not held_out or _identity(dataset, row) not in held_out)
+    kept.left_out = +Counter({f"that stand in the {' or '.join(earlier)} split, too": len(rows) - len(kept)})
+    return kept
+
+
+def _identity(dataset: TextDataset, row: object) -> bytes | None:
+    """A hash of what is learned from a row, whatever else stands in it; None where nothing is."""
+    try:
+        example = _parse(dataset, row)
+    except SkipRow:
+        return None
+    return hashlib.sha256(json.dumps(example, sort_keys=True, default=str).encode()).digest()
 
 
 def _share_slice(split: str, cut: list[str], count: int) -> slice:
@@ -375,30 +441,75 @@ def _share_slice(split: str, cut: list[str], count: int) -> slice:
     return slice(begin, end)
 
 
-def _data_files(path: str) -> list[Path]:
+class DataFile(NamedTuple):
+    """A local file, and the name that says which split it is: its own, or, in a saved `DatasetDict`, the split's."""
+
+    name: str
+    path: Path
+
+
+def _data_files(path: str) -> list[DataFile]:
     """The data files that `path` (a file, a folder or a glob) names, sorted."""
     places = [Path(path)] if Path(path).exists() else [Path(match) for match in sorted(glob.glob(path))]
-    found = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
-    files = [file for file in found if file.suffix in READERS and file.name not in NOT_DATA]
+    found = [file for place in places for file in (_files_in(place) if place.is_dir() else [DataFile(place.stem, place)])]
+    files = [file for file in found if file.path.suffix in READERS and file.path.name not in NOT_DATA]
     if not files:
         raise UserError(f"--dataset_path {path}: no data there; give a file, folder or glob of {', '.join(READERS)} files")
     return files
 
 
-def _read_all(dataset: TextDataset, files: list[Path]) -> list:
-    rows = [row for file in files for row in read_rows(file)]
+def _files_in(folder: Path) -> list[DataFile]:
+    """The files of a folder, or of the data set that `datasets` saved there, as its own list names them."""
+    splits, state = _listed(folder / "dataset_dict.json", "splits"), _listed(folder / "state.json", "_data_files")
+    if splits:
+        return [DataFile(split, file.path) for split in splits for file in _files_in(folder / split)]
+    if state:
+        return [DataFile(Path(entry["filename"]).stem, folder / entry["filename"]) for entry in state]
+    paths = [path for path in sorted(folder.iterdir()) if not path.is_dir() and not (path.suffix == ".arrow" and path.name.startswith(MAPPED))]
+    return [DataFile(path.stem, path) for path in paths]
+
+
+def _listed(file: Path, key: str) -> list | None:
+    """The list that `datasets` wrote under `key` of `file`, or None where the file is not there or another's."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get(key) if isinstance(content, dict) else None
+
+
+def _read_all(dataset: TextDataset, files: list[DataFile]) -> list:
+    rows = [row for file in files for row in read_rows(file.path)]
     return rows if dataset.assemble is None else dataset.assemble(rows)
 
 
 def read_rows(path: Path) -> list:
-    """All rows of one JSON, JSONL, Parquet or Arrow file. Raises UserError for a file that is not what its name says."""
-    return READERS[path.suffix](path)
+    """All rows of one JSON, JSONL, Parquet or Arrow file. Raises UserError for a file that is not what its name says, or cannot be read."""
+    try:
+        return READERS[path.suffix](path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+
+
+def _decoded(raw: bytes, path: Path, number: int) -> str:
+    """The text of line `number` of a file, or of a whole file that begins there."""
+    for start, (what, remedy) in NO_TEXT.items():
+        if number == 1 and raw.startswith(start):
+            raise UserError(f"{path}: holds {what}; {remedy} {path}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = number + raw[: error.start].count(b"\n")
+        raise UserError(f"{path}: not UTF-8 at line {line} ({error.reason}); convert it, e.g. from Latin-1 with: iconv -f latin1 -t utf-8 {path}") from error
 
 
 def _read_jsonl(path: Path) -> list:
     rows, broken = [], []
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            line = _decoded(raw, path, number)
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
@@ -412,7 +523,7 @@ def _read_jsonl(path: Path) -> list:
 
 def _read_json(path: Path) -> list:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+        content = json.loads(_decoded(path.read_bytes(), path, 1))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON at line {error.lineno} ({error.msg}); a file with one object per line must be named .jsonl") from error
     if isinstance(content, dict):
@@ -439,7 +550,7 @@ def _read_arrow_table(path: Path, read: Callable) -> list[dict]:
 
     try:
         return read().to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a {path.suffix[1:]} file ({first_line(error)})") from error
 
 

@@ -40,8 +40,10 @@ from machine_speed import counts_memory, held_memory, memory_bandwidth, peak_mem
 from metrics import pace, speculation_metrics, speedup_interval, with_interval
 from planted import planted_pair
 from results import new_output_dir, record_run, write_csv
+from row_files import check_learnable
 from speculative import METHODS, DecodeOptions, TreePlan, generate_batch
 from target_model import Target, eos_token_ids, load_target, named_config
+from text_datasets import find_dataset
 from tree_args import TREE_METHODS, Fitted, best_static_trees, fitted_plan
 from truncated_llama import TruncatedLlama, step_bytes
 from tuning import frequent_tokens, round_costs
@@ -95,6 +97,8 @@ class Args(DraftArgs, PolicyArgs, PromptArgs):
             raise UserError("give either --model_path MODEL with --checkpoint EXIT, or --random_init SHAPE")
         if self.model_path is not None and any(METHODS[name].draft != "none" for name in self.methods):
             self.check_draft(self.model_path, self.spec_prompt_length + self.spec_max_new_tokens + self.longest)
+        if self.model_path is not None and self.draft_vocab_size is not None:
+            check_learnable(find_dataset(self.dataset_names()[0]))
         for name in ("tree_depth", "tree_topk"):
             self.check_positive(name)
         self.check_trees()

@@ -26,7 +26,7 @@ import share_gpt_dataset
 import slim_pj_dataset
 import ultrachat_dataset
 import xsum_dataset
-from row_files import ExampleStream, MixedStream, TextDataset, open_rows
+from row_files import ExampleStream, MixedStream, TextDataset, check_learnable, open_rows
 
 _MODULES = (
     ultrachat_dataset, share_gpt_dataset, oasst_dataset, lmsys_dataset, slim_pj_dataset, fineweb_dataset, c4_dataset, openwebtext_dataset,
@@ -52,7 +52,9 @@ def open_stream(name: str, split: str, path: str | None = None, seed: int = 0, s
 
 
 def check_mixture(names: Sequence[str], weights: Sequence[float] | None, path: str | None) -> None:
-    """Raise UserError where `open_mixture` would for its arguments; nothing is read."""
+    """Raise UserError where `open_mixture` would for its arguments, to learn from; nothing is read."""
+    for name in names:
+        check_learnable(find_dataset(name))
     found = [find_dataset(name).name for name in names]
     twice = [name for i, name in enumerate(found) if name in found[:i]]
     if twice:

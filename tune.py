@@ -23,8 +23,10 @@ from evaluation import EvaluationData, PolicyArgs, PromptArgs, choose_prompts, t
 from machine_speed import memory_bandwidth
 from metrics import pace, speedup_interval, with_interval
 from results import new_output_dir, record_run, write_csv, write_json
+from row_files import check_learnable
 from speculative import DecodeOptions, generate
 from target_model import Target, eos_token_ids, load_target
+from text_datasets import find_dataset
 from truncated_llama import TruncatedLlama, check_exit_fits, find_checkpoints, load_exit, read_exit_info, step_bytes
 from tuning import LONGEST, Candidate, acceptance_along, frequent_tokens, round_costs, tokens_per_round
 
@@ -48,6 +50,8 @@ class Args(PolicyArgs, PromptArgs):
         for size in self.draft_vocab_sizes:
             if size % 16 or not 0 < size < vocab_size:
                 raise UserError(f"--draft_vocab_sizes {size}: must be a multiple of 16 below the vocabulary's {vocab_size}")
+        if self.draft_vocab_sizes:
+            check_learnable(find_dataset(self.dataset_names()[0]))
         for path in find_checkpoints(self.checkpoint_glob):
             read_exit_info(path)
         self.policy()

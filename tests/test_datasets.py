@@ -58,11 +58,20 @@ FORMS = {
 
 
 def form_rows(name: str, count: int) -> list[dict]:
-    """Rows of `count` examples of the data set's form."""
+    """Rows of `count` different examples of the data set's form."""
     if name != "oasst":
-        return [FORMS[name]] * count
-    trees = [[message(f"{i:03}", None, "Hi"), message(f"{i:03}a", f"{i:03}", "Hello.")] for i in range(count)]
+        return [numbered(FORMS[name], i) for i in range(count)]
+    trees = [[message(f"{i:03}", None, f"Hi {i}"), message(f"{i:03}a", f"{i:03}", "Hello.")] for i in range(count)]
     return [row for tree in trees for row in tree]
+
+
+def numbered(value: object, number: int) -> object:
+    """A row with a number behind each of its sentences, which begin with a capital letter."""
+    if isinstance(value, str):
+        return f"{value} {number}" if value[:1].isupper() and value != "English" else value
+    if isinstance(value, list):
+        return [numbered(part, number) for part in value]
+    return {key: numbered(part, number) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def write_arrow(path: Path, rows: list[dict]) -> None:
@@ -99,7 +108,7 @@ def test_every_data_set_has_a_form_here():
 @pytest.mark.parametrize("name", FORMS)
 def test_form_loads_from_every_file_type(name, file_name, tmp_path, tokenizer):
     WRITERS[file_name](tmp_path / file_name, form_rows(name, 20))
-    stream = open_stream(name, "train", str(tmp_path / file_name))
+    stream = open_stream(name, "test" if name == "mt_bench" else "train", str(tmp_path / file_name))
     examples = list(stream.rest_of_epoch())
     assert len(examples) == (20 if name == "mt_bench" else 18) and not stream.skipped
     assert len(encode_example(tokenizer, examples[0]).input_ids) > 5
@@ -108,7 +117,7 @@ def test_form_loads_from_every_file_type(name, file_name, tmp_path, tokenizer):
 
 def test_mt_bench_takes_the_first_turn_of_both_forms_and_is_never_cut(tmp_path):
     path = write_jsonl(tmp_path / "question.jsonl", [{"turns": ["One?", "Two?"]}, {"prompt": ["Three?"]}, {"turns": []}, {"prompt": "Four?"}])
-    for split in SPLITS:
+    for split in ("validation", "test"):
         stream = open_stream("mt_bench", split, path, shuffle=False)
         assert [example["messages"] for example in stream.rest_of_epoch()] == [[{"role": "user", "content": text}] for text in ("One?", "Three?")]
         assert stream.skipped == {"without turns": 2}
@@ -154,8 +163,9 @@ def test_dirty_share_gpt_rows_are_counted_by_reason(tmp_path):
         "without a question and its answer": [[gpt], [human], [{"from": "system", "value": "Be kind."}]],
     }
     rows = [{"conversations": turns} for turns in usable + [turns for group in unusable.values() for turns in group]]
-    for split in SPLITS:  # each with a file of its own, so that none is cut
-        write_jsonl(tmp_path / f"{split}.jsonl", [*rows, {"items": []}, None, "text", [1]])
+    write_jsonl(tmp_path / "train.jsonl", [*rows, {"items": []}, None, "text", [1]])
+    for split in ("validation", "test"):  # with a file of its own, so that none is cut; what is unusable there, too, is counted all the same
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"conversations": [{**human, "value": split}, gpt]}, *rows[len(usable) :]])
 
     stream = open_stream("share_gpt", "train", str(tmp_path), shuffle=False)
     chats = [[(m["role"], m["content"]) for m in example["messages"]] for example in stream.rest_of_epoch()]
@@ -293,8 +303,9 @@ def test_json_may_hold_one_object_a_data_key_or_a_byte_order_mark(tmp_path):
 
 
 def test_saved_data_set_folder_is_read_without_its_json_files(tmp_path):
-    datasets.Dataset.from_list([TEXT] * 20).save_to_disk(tmp_path)
-    assert open_rows(DATASETS["fineweb"], "train", str(tmp_path)) == [TEXT] * 18
+    rows = form_rows("fineweb", 20)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path)
+    assert open_rows(DATASETS["fineweb"], "train", str(tmp_path)) == rows[:18]
 
 
 @pytest.mark.parametrize(("files", "sizes"), [
@@ -312,9 +323,108 @@ def test_local_splits_are_disjoint_and_lose_nothing(files, sizes, tmp_path):
     assert len({text for split in found for text in split}) == sum(files.values())
 
 
+def chats_by_split(path: Path, name: str = "ultrachat") -> dict[str, list[str]]:
+    """The first message of every example, by split."""
+    return {split: [example["messages"][0]["content"] for example in open_stream(name, split, str(path), shuffle=False).rest_of_epoch()] for split in SPLITS}
+
+
+def check_disjoint(found: dict[str, list[str]], sizes: tuple[int, ...]) -> None:
+    assert tuple(map(len, found.values())) == sizes
+    assert not set(found["train"]) & {*found["validation"], *found["test"]} and not set(found["validation"]) & set(found["test"])
+
+
+def test_what_map_keeps_beside_a_saved_data_set_is_not_read(tmp_path):
+    """100 rows used to become 180, of which the test split's 10 stood in train, too."""
+    datasets.Dataset.from_list(form_rows("ultrachat", 100)).save_to_disk(tmp_path)
+    datasets.load_from_disk(str(tmp_path)).map(lambda row: {"length": len(row["prompt"])})
+    assert list(tmp_path.glob("cache-*.arrow"))
+    check_disjoint(chats_by_split(tmp_path), (90, 5, 5))
+    (tmp_path / "state.json").unlink()  # the same without the list of files
+    check_disjoint(chats_by_split(tmp_path), (90, 5, 5))
+
+
+def test_saved_data_set_is_read_by_its_own_list_of_files(tmp_path):
+    datasets.Dataset.from_list(form_rows("ultrachat", 40)).save_to_disk(tmp_path, num_shards=3)
+    write_arrow(tmp_path / "stray.arrow", form_rows("ultrachat", 99))
+    check_disjoint(chats_by_split(tmp_path), (36, 2, 2))
+
+
+def test_splits_of_a_saved_dict_are_its_own(tmp_path):
+    rows = form_rows("ultrachat", 30)
+    splits = {"train_sft": rows[:20], "test_sft": rows[20:]}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in splits.items()}).save_to_disk(tmp_path)
+    found = chats_by_split(tmp_path)
+    check_disjoint(found, (19, 1, 10))
+    assert found["test"] == [row["messages"][0]["content"] for row in rows[20:]]
+
+
+@pytest.mark.parametrize("files", [
+    {"data": range(40), "data_copy": range(40)},                     # a copied file
+    {"train": range(60), "train_part2": range(20, 60)},              # parts that overlap
+    {"train": range(40), "test": range(10, 30)},                     # held-out rows left in train
+    {"train": range(40), "val": range(30, 50), "test": range(35, 45)},
+])
+def test_rows_in_two_splits_stay_held_out_and_are_counted(files, tmp_path):
+    rows = [{**row, "id": str(i)} for i, row in enumerate(form_rows("ultrachat", 60))]
+    for name, numbers in files.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{**rows[i], "file": name} for i in numbers])  # other columns do not make another chat
+    found = chats_by_split(tmp_path)
+    check_disjoint(found, tuple(map(len, found.values())))
+    assert {chat for chats in found.values() for chat in chats} == {rows[i]["messages"][0]["content"] for numbers in files.values() for i in numbers}
+    stream = open_stream("ultrachat", "train", str(tmp_path))
+    left_out = stream.skipped["that stand in the test or validation split, too"]
+    assert left_out > 0 and describe_skipped(stream.skipped) == f"{left_out} rows skipped ({left_out} that stand in the test or validation split, too)"
+
+
+def test_half_a_character_is_counted(tmp_path):
+    """Some exports cut emoji in two; json reads that, and tokenizers cannot."""
+    rows = form_rows("ultrachat", 6)
+    rows[1]["messages"][1]["content"] = "Hello \ud83d"
+    path = write_jsonl(tmp_path / "train.jsonl", [*rows, {"messages": [{"role": "user", "content": "\udc00?"}, {"role": "assistant", "content": "No."}]}])
+    stream = open_stream("ultrachat", "train", path, shuffle=False)
+    assert len(list(stream.rest_of_epoch())) == 5 and stream.skipped == {"with half a character (a lone surrogate)": 1}  # the last row is cut away
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("rows.jsonl", '{"text": "a"}\n{"text": "d\xe9j\xe0 vu"}\n'.encode("latin1"), r"not UTF-8 at line 2 .*iconv -f latin1"),
+    ("rows.json", '[\n{"text": "d\xe9j\xe0 vu"}]'.encode("latin1"), r"not UTF-8 at line 2 .*iconv -f latin1"),
+    ("rows.jsonl", b"\x1f\x8b\x08\x00rest", r"holds gzip; unpack it with: gunzip .*rows.jsonl"),
+    ("rows.json", b"\x1f\x8b\x08\x00rest", r"holds gzip; unpack it with: gunzip .*rows.json"),
+    ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16"), r"holds UTF-16; convert it with: iconv -f utf-16"),
+])
+def test_bytes_that_are_no_text_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_rows(DATASETS["slim_pj"], "train", str(tmp_path / name))
+
+
+def test_parquet_with_broken_text_is_one_line(tmp_path):
+    column = pyarrow.array([b"ok", b"\xff\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="rows.parquet: not a parquet file"):
+        open_rows(DATASETS["slim_pj"], "train", str(tmp_path / "rows.parquet"))
+
+
+def test_what_cannot_be_opened_is_one_line_and_folders_are_no_files(tmp_path):
+    (tmp_path / "inner.json").mkdir()
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
+    assert open_rows(DATASETS["slim_pj"], "train", str(tmp_path)) == [{"text": "a"}]
+    Path(path).unlink()
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"rows.jsonl: cannot be read \(No such file"):
+        open_rows(DATASETS["slim_pj"], "train", str(tmp_path))
+
+
+def test_nothing_is_learned_from_what_is_measured_with(tmp_path):
+    path = write_jsonl(tmp_path / "question.jsonl", form_rows("mt_bench", 20))
+    for place in (path, None):
+        with pytest.raises(UserError, match="--dataset mt_bench: its prompts are measured with, and nothing is learned from them"):
+            open_rows(DATASETS["mt_bench"], "train", place)
+
+
 def test_held_out_file_alone_is_never_trained_on(tmp_path):
     path = write_jsonl(tmp_path / "test.jsonl", [TEXT] * 40)
-    with pytest.raises(UserError, match="no rows for the train split"):
+    with pytest.raises(UserError, match="no rows for the train split; its files are named as another split's; rename them, or put train.jsonl beside them"):
         open_rows(DATASETS["slim_pj"], "train", path)
 
 
