@@ -242,7 +242,7 @@ make_venv() {
 fill_venv() {
   local install constraints=$venv/constraints.txt
   constrain >"$constraints"
-  read -ra install <<<"-m pip install ${PIP_FLAGS:-}"
+  read -rd '' -a install <<<"-m pip install ${PIP_FLAGS:-}" || true # its flags may stand on several lines
   install+=(-c "$constraints")
   if [[ $kind != own ]]; then
     "$venv/bin/python" "${install[@]}" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} "$torch" || torch_by_uv

@@ -34,7 +34,8 @@ stage_settings ""
 common_settings ultrachat kl_temperatures
 begin_sweep "$@"
 
-for temperature in $KL_TEMPS; do
+words_of "$KL_TEMPS"
+for temperature in "${WORDS[@]}"; do
   KL_TEMP=$temperature train_kinds "kl_temp$temperature" "$LAYERS"
 done
 evaluate_checkpoints

@@ -34,7 +34,8 @@ stage_settings HEAD
 common_settings ultrachat lr_sweep
 begin_sweep "$@"
 
-for schedule in $LR_SCHEDULES; do
+words_of "$LR_SCHEDULES"
+for schedule in "${WORDS[@]}"; do
   LR_HEAD=$LEARNING_RATES LR_SCHEDULE_HEAD=$schedule train_exits "head/layer${LAYER}_$schedule" HEAD "$LAYER" --ft_head
 done
 evaluate_checkpoints

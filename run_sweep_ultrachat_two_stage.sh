@@ -40,7 +40,7 @@ setting DRAFT_VOCAB "" "tokens that the heads know, the most frequent ones (unse
 common_settings ultrachat ultrachat_two_stage
 begin_sweep "$@"
 
-[[ $LR_HEAD$LOSS_TYPE != *' '* ]] || user_error "LR_HEAD=$LR_HEAD LOSS_TYPE=$LOSS_TYPE: stage 2 starts from one exit per layer; give one value each"
+[[ $LR_HEAD$LOSS_TYPE != *[[:space:]]* ]] || user_error "LR_HEAD=$LR_HEAD LOSS_TYPE=$LOSS_TYPE: stage 2 starts from one exit per layer; give one value each"
 
 heads=(--ft_head ${DRAFT_VOCAB:+--draft_vocab_size "$DRAFT_VOCAB"})
 train_exits head HEAD "$LAYERS" "${heads[@]}"

@@ -61,8 +61,10 @@ study_draft() {
   run_step "$name" "$OUTPUT_DIR/$name/results.csv" sweep_settings.py "${flags[@]}"
 }
 
-for draft in $DRAFTS; do
-  for temperature in $TEMPERATURES; do
+words_of "$DRAFTS"
+for draft in "${WORDS[@]}"; do
+  words_of "$TEMPERATURES"
+  for temperature in "${WORDS[@]}"; do
     study_draft "$draft" "$temperature"
   done
 done

@@ -8,7 +8,7 @@
 # shellcheck shell=bash
 
 readonly EXIT_USER_ERROR=2
-declare -a SETTINGS=() TRAINED=() CHECKPOINTS=() # CHECKPOINTS: what will be evaluated; TRAINED: those of the last pass
+declare -a SETTINGS=() WORDS=() TRAINED=() CHECKPOINTS=() # CHECKPOINTS: what will be evaluated; TRAINED: those of the last pass
 known_settings=' '
 # Variables that look like settings: one that no sweep setting bears is a misspelling, and an error.
 readonly SETTING_LIKE='^(SPEC|QUALITY|MAX_STEPS|BATCH_SIZE|GRAD_ACCUM|LR|LAYERS?|LEARNING_RATES?|LOSS|KL_TEMPS?|KINDS|OBJECTIVES|BEST|DRAFT_VOCAB)(_|$)'
@@ -20,6 +20,12 @@ setting() {
   known_settings+="$1 "
   SETTINGS+=("$1" "$2" "$3")
   [[ -n ${!1:-} ]] || printf -v "$1" '%s' "$2"
+}
+
+# words_of TEXT: set WORDS to the words of a setting that holds several values, whatever space parts them: `seq` puts each on
+# a line of its own. A * in them is no pattern of file names.
+words_of() {
+  read -rd '' -a WORDS <<<"${1:-}" || true # it has met the end, and no NUL
 }
 
 # stage_settings STAGE: the size of a training stage, in settings that end in _STAGE ("": without a suffix); its learning
@@ -147,7 +153,8 @@ train_exits() {
 # train_kinds RUN LAYERS: train KINDS at LAYERS into $OUTPUT_DIR/RUN, in one pass or in one for every LAYERS_PER_PASS layers.
 train_kinds() {
   local run=$1 target_layers group size i
-  read -ra target_layers <<<"$2"
+  words_of "$2"
+  target_layers=("${WORDS[@]}")
   [[ -z $LAYERS_PER_PASS || $LAYERS_PER_PASS =~ ^[1-9][0-9]*$ ]] || user_error "LAYERS_PER_PASS=$LAYERS_PER_PASS: give a positive number"
   size=${LAYERS_PER_PASS:-${#target_layers[@]}}
   for ((i = 0; i < ${#target_layers[@]}; i += size)); do
@@ -183,12 +190,11 @@ add_flags() {
   done
 }
 
-# add_lists --flag NAME ...: the same for variables that hold several values, separated by spaces.
+# add_lists --flag NAME ...: the same for variables that hold several values.
 add_lists() {
-  local values
   while (($#)); do
-    read -ra values <<<"${!2:-}"
-    ((${#values[@]} == 0)) || flags+=("$1" "${values[@]}")
+    words_of "${!2:-}"
+    ((${#WORDS[@]} == 0)) || flags+=("$1" "${WORDS[@]}")
     shift 2
   done
 }
@@ -198,7 +204,8 @@ find_checkpoints() {
   local marker=$1/final_checkpoint.txt name
   TRAINED=()
   if [[ -n $DRY_RUN && ! -f $marker ]]; then
-    for name in $2; do TRAINED+=("$1/<final checkpoints of layer $name>"); done
+    words_of "$2"
+    for name in "${WORDS[@]}"; do TRAINED+=("$1/<final checkpoints of layer $name>"); done
     return 0
   fi
   while IFS= read -r name; do

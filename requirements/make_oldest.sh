@@ -19,7 +19,7 @@ if [[ $(cat "$venv/.oldest" 2>/dev/null) != "$wanted" ]]; then
   "$python" -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null ||
     { echo "error: $python is no Python 3.12 that makes virtual environments; name one by OLDEST_PYTHON" >&2; exit 2; }
   "$python" -m venv --clear "$venv"
-  read -ra flags <<<"${PIP_FLAGS:-}"
+  read -rd '' -a flags <<<"${PIP_FLAGS:-}" || true
   "$venv/bin/python" -m pip install "${flags[@]}" -r "$folder/oldest.txt"
   packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   sed -i "s/^__version__ = .*/__version__ = '$NAMED'/" "$packages/torch/version.py"

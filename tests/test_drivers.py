@@ -287,6 +287,24 @@ def test_tree_study_measures_every_draft_at_every_temperature(shell: Shell):
     assert status == 2 and "DRAFTS is empty" in output
 
 
+@pytest.mark.parametrize(("script", "settings"), [
+    (TWO_STAGE, {"LAYERS": "1 3", "DATASET": "ultrachat pydoc", "MIX": "0.7 0.3"}), (CHAT_LAYERS, {"LAYERS": "1 3 5"}),
+    (LAYER_SWEEP, {"LAYERS": "0 1 2 3 4", "KINDS": "head rank64", "LR": "1e-3 1e-4"}), (KL_SWEEP, {"KL_TEMPS": "1 2", "LAYERS": "3 7"}),
+    (LR_SWEEP, {"LEARNING_RATES": "1e-4 2e-5", "LR_SCHEDULES": "linear cosine"}), (CAPACITY, {"LAYERS": "1 3", "OBJECTIVES": "lk combined", "BEST": "1:head"}),
+    (TREE_STUDY, {"DRAFTS": "a/exit.safetensors b/model", "TEMPERATURES": "0 0.7", "GAMMAS": "2 5", "TREE_BUDGETS": "8 16"})])
+def test_values_may_stand_on_lines_of_their_own(shell: Shell, script: str, settings: dict):
+    """As $(seq 1 2 3) puts them; all but the first used to be lost."""
+    printed = [shell.run(script, DRY_RUN="1", **{name: value.replace(" ", space) for name, value in settings.items()}) for space in (" ", "\n", "\t", " \n ")]
+    assert printed[0][0] == 0 and all(other == printed[0] for other in printed)
+    assert all(value in printed[0][1] for values in settings.values() for value in values.split(":")[-1].split())
+
+
+@pytest.mark.parametrize(("script", "setting"), [(LR_SWEEP, "LR_SCHEDULES"), (KL_SWEEP, "KL_TEMPS"), (LAYER_SWEEP, "LAYERS"), (TREE_STUDY, "DRAFTS")])
+def test_a_star_is_no_pattern_of_file_names(shell: Shell, script: str, setting: str):
+    status, output = shell.run(script, DRY_RUN="1", **{setting: "*"})
+    assert status == 0 and "README.md" not in output and "*" in output
+
+
 def test_unset_settings_are_left_to_python(shell: Shell):
     _, output = shell.run(TWO_STAGE, DRY_RUN="1", SPEC_T="")
     assert not re.search(r"--(spec_\w+|gamma|verification|seed|loss_\w+|device|num_threads|dataset_path|quality_max_batches|torch_compile) ", output)
@@ -303,6 +321,7 @@ def test_data_sets_are_mixed(shell: Shell):
     (TWO_STAGE, {"LAYER": "3"}, "unknown setting LAYER"), (TWO_STAGE, {"KINDS": "head"}, "unknown setting KINDS"),
     (TWO_STAGE, {"TORCH_COMPILE": "yes"}, "TORCH_COMPILE=yes"), (TWO_STAGE, {"PYTHON": "no_such_python"}, "PYTHON=no_such_python"),
     (TWO_STAGE, {"LOSS_TYPE": "lk combined"}, "LOSS_TYPE=lk combined: stage 2 starts from one exit per layer"),
+    (TWO_STAGE, {"LR_HEAD": "1e-3\n1e-4"}, "stage 2 starts from one exit per layer"),
     (KL_SWEEP, {"KL_TEMP": "2"}, "unknown setting KL_TEMP"), (LAYER_SWEEP, {"LAYERS_PER_PASS": "0"}, "LAYERS_PER_PASS=0"),
     (LAYER_SWEEP, {"MAX_STEPS_HEAD": "9"}, "unknown setting MAX_STEPS_HEAD"), (CAPACITY, {"BEST": "head"}, "BEST=head: give LAYER:KIND")])
 def test_mistakes_are_refused_before_anything_runs(shell: Shell, script: str, settings: dict, complaint: str):
