@@ -118,26 +118,33 @@ def _chunk_sums(teacher: torch.Tensor, draft: torch.Tensor, tokens: torch.Tensor
     if temperature != 1:
         soft_p, soft_q = log_softmax(teacher.float() / temperature, -1), log_softmax(draft.float() / temperature, -1)
     top = draft.topk(TOP_K, -1).indices
+    no_draft, no_teacher = log_q[:, 0].isnan(), log_p[:, 0].isnan()  # one number that is none makes all of its row so
     sums = {  # QUALITY_SUMS, but for the tokens
         "kl": _kl(log_p, log_q),
         "kl_at_train_temperature": _kl(soft_p, soft_q),
         "ce": -log_q.gather(-1, tokens[:, None]).sum(),
         "teacher_ce": -log_p.gather(-1, tokens[:, None]).sum(),
-        "top1": (draft.argmax(-1) == tokens).sum(),
-        "top5": (top == tokens[:, None]).sum(),
-        "agreement": (draft.argmax(-1) == teacher.argmax(-1)).sum(),
+        "top1": _hits(draft.argmax(-1) == tokens, no_draft),
+        "top5": _hits((top == tokens[:, None]).any(-1), no_draft),
+        "agreement": _hits(draft.argmax(-1) == teacher.argmax(-1), no_draft | no_teacher),
         "overlap": overlap(log_p.exp(), log_q.exp()).sum(),
     }
     return {**{name: float(value) for name, value in sums.items()}, "tokens": len(tokens)}
 
 
+def _hits(hit: torch.Tensor, no_row: torch.Tensor) -> torch.Tensor:
+    """How many rows (N,) hit; NaN where a row has no numbers, which is no miss."""
+    return torch.where(no_row, torch.nan, hit.float()).sum()
+
+
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum()
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum()
 
 
 def quality_means(sums: dict[str, float]) -> dict[str, float]:
-    """QUALITY_COLUMNS from added-up `quality_sums`, without infinite ones: a draft that knows a part of the vocabulary has no KL."""
+    """QUALITY_COLUMNS from added-up `quality_sums`, without those that are not finite: a draft that knows a part of the vocabulary has no KL, and nothing is known of a
+    model whose logits are no numbers."""
     tokens = sums["tokens"]
     means = {name: value / tokens for name, value in sums.items() if name not in ("tokens", "teacher_ce")}
     found = {

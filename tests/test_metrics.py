@@ -76,6 +76,19 @@ def test_quality_means():
     assert same["kl"] == 0 and same["agreement"] == 1 and same["tv"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("whose", "left"), [("teacher", {"ce", "ppl", "top1", "top5", "tokens"}), ("draft", {"teacher_ppl", "tokens"})])
+def test_what_is_not_known_of_a_model_without_numbers_is_absent(whose, left, bad):
+    """A teacher of NaN used to have a KL of 0, and a draft's rows of NaN were misses."""
+    torch.manual_seed(0)
+    logits, tokens = {"teacher": torch.randn(7, 5), "draft": torch.randn(7, 5)}, torch.randint(5, (7,))
+    logits[whose][3, 1] = bad  # one number of one row
+    found = metrics.quality_means(metrics.quality_sums(logits["teacher"], logits["draft"], tokens, 2.0))
+    assert set(found) == left
+    whole = metrics.quality_means(metrics.quality_sums(logits["teacher"][:3], logits["draft"][:3], tokens[:3], 2.0))
+    assert set(whole) == set(metrics.QUALITY_COLUMNS)
+
+
 def test_figures_have_their_documented_columns():
     teacher = torch.randn(4, 9)
     assert set(metrics.quality_means(metrics.quality_sums(teacher, teacher, torch.zeros(4, dtype=torch.int64), 1.0))) == set(metrics.QUALITY_COLUMNS)
