@@ -174,7 +174,7 @@ def test_tested_python_is_preferred_then_the_system_s_own_then_any_that_will_do(
 def test_settings_reach_pip(machine: Machine):
     machine.complete()
     machine.python("other", "3.12 venv headers")
-    status, output = machine.run(SYSTEM_PYTHON="other", PIP_FLAGS="--quiet --no-cache-dir", TORCH_VERSION="2.9.1", TORCH_INDEX_URL="https://torch.example")
+    status, output = machine.run(SYSTEM_PYTHON="other", PIP_FLAGS="--quiet\n--no-cache-dir", TORCH_VERSION="2.9.1", TORCH_INDEX_URL="https://torch.example")
     calls = machine.calls()
     assert status == 0, output
     assert calls[0].startswith("other -m venv") and all(" pip install --quiet --no-cache-dir -c " in call for call in calls[1:])
