@@ -48,7 +48,7 @@ BENCH = $(BIN)/python benchmark.py --out $(OUT) $(if $(DATASET),--dataset $(DATA
 .PHONY: help setup setup-gpu demo demo-short demo-llava test test-oldest test-aarch64 aarch64-wheels check bench bench-toy smoke-hf autojudge specexec list-presets validate-configs validate-results docker-engine docker-build docker-build-gpu docker-test docker-bench clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 25
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 25
 
 setup: $(VENV)/.installed ## make the .venv with the tested versions; done once
 
@@ -81,7 +81,7 @@ test-aarch64: setup ## the tests of the C++ for a GH200's CPU, under qemu-user; 
 	bash tests/aarch64.sh
 
 aarch64-wheels: setup ## list the wheels that a GH200 gets: docs/aarch64-wheels.txt
-	bash requirements/aarch64_wheels.sh > docs/aarch64-wheels.txt
+	bash requirements/aarch64_wheels.sh > docs/aarch64-wheels.tmp && mv docs/aarch64-wheels.tmp docs/aarch64-wheels.txt
 
 check: setup validate-configs ## lint, the rule of the import levels, and the presets
 	$(BIN)/python -m ruff check .

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 # Lowest admitted version and first excluded one; the same ranges stand in requirements/. A pre-release counts as its release: NVIDIA's 2.6.0a0 as 2.6.
 SUPPORTED = {"python": ("3.10", "3.14"), "torch": ("2.6", "2.16"), "transformers": ("5.17", "6")}
-NO_IMPORT = ("5.18", "5.19")  # of transformers: they fail at import beside torch 2.6 where no GPU is seen
+NO_IMPORT = ("5.18", "5.19")  # of transformers: beside torch 2.6 they fail at import where no GPU is seen; refused beside every torch, to keep it simple
 
 Args = TypeVar("Args")
 
@@ -45,7 +45,7 @@ def version_complaint(package: str, version: str) -> str | None:
     if not _release(lowest) <= _release(version) < _release(excluded):
         needs = f">= {lowest} and < {excluded}"
     elif package == "transformers" and _release(version) in map(_release, NO_IMPORT):
-        needs = f"another than {' and '.join(NO_IMPORT)}"
+        needs = f"a version other than {' and '.join(NO_IMPORT)}"
     else:
         return None
     return f"{package} {version} is not supported: needs {needs}; run: pip install -r requirements.txt"
@@ -57,11 +57,11 @@ def _release(version: str) -> list[int]:
 
 
 def pair_complaint(torch: str, transformers: str, requirements: Sequence[str]) -> str | None:
-    """Why the `transformers` that has these `requirements` in its metadata doesn't take `torch`, or None. It would switch PyTorch off, and say so late or nowhere."""
+    """Why the `transformers` that has these `requirements` in its metadata doesn't take `torch`, or None. Such a transformers switches PyTorch off and says so late or not at all."""
     from packaging.requirements import Requirement
 
     for needed in map(Requirement, filter(re.compile(r"torch(?![\w.-])").match, requirements)):
-        if needed.marker.evaluate({"extra": "torch"}) and not needed.specifier.contains(torch, prereleases=True):
+        if (needed.marker is None or needed.marker.evaluate({"extra": "torch"})) and not needed.specifier.contains(torch, prereleases=True):
             return f"transformers {transformers} needs torch{needed.specifier} and finds {torch}; run: pip install -r requirements.txt"
     return None
 

@@ -18,11 +18,11 @@
 # On other systems, and without root or sudo, there is only the virtual environment; a line says what is missing.
 #
 # Settings (environment variables):
-#   SYSTEM_PYTHON    makes the virtual environment (default: python3.11, else another from 3.10 to 3.13)
+#   SYSTEM_PYTHON    makes the virtual environment (default: python3.11, else another from 3.10 to 3.13; with --keep_torch python3)
 #   PIP_FLAGS        for every pip install
 #   TORCH_VERSION    (default: that of requirements/constraints.txt)
 #   TORCH_INDEX_URL  an index with builds of torch, asked beside pip's own
-#   PIP_CONSTRAINT   as pip reads it; NVIDIA's containers set it, and it is followed as far as it leaves a choice
+#   PIP_CONSTRAINT   as pip reads it; NVIDIA's containers set it, and it is followed, unless pip fails with it
 #   OS_RELEASE       names the release of this system (default: /etc/os-release)
 set -euo pipefail
 
@@ -225,8 +225,10 @@ make_venv() {
   if [[ ! -e $venv/pyvenv.cfg && -n $(ls -A "$venv" 2>/dev/null) ]]; then
     fail "--venv $venv: is there already, and is no virtual environment"
   fi
-  made_for=$(cut -d ' ' -f 1,2 "$venv/.installed" 2>/dev/null) || true
-  if [[ -n $made_for && $made_for != "$kind python${python_has%% *}" ]] || [[ -e $venv/pyvenv.cfg && ! -x $venv/bin/python ]]; then
+  local fields=1,2 wanted="$kind python${python_has%% *}"
+  [[ $kind != own ]] || fields=1-3 wanted+=" $torch" # another torch takes another transformers
+  made_for=$(cut -d ' ' -f "$fields" "$venv/.installed" 2>/dev/null) || true
+  if [[ -n $made_for && $made_for != "$wanted" ]] || [[ -e $venv/pyvenv.cfg && ! -x $venv/bin/python ]]; then
     say "$venv was made for another kind of torch or Python (${made_for:-gone}): made anew"
     make+=(--clear)
   fi
@@ -235,6 +237,11 @@ make_venv() {
   "${make[@]}" "$venv"
   if [[ $kind == own && $python_has == *" packages="* ]]; then
     echo "${python_has##* packages=}" >"$venv/lib/python${python_has%% *}/site-packages/keep_torch.pth"
+  fi
+  if [[ $kind == own && ! -e $venv/bin/pip ]]; then # the container's pip, for this environment
+    # shellcheck disable=SC2016
+    printf '#!/bin/sh\nexec "$(dirname "$0")/python" -m pip "$@"\n' >"$venv/bin/pip"
+    chmod +x "$venv/bin/pip"
   fi
   rm -f "$venv/.installed" # until all is in place
 }
@@ -259,13 +266,13 @@ install_suite() {
 # container's: newer versions in it replace nothing outside, and what is compiled against each other (torch, numpy) is held.
 without_container_constraints() {
   [[ $kind == own && -n ${PIP_CONSTRAINT:-} ]] || exit 1
-  say "PIP_CONSTRAINT=$PIP_CONSTRAINT leaves pip no choice: trying without it, in $venv alone, with $(constrain | tr '\n' ' ')held"
+  say "PIP_CONSTRAINT=$PIP_CONSTRAINT did not let pip finish (see above): trying once more without it, in $venv alone, with $(constrain | tr '\n' ' ')held"
   PIP_CONSTRAINT='' install_suite
 }
 
 # Exactly the torch that was chosen, so that no other build can take its place, and the tested versions. Those need Python
-# 3.11, and may not fit what a container brings: there the ranges decide, and of the container's numpy, with which its torch
-# exchanges arrays, no other version may take the place.
+# 3.11, and may not fit what a container brings: there the ranges decide, and the container's numpy is held too, because its
+# torch was compiled against it.
 constrain() {
   [[ $kind == own || $python_has == 3.10* ]] || sed '/^torch==/d' requirements/constraints.txt
   [[ $kind != own ]] || version_of numpy
@@ -279,7 +286,7 @@ torch_by_uv() {
   VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --torch-backend=cpu "$torch"
 }
 
-# What pip made has to work: torch is the one that was chosen, and transformers takes it. Otherwise it would switch PyTorch off.
+# The chosen torch has to be in place, and transformers has to accept it; one that does not switches PyTorch off.
 check_torch() {
   local problem
   case $kind in
@@ -304,8 +311,8 @@ transformers_version() {
 chosen() {
   local why='the tested versions'
   case $kind in
-    own) why="the torch is $python's own, and this transformers is the newest that takes it" ;;
-    *) [[ $python_has != 3.10* ]] || why='this transformers is the newest that takes this torch' ;;
+    own) why="the torch is $python's own, and this transformers works with it" ;;
+    *) [[ -z ${TORCH_VERSION:-} && $python_has != 3.10* ]] || why='this transformers works with this torch' ;;
   esac
   echo "$venv has $torch and transformers $(transformers_version): $why"
 }

@@ -315,11 +315,11 @@ def on_the_cpu(args: Args) -> Args:
 
 
 def check_sharing(args: Args, device: torch.device) -> None:
-    """Raise UserError where processes cannot share the target; before they meet, as one that has left breaks the others off with a traceback."""
+    """Raise UserError where processes cannot share the target; before the processes connect: if one exited later, the others would end in a traceback."""
     if args.teacher_cache is not None:
         raise UserError(f"--teacher_cache {args.teacher_cache}: the processes that share a target must all run all of its blocks; leave it out with --use_fsdp")
     if device.type == "cpu" and not SHARDS_ON_CPU:
-        raise UserError(f"--use_fsdp: torch {torch.__version__} shares no model out on the CPU; take torch 2.7 or later, or a GPU, or launch without it")
+        raise UserError(f"--use_fsdp: torch {torch.__version__} cannot shard a model on the CPU; take torch 2.7 or later, or a GPU, or launch without it")
     if is_llava(args.model_path):
         raise UserError(f"--use_fsdp: {args.model_path} is a LLaVA, which is trained whole on each GPU; launch without it")
 

@@ -225,7 +225,7 @@ extern "C" void gumbel_children(
         for (int64_t i = 0; i < n; i++) scores[i] = sharpness * logits[row * n + i] + weight * gumbel[i];
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < n; i++) most = scores[i] > most ? scores[i] : most;
-        for (int64_t i = 0; i < n; i++) shares[i] = std::exp(scores[i] - most);  // apart: GCC 12 sums wrong where it calls inside a reduction, with SVE
+        for (int64_t i = 0; i < n; i++) shares[i] = std::exp(scores[i] - most);  // in a loop of its own: with SVE, GCC 12 miscompiles the reduction with the call in it
 #pragma omp simd reduction(+ : total)
         for (int64_t i = 0; i < n; i++) total += shares[i];
         std::vector<Candidate> best;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # List the wheels that an aarch64 machine with Python 3.12 gets, as in NVIDIA's containers on a GH200: what install_dependencies.sh
 # and the optional parts bring, torch and what comes with it aside, for the oldest torch admitted and for a current one.
-# Every one is asked of pip for that platform; what has no wheel is said, and ends in exit status 1.
+# Every one is asked of pip for that platform; a package without a wheel is listed as such, and the exit status is then 1.
 #
 #   bash requirements/aarch64_wheels.sh > docs/aarch64-wheels.txt        # or make aarch64-wheels
 #

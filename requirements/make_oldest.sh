@@ -11,7 +11,7 @@ set -euo pipefail
 
 readonly NAMED=2.6.0a0+ecf3bae40a.nv25.01
 
-venv=$1
+venv=${1:?usage: make_oldest.sh VENV}
 folder=$(dirname "${BASH_SOURCE[0]}")
 python=${OLDEST_PYTHON:-python3.12}
 wanted="$NAMED $(cksum <"$folder/oldest.txt")"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests of the C++ as on a GH200's own CPU: compiled by Debian's cross compiler, and run by qemu-user, with Python, torch
-# and all for aarch64. Twice, for cores with SVE (Neoverse V1, the nearest to Grace's V2 that GCC 12 knows) and without (N1).
+# and all for aarch64. Twice, for cores with SVE (Neoverse V1, as a stand-in for Grace's V2, under vectors of 512 bits) and without (N1).
 #
 #   bash tests/aarch64.sh                      # or make test-aarch64; the first time it fetches 1.5 GB into .cache/aarch64
 #   bash tests/aarch64.sh tests/test_vlm.py    # with words for pytest

@@ -239,6 +239,7 @@ def test_transformers_that_refuses_the_torch_is_named():
     """As 5.20 and later beside the torch 2.6.0a0 of NVIDIA's container 25.01: they switch PyTorch off."""
     ngc, requirements = "2.6.0a0+ecf3bae40a.nv25.1", ["numpy>=1.17", 'torch>=2.6; extra == "torch"', 'torchvision; extra == "torch-vision"']
     assert command_line.pair_complaint(ngc, "5.20.0", requirements) == f"transformers 5.20.0 needs torch>=2.6 and finds {ngc}; run: pip install -r requirements.txt"
+    assert command_line.pair_complaint(ngc, "5.20.0", ["torch>=2.6"]) is not None  # without a marker
     for found, taken in ((ngc, ['torch>=2.5; extra == "torch"']), (ngc, ['torch>=2.9; extra == "kernels"']), ("2.9.0a0+1", requirements), ("2.6.0+cu124", requirements)):
         assert command_line.pair_complaint(found, "5.17.0", taken) is None
     command_line.check_versions()  # what is installed here

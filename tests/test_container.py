@@ -37,8 +37,9 @@ def test_keep_torch_holds_it_and_takes_the_newest_transformers_for_it(tmp_path: 
     assert image.torch_files() == before and not list(image.venv.glob("lib/*/site-packages/torch*")) and image.works(python)
     assert (image.version(python, "transformers"), image.version(python, "numpy")) == (transformers, PINS["numpy"])
     assert done.stdout.splitlines()[-1] == (
-        f"==== {image.venv} has torch=={torch} and transformers {transformers}: the torch is {image.python}'s own, and this transformers is the newest that takes it")
+        f"==== {image.venv} has torch=={torch} and transformers {transformers}: the torch is {image.python}'s own, and this transformers works with it")
     assert "nothing more to do" in image.keep_torch().stdout
+    assert image.run(image.venv / "bin/pip", "--version").stdout.startswith("pip ")  # the environment's, not the container's
 
 
 def test_pins_that_leave_no_choice_are_left_behind_but_for_torch_and_numpy(tmp_path: Path, index: Path):
@@ -46,10 +47,20 @@ def test_pins_that_leave_no_choice_are_left_behind_but_for_torch_and_numpy(tmp_p
     before = image.torch_files()
     done = image.keep_torch()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"PIP_CONSTRAINT={tmp_path}/constraint.txt leaves pip no choice" in done.stdout and f"numpy=={PINS['numpy']} torch=={NGC_25_01} held" in done.stdout
+    assert f"PIP_CONSTRAINT={tmp_path}/constraint.txt did not let pip finish" in done.stdout and f"numpy=={PINS['numpy']} torch=={NGC_25_01} held" in done.stdout
     python = image.venv / "bin/python"
     assert image.torch_files() == before and image.works(python)
     assert (image.version(python, "datasets"), image.version(python, "numpy"), image.version(python, "matplotlib")) == ("5.2.0", PINS["numpy"], "3.11.2")
+
+
+def test_another_container_makes_the_environment_anew(tmp_path: Path, index: Path):
+    """In the same folder, as where one goes on in a newer image: the older one's transformers would stay."""
+    old, new = Image(tmp_path / "old", index, NGC_25_01), Image(tmp_path / "new", index, "2.13.0a0+9186a08b2c.nv26.7")
+    new.venv = old.venv
+    assert old.keep_torch().returncode == 0 and old.version(old.venv / "bin/python", "transformers") == "5.17.0"
+    done = new.keep_torch()
+    assert done.returncode == 0 and "made anew" in done.stdout
+    assert new.works(new.venv / "bin/python") and new.version(new.venv / "bin/python", "transformers") == "5.24.0"
 
 
 def test_container_s_python_may_be_a_virtual_environment(tmp_path: Path, index: Path):

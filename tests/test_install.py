@@ -19,7 +19,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "install_dependencies.sh"
 DOCKERFILES = ["Dockerfile", "Dockerfile.gpu"]
-TOOLS = "bash basename cat cksum cp cut dirname env ls mkdir rm sed touch uname".split()
+TOOLS = "bash basename cat chmod cksum cp cut dirname env ls mkdir rm sed touch uname".split()
 PACKAGES = "-r requirements/newest.txt -r requirements/dev.txt"
 TORCH = re.search(r"^torch==\S+", (ROOT / "requirements/constraints.txt").read_text(), flags=re.MULTILINE)[0]
 # What it answers to the script's question is in a file beside it, here and in the virtual environments that it makes.
