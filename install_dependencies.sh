@@ -221,11 +221,10 @@ ingredients() {
 }
 
 make_venv() {
-  local made_for make=("$python" -m venv)
+  local made_for make=("$python" -m venv) fields=1,2 wanted="$kind python${python_has%% *}"
   if [[ ! -e $venv/pyvenv.cfg && -n $(ls -A "$venv" 2>/dev/null) ]]; then
     fail "--venv $venv: is there already, and is no virtual environment"
   fi
-  local fields=1,2 wanted="$kind python${python_has%% *}"
   [[ $kind != own ]] || fields=1-3 wanted+=" $torch" # another torch takes another transformers
   made_for=$(cut -d ' ' -f "$fields" "$venv/.installed" 2>/dev/null) || true
   if [[ -n $made_for && $made_for != "$wanted" ]] || [[ -e $venv/pyvenv.cfg && ! -x $venv/bin/python ]]; then

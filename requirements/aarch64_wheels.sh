@@ -9,8 +9,9 @@
 #   PYTHON  whose pip asks, and for which uv is installed if it is missing (default: .venv/bin/python)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=requirements/aarch64_platforms.sh
+source requirements/aarch64_platforms.sh
 
-readonly PLATFORMS=(manylinux_2_{17,24,26,27,28}_aarch64 manylinux2014_aarch64)
 readonly OPTIONAL=(tensorboard wandb bitsandbytes)
 
 main() {

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Run the tests of the C++ as on a GH200's own CPU: compiled by Debian's cross compiler, and run by qemu-user, with Python, torch
-# and all for aarch64. Twice, for cores with SVE (Neoverse V1, as a stand-in for Grace's V2, under vectors of 512 bits) and without (N1).
+# and all for aarch64. Twice: for Grace's core, Neoverse V2, which GCC 12 calls demeter, with SVE vectors of 128 bits as there, and
+# for one without SVE, Neoverse N1.
 #
 #   bash tests/aarch64.sh                      # or make test-aarch64; the first time it fetches 1.5 GB into .cache/aarch64
 #   bash tests/aarch64.sh tests/test_vlm.py    # with words for pytest
 #
 # Settings (environment variables):
-#   CORES   (default: neoverse-v1 neoverse-n1)
+#   CORES   (default: demeter neoverse-n1)
 #   PYTHON  whose pip fetches the packages (default: .venv/bin/python)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=requirements/aarch64_platforms.sh
+source requirements/aarch64_platforms.sh
 
 readonly ROOT=$PWD/.cache/aarch64
-readonly PLATFORMS=(manylinux_2_{17,24,26,27,28}_aarch64 manylinux2014_aarch64)
 readonly TESTS=(tests/test_native.py tests/test_static_llama.py -k "native or same_bits or number_of_threads or logits_are_transformers or every_width")
 
 main() {
@@ -23,7 +25,7 @@ main() {
   done
   [[ -e $ROOT/.debian ]] || fetch_debian
   [[ $(cat "$ROOT/.packages" 2>/dev/null) == "$(wanted)" ]] || fetch_packages
-  for core in ${CORES:-neoverse-v1 neoverse-n1}; do
+  for core in ${CORES:-demeter neoverse-n1}; do
     echo "==== $core"
     compiler_for "$core"
     emulated "$core" -m pytest -q -p no:cacheprovider "${words[@]}"
@@ -38,7 +40,8 @@ fetch_debian() {
   local options=(-qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Dir::State::lists="$apt/lists" -o Dir::State::status="$apt/status"
     -o Dir::Cache="$apt" -o Dir::Cache::archives="$apt/archives" -o APT::Sandbox::User="$(id -un)")
   apt-get "${options[@]}" update
-  apt-get "${options[@]}" install --yes --no-install-recommends --download-only python3.11 libpython3.11-stdlib libgomp1 libstdc++6
+  apt-get "${options[@]}" install --yes --no-install-recommends --download-only python3.11 libpython3.11-stdlib libgomp1 libstdc++6 ||
+    { echo "error: apt has no Python 3.11 for arm64; run this on Debian 12" >&2; exit 2; }
   for package in "$apt"/archives/*.deb; do dpkg -x "$package" "$ROOT"; done
   touch "$ROOT/.debian"
 }
@@ -67,7 +70,7 @@ compiler_for() {
 emulated() {
   local core=$1
   CXX=$ROOT/g++-$core XDG_CACHE_HOME=$ROOT/compiled/$core PYTHONPATH=$ROOT/packages HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
-    qemu-aarch64 -cpu max -L "$ROOT" "$ROOT/usr/bin/python3.11" "${@:2}"
+    qemu-aarch64 -cpu max,sve-default-vector-length=16 -L "$ROOT" "$ROOT/usr/bin/python3.11" "${@:2}"
 }
 
 main "$@"

@@ -27,7 +27,7 @@ def test_pip_alone_keeps_the_torch_of_25_01_and_finds_what_works(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("torch", "transformers"), [
-    (NGC_25_01, "5.17.0"), ("2.6.0a0+df5bbc09d1.nv24.12", "5.17.0"), ("2.9.0a0+50eac811a6.nv25.9", "5.24.0"), ("2.13.0a0+9186a08b2c.nv26.7", "5.24.0")])
+    (NGC_25_01, "5.17.0"), ("2.6.0a0+df5bbc09d1.nv24.12", "5.17.0"), ("2.9.0a0+50eac811a6.nv25.9", "5.24.0"), ("2.13.0a0+9186a08b2c.nv26.7.59513937", "5.24.0")])
 def test_keep_torch_holds_it_and_takes_the_newest_transformers_for_it(tmp_path: Path, index: Path, torch: str, transformers: str):
     image = Image(tmp_path, index, torch)
     before = image.torch_files()
