@@ -104,10 +104,10 @@ def parse_args(args_class: type[Args], argv: list[str] | None = None) -> Args:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with its status; a UserError becomes one line on stderr and exit code 2."""
+    """Call `main` and exit with its status; a UserError, or logits that are not finite (decoding/state.py), becomes one line on stderr and exit code 2."""
     try:
         status = main()
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         _exit(str(error))
     except KeyboardInterrupt:
         status = 130

@@ -122,10 +122,13 @@ def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict], text:
     return spans
 
 
-def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `loss_mask` (B, T) bool; `source` (B,) int64."""
+def collate(examples: list[Encoded]) -> dict[str, torch.Tensor]:
+    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `loss_mask` (B, T) bool; `source` (B,) int64.
+
+    Padded places are masked everywhere, so any id serves: 0, which every embedding has; a padding token may lie beyond it.
+    """
     width = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), width), pad_id)
+    input_ids = torch.zeros(len(examples), width, dtype=torch.int64)
     attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
     loss_mask = torch.zeros(len(examples), width, dtype=torch.bool)
     for i, example in enumerate(examples):
@@ -135,11 +138,6 @@ def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
         loss_mask[i, :count] = torch.tensor(example.loss_mask)
     source = torch.tensor([example.source for example in examples])
     return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask, "source": source}
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padded places. They are masked everywhere, so any id serves where none is declared."""
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class EncodeOptions:
     def collate(self, examples: list[Encoded]) -> dict[str, torch.Tensor]:
         """See `collate`; with the `pixel_values` (n, 3, height, width) of all images, in the texts' order, where there are some."""
         images = [image for example in examples for image in example.images]
-        return {**collate(examples, pad_token_id(self.tokenizer)), **({"pixel_values": self.images.pixels(images)} if images else {})}
+        return {**collate(examples), **({"pixel_values": self.images.pixels(images)} if images else {})}
 
 
 def _usable(options: EncodeOptions, example: dict, origin: ExampleStream) -> Encoded | None:

@@ -28,7 +28,7 @@ from data_utils import EncodeOptions, PackedBatches, encode_prompt
 from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
 from results import read_config
 from row_files import check_learnable
-from target_model import DeviceArgs, load_config, load_tokenizer
+from target_model import DeviceArgs, load_config, load_tokenizer, read_weights
 from text_datasets import find_dataset, open_stream
 from training_loop import Learner, TrainingArgs, TrainingTask
 
@@ -133,7 +133,8 @@ def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -
         config.num_hidden_layers = args.num_hidden_layers
     if config.vocab_size < len(tokenizer):
         raise UserError(f"{args.init_from} knows {config.vocab_size} tokens, the tokenizer has {len(tokenizer)}; use the model's own tokenizer")
-    return AutoModelForCausalLM.from_pretrained(args.init_from, config=config, dtype=torch.float32, attn_implementation=attention)
+    whole = args.init != "first_blocks"
+    return read_weights(AutoModelForCausalLM, args.init_from, all_blocks=whole, config=config, dtype=torch.float32, attn_implementation=attention)
 
 
 def _new_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -> LlamaForCausalLM:

@@ -36,7 +36,7 @@ from losses import learned_rows, learned_tokens
 from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
 from row_files import check_learnable
 from shapes_dataset import QUESTION, names_all
-from target_model import DeviceArgs
+from target_model import DeviceArgs, read_weights
 from text_datasets import find_dataset, open_stream
 from tower_pretraining import pretrain_tower
 from training_loop import Learner, TrainingArgs, TrainingTask
@@ -164,7 +164,8 @@ def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -
     if args.init_from is not None:
         config = load_llava_config(args.init_from)
         config.text_config.num_hidden_layers = args.num_hidden_layers
-        return LlavaForConditionalGeneration.from_pretrained(args.init_from, config=config, dtype=torch.float32, attn_implementation=attention)
+        return read_weights(
+            LlavaForConditionalGeneration, args.init_from, all_blocks=False, config=config, dtype=torch.float32, attn_implementation=attention)
     vision = CLIPVisionConfig(
         hidden_size=args.vision_hidden_size, intermediate_size=args.vision_intermediate_size, num_hidden_layers=args.vision_num_hidden_layers,
         num_attention_heads=args.vision_num_attention_heads, image_size=args.image_size, patch_size=args.patch_size, projection_dim=args.vision_hidden_size)

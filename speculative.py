@@ -29,6 +29,7 @@ from decoding.chain import chain_round
 from decoding.common_sense import CommonSense
 from decoding.draft_length import DraftLength, FixedLength
 from decoding.dynamic_tree import DynamicTree, dynamic_tree_round
+from decoding.exactness import changes_within, sees_later_tokens, why_no_cache, why_no_trees
 from decoding.hf_peers import generation_config, hf_decode
 from decoding.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy
@@ -355,6 +356,16 @@ def _check(target: nn.Module, asked: Views, options: DecodeOptions, draft: nn.Mo
         _check_exit(target, draft, options)
     for model, view in ((target, asked.target), (draft, asked.draft)):
         _check_room(context_length(model.config), len(view.ids), options)
+    _check_rotary(target, len(asked.target.ids), options)
+
+
+def _check_rotary(target: nn.Module, prompt: int, options: DecodeOptions) -> None:
+    """Raise ValueError where transformers' forward pass would give another text in passes of other widths. StaticLlama has a table of its own."""
+    reason = changes_within(target.config, prompt, prompt + options.max_new_tokens + options.ahead)
+    if reason is None or options.method == "hf_generate":
+        return
+    if METHODS[options.method].whole is not None or options.engine == "transformers" or why_unsupported(target) is not None:
+        raise ValueError(f"{reason}, within this text, so that what transformers makes of it depends on how it is cut into passes: end it before, or begin it behind")
 
 
 def _check_room(context: int, prompt: int, options: DecodeOptions) -> None:
@@ -382,9 +393,10 @@ def _check_states(judge: Judge, target: Model, draft: Model | SharedExit) -> Non
 
 
 def context_length(config: object) -> int:
-    """Positions that a model can have: without a limit where dynamic NTK scaling stretches them."""
+    """Positions that a model can have: without a limit where dynamic NTK scaling stretches them, or where there are none (ALiBi)."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return sys.maxsize if rope.get("rope_type") == "dynamic" else config.max_position_embeddings
+    limit = None if rope.get("rope_type") == "dynamic" else getattr(config, "max_position_embeddings", None)
+    return sys.maxsize if limit is None else limit
 
 
 # ---- the models in the form that decoding runs them: made once, kept with the target ----
@@ -400,6 +412,7 @@ class Engines:
 
 _engines: WeakKeyDictionary[nn.Module, Engines] = WeakKeyDictionary()
 _noted: WeakSet[nn.Module] = WeakSet()
+_causal: WeakSet[nn.Module] = WeakSet()
 _making = Lock()  # weights are joined by one thread at a time
 
 
@@ -414,6 +427,8 @@ def _prepare(engines: Engines, asked: list[Views], options: DecodeOptions, draft
     drafter = None if kind == "none" else _draft_for(engines, draft, kind, _slots([views.draft for views in asked], options), options.engine)
     if options.judge is not None and options.judge.reads_states:
         _check_states(options.judge, engines.target, drafter)
+    if options.plan is not None:
+        _check_trees(engines.target, drafter)
     engines.target.start([len(views.target.ids) for views in asked], options.slots_ahead)
     if drafter is not None:
         drafter.start([len(views.draft.ids) for views in asked], options.slots_ahead)
@@ -482,12 +497,31 @@ def _new_engine(model: nn.Module, capacity: int, batch: int, engine: str) -> Mod
     reason = why_unsupported(target, parts)
     if engine == "static" and reason is None:
         return StaticLlama(target, capacity, batch, parts)
+    _check_cached(target)
     if batch > 1:
         raise ValueError(f"only StaticLlama decodes several texts together, and it cannot run {reason or 'engine=transformers'}")
     if engine == "static" and isinstance(target, PreTrainedModel) and target not in _noted:
         _noted.add(target)
         print(f"decoding with transformers' own forward pass, which is slower: StaticLlama cannot run {reason}", file=sys.stderr)
     return CachedModel(model)
+
+
+def _check_trees(*models: Model | SharedExit | None) -> None:
+    """Raise ValueError where transformers' forward pass cannot run the nodes of a tree."""
+    for model in models:
+        reason = why_no_trees(_parts(model.model)[0]) if isinstance(model, CachedModel) else None
+        if reason is not None:
+            raise ValueError(f"no trees can be drafted or verified: {reason}; choose a chain method, such as 'speculative'")
+
+
+def _check_cached(model: nn.Module) -> None:
+    """Raise ValueError where CachedModel cannot run `model`."""
+    if model in _causal or not isinstance(model, PreTrainedModel):
+        return
+    reason = why_no_cache(type(model), model.config) or ("attention to later tokens" if sees_later_tokens(model) else None)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot be decoded here: it has {reason}")
+    _causal.add(model)
 
 
 def _shifted(drafter: Model | SharedExit | None, asked: list[Views]) -> Model | SharedExit | Shifted | None:

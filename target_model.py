@@ -6,10 +6,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from command_line import UserError, first_line, import_optional
 
@@ -26,11 +27,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from decoding.exactness import ropes, why_no_cache
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Quant = Literal["8bit", "4bit"]
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_TARGET, CONFIGS = ASSETS / "pydoc-llama-7m", ASSETS / "configs"
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$")  # what older checkpoints hold and models compute
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(kw_only=True)
@@ -91,11 +99,14 @@ def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> Pre
     """The configuration of the model at `path`, of one of `families` (None: of any). Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
     if families is not None and config.model_type not in families:
         sees = "; train.py distils LLaVAs, and benchmark_llava.py decodes with them" if config.model_type == "llava" else ""
         raise UserError(f"{path} is a {config.model_type} model; a {' or '.join(families)} model is needed here{sees}")
+    unknown = {rope.get("rope_type", "default") for rope in ropes(config)} - {"default", *ROPE_INIT_FUNCTIONS}
+    if unknown:
+        raise UserError(f"{path}: rotary embeddings of type {min(unknown)!r} are unknown (known: default, {', '.join(ROPE_INIT_FUNCTIONS)}); mend its config.json")
     return config
 
 
@@ -123,15 +134,51 @@ def load_target(
 ) -> Target:
     """The model at `path` in evaluation mode with frozen weights, and its tokenizer; `quant`: see check_quant, products then run in `compute_dtype`."""
     device, dtype, attention = args.resolve()
-    load_config(path, families)
-    tokenizer = load_tokenizer(path)
+    config, tokenizer = load_config(path, families), load_tokenizer(path)
+    _check_decodable(path, config)
+    _check_ids(path, tokenizer, config)
     stored = {"quantization_config": _quantization(quant, compute_dtype), "device_map": {"": device}} if quant is not None else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **stored)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
+    model = read_weights(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention, **stored)
     placed = model if quant is not None else model.to(device)
     return Target(placed.eval().requires_grad_(False), tokenizer, path)
+
+
+def read_weights(model_class: type[Model], path: str, *, all_blocks: bool = True, **settings: object) -> Model:
+    """The model at `path`, by model_class.from_pretrained. Raises UserError unless its tensors are those of its configuration: what is missing would be drawn anew.
+
+    Without `all_blocks` there may be tensors of blocks that the configuration in `settings` leaves out.
+    """
+    try:
+        model, found = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} tensors of its configuration, such as {missing[0]}; give a whole checkpoint, or mend config.json (num_hidden_layers, tie_word_embeddings)")
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise UserError(f"{path}: {name} is {tuple(stored)}, its configuration asks for {tuple(wanted)}; mend config.json")
+    unused = sorted(name for name in found["unexpected_keys"] if not COMPUTED.search(name) and (all_blocks or not re.search(r"\.layers\.\d+\.", name)))
+    if unused:
+        raise UserError(f"{path} has {len(unused)} tensors that its configuration has no place for, such as {unused[0]}; mend config.json (num_hidden_layers), or remove them")
+    return model
+
+
+def _check_decodable(path: str, config: PretrainedConfig) -> None:
+    """Raise UserError for models that write no text, or that cannot be decoded with a cache that forgets single tokens."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path} is a {config.model_type} model, which is no causal language model; give one that is, such as a Llama")
+    reason = why_no_cache(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+    if reason is not None:
+        raise UserError(f"{path} is a {config.model_type} model with {reason}; drafted tokens could not be taken back: give a model of attention alone")
+
+
+def _check_ids(path: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raise UserError for tokens that the model has no embedding for. The padding token needs none, as nothing looks at it."""
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size and token != tokenizer.pad_token}
+    if beyond:
+        token = min(beyond, key=beyond.get)
+        raise UserError(f"{path}: {token!r} is token {beyond[token]} of its tokenizer, but its embedding has {config.vocab_size} rows; "
+                        "give the tokenizer that belongs to the model, or resize the model's embedding")
 
 
 def check_quant(flag: str, quant: Quant | None, args: DeviceArgs) -> None:
