@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data_utils import EncodeOptions
 from decoding.sampling import SamplingPolicy, policy_probs
+from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, check_logits
 from decoding.verify import VERIFICATIONS, Verification, expected_acceptance
 from metrics import POTENTIAL_COLUMNS, add_sums, with_interval
 from row_files import ExampleStream
@@ -144,6 +145,8 @@ def read_texts(target: nn.Module, draft: nn.Module, texts: list[list[int]], opti
 
 def text_potential(teacher: torch.Tensor, draft: torch.Tensor, options: PotentialOptions) -> TextPotential:
     """One text's figures from the logits (T − 1, V) of target and draft that predict its tokens but the first."""
+    check_logits(teacher, NO_TARGET_LAW)
+    check_logits(draft, NO_DRAFT_LAW)
     sums: dict[str, float] = {}
     chances: dict[Verification, list[torch.Tensor]] = {verification: [] for verification in VERIFICATIONS}
     for p_logits, q_logits in zip(teacher.split(CHUNK_ROWS), draft.split(CHUNK_ROWS), strict=True):

@@ -21,6 +21,7 @@ from decoding.children import Chooser, Coupling, Nodes
 from decoding.dynamic_tree import DynamicTree
 from decoding.growmap import Growmap
 from decoding.sampling import Noise, Purpose, policy_probs
+from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, check_logits
 from decoding.static_tree import StaticTree
 from decoding.verify import residual, without
 from decoding.vlm import AnyPrompt, forced_logits, view_of
@@ -68,10 +69,12 @@ class Positions:
 
 @torch.inference_mode()
 def positions_of(texts: Sequence[OwnText], *models: nn.Module) -> Iterator[Positions]:
-    """The positions behind the prompts, with what each of `models` says there, teacher-forced."""
+    """The positions behind the prompts, with what each of `models`, the draft and if need be the target, says there, teacher-forced."""
     for text in texts:
         new = torch.tensor(text.tokens[text.prompt :], device=models[0].device)
         logits = [forced_logits(model, text.given, new.tolist()) for model in models]
+        for said, fault in zip(logits, (NO_DRAFT_LAW, NO_TARGET_LAW), strict=False):
+            check_logits(said, fault)
         at = torch.arange(text.prompt, len(text.tokens), device=new.device)
         for rows in zip(*(tensor.split(CHUNK_ROWS) for tensor in (*logits, at, new)), strict=True):
             yield Positions(rows[:-2], *rows[-2:], text.noise)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from decoding.sampling import policy_probs
-from decoding.state import RoundResult
+from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, RoundResult, check_logits
 from decoding.verify import expected_acceptance
 from decoding.vlm import AnyPrompt
 from speculative import DecodeOptions, generate
@@ -104,7 +104,12 @@ def acceptance_along(target: nn.Module, draft: TruncatedLlama, texts: list[tuple
     found = []
     for tokens, start in texts:
         ids = torch.tensor([tokens[:-1]], device=target.device)
-        p, q = (policy_probs(model(ids, use_cache=False).logits[0, start - 1 :], options.policy) for model in (target, draft))
+        laws = []
+        for model, fault in ((target, NO_TARGET_LAW), (draft, NO_DRAFT_LAW)):
+            logits = model(ids, use_cache=False).logits[0, start - 1 :]
+            check_logits(logits, fault)
+            laws.append(policy_probs(logits, options.policy))
+        p, q = laws
         found.append(expected_acceptance(p, q, options.verification).cpu())
     return found
 

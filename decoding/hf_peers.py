@@ -16,8 +16,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from decoding.sampling import SamplingPolicy, no_law, policy_probs
-from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, DecodeStats, RoundResult, check_finite, synchronize
+from decoding.sampling import SamplingPolicy
+from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, DecodeStats, RoundResult, check_logits, synchronize
 from decoding.vlm import View
 
 
@@ -74,8 +74,8 @@ def _inputs(target: PreTrainedModel, prompt: View, ids: torch.Tensor) -> dict[st
 def _check_laws(text: torch.Tensor, target: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
     """Raise FloatingPointError where a model's logits behind `text` (1, T) are not finite: transformers would choose some token, or fail in torch."""
     for model, fault in ((target, NO_TARGET_LAW), (assistant, NO_DRAFT_LAW)):
-        if model is not None and bool(no_law(policy_probs(model(input_ids=text, use_cache=False).logits[:, -1], SamplingPolicy()))):
-            check_finite(fault)
+        if model is not None:
+            check_logits(model(input_ids=text, use_cache=False).logits[:, -1], fault)
 
 
 def hf_decode(

@@ -217,6 +217,12 @@ def check_finite(decided: int) -> None:
             f"the {whose}'s logits are not finite (NaN or infinite): check its weights, or choose a number format of wider range (fp32, bf16)")
 
 
+def check_logits(logits: torch.Tensor, fault: int) -> None:
+    """`check_finite` of `fault` where a row of `logits` (..., V) is not finite. Waits for the device."""
+    if not logits.amax(-1).isfinite().all():
+        check_finite(fault)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device to finish what was queued (nothing to wait for on the CPU)."""
     if device.type == "cuda":

@@ -11,10 +11,13 @@ import command_line
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import build_growmap
 import decoding.drafting as drafting
 import evaluate
 import evaluate_checkpoints
+import generate_dataset
 import plots
 import pretrain_draft_model
 import prove
@@ -191,7 +194,7 @@ def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path,
         (tiny_target_path, ["--checkpoint", corrupt], "is broken"),
         (tiny_target_path, [*checkpoint, "--draft_model_path", other], "give either --checkpoint"),
         (tiny_target_path, [*checkpoint, "--spec_prompt_length", 510], "context of .* is 512 tokens"),
-        (tiny_target_path, [*checkpoint, "--spec_top_p", 0], "--spec_top_p 0.0 must lie in"),
+        (tiny_target_path, [*checkpoint, "--spec_top_p", 0], "--spec_top_p 0.0 must lie between"),
         (tiny_target_path, [*checkpoint, "--spec_num_prompts", 5000], "only .* prompts of 8 tokens"),
         (tiny_target_path, [*checkpoint, "--dataset_path", empty], "no rows"),
         (tiny_target_path, [*checkpoint, "--spec_prompt_length", -5], "--spec_prompt_length -5: must not be negative"),
@@ -216,6 +219,33 @@ def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, 
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="no checkout")
+def broken_copy(path: Path, folder: Path) -> Path:
+    """The target at `path` with one weight that is no number."""
+    shutil.copytree(path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_target_whose_logits_are_not_finite_gets_one_line_from_every_command(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys):
+    """It proved exact, learned with "kl 0.0000", and wrote token 0 for ever."""
+    broken = broken_copy(tiny_target_path, tmp_path / "broken")
+    prompts = ["--spec_prompt_dataset", "arithmetic", "--spec_num_prompts", 2, "--spec_prompt_length", 8, "--spec_max_new_tokens", 8]
+    trees = [*prompts, "--fit_prompts", 2, "--draft_model_path", tiny_target_path]
+    for module, arguments in [
+        (train, train_arguments(broken, tmp_path / "trained")),
+        (prove, ["--model_path", broken, *prompts, "--out_dir", tmp_path / "proof"]),
+        (evaluate, ["--model_path", broken, "--draft_model_path", tiny_target_path, *EVALUATION, "--out_dir", tmp_path / "evaluation"]),
+        (build_growmap, ["--model_path", broken, *trees, "--out_dir", tmp_path / "growmap"]),
+        (generate_dataset, ["--model_path", broken, "--dataset", "arithmetic", "--num_examples", 2, "--max_new_tokens", 8, "--out_dir", tmp_path / "dataset"]),
+    ]:
+        capsys.readouterr()
+        assert run_main(module, arguments, monkeypatch) == 2
+        assert [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))] == [
+            "error: the target's logits are not finite (NaN or infinite): check its weights, or choose a number format of wider range (fp32, bf16)"]
+
+
 def test_revision_is_found_in_somebody_elses_folder(monkeypatch):
     """As root's container finds a user's: git refuses to look into it unless told."""
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")

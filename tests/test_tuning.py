@@ -315,7 +315,7 @@ def test_tune_never_writes_over_a_recommendation(subject, short, tmp_path, monke
         ({"draft_vocab_sizes": [-16]}, "--draft_vocab_sizes -16: "),
         ({"checkpoint_glob": ["/no/such/*"]}, "no checkpoint matches"),
         ({"checkpoint_glob": [__file__]}, "is broken or no .safetensors file"),
-        ({"spec_top_p": 0}, "--spec_top_p 0.0 must lie in"),
+        ({"spec_top_p": 0}, "--spec_top_p 0.0 must lie between"),
         ({"spec_num_prompts": 0}, "--spec_num_prompts 0: must be at least 1"),
         ({"spec_max_new_tokens": 497}, "the context of the target is 512 tokens"),
         ({"model_path": "/no/such/model"}, "no model at /no/such/model"),
