@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_utils import EncodeOptions, PackedBatches, encode_prompt
+from hub import model_folder
 from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
 from results import read_config
 from row_files import check_learnable
@@ -133,7 +134,7 @@ def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -
         config.num_hidden_layers = args.num_hidden_layers
     if config.vocab_size < len(tokenizer):
         raise UserError(f"{args.init_from} knows {config.vocab_size} tokens, the tokenizer has {len(tokenizer)}; use the model's own tokenizer")
-    return AutoModelForCausalLM.from_pretrained(args.init_from, config=config, dtype=torch.float32, attn_implementation=attention)
+    return AutoModelForCausalLM.from_pretrained(model_folder(args.init_from, weights=True), config=config, dtype=torch.float32, attn_implementation=attention)
 
 
 def _new_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -> LlamaForCausalLM:

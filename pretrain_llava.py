@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from data_utils import EncodeOptions, PaddedBatches, Prefetched, encode_prompt, held_out_batches
+from hub import model_folder
 from image_inputs import IMAGE_TOKEN, ImageInputs
 from llava_target import load_chat_tokenizer, load_image_processor, load_llava_config
 from losses import learned_rows, learned_tokens
@@ -164,7 +165,7 @@ def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -
     if args.init_from is not None:
         config = load_llava_config(args.init_from)
         config.text_config.num_hidden_layers = args.num_hidden_layers
-        return LlavaForConditionalGeneration.from_pretrained(args.init_from, config=config, dtype=torch.float32, attn_implementation=attention)
+        return LlavaForConditionalGeneration.from_pretrained(model_folder(args.init_from, weights=True), config=config, dtype=torch.float32, attn_implementation=attention)
     vision = CLIPVisionConfig(
         hidden_size=args.vision_hidden_size, intermediate_size=args.vision_intermediate_size, num_hidden_layers=args.vision_num_hidden_layers,
         num_attention_heads=args.vision_num_attention_heads, image_size=args.image_size, patch_size=args.patch_size, projection_dim=args.vision_hidden_size)

@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hub import model_folder
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Quant = Literal["8bit", "4bit"]
 ASSETS = Path(__file__).parent / "assets"
@@ -90,7 +92,7 @@ class Target:
 def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> PretrainedConfig:
     """The configuration of the model at `path`, of one of `families` (None: of any). Raises UserError."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(model_folder(path))
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
     if families is not None and config.model_type not in families:
@@ -113,9 +115,11 @@ def named_config(name: str, families: tuple[str, ...] = ("llama",)) -> Pretraine
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`. Raises UserError."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(path))
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer at {path} ({first_line(error)})") from error
+    tokenizer.name_or_path = path
+    return tokenizer
 
 
 def load_target(
@@ -127,7 +131,7 @@ def load_target(
     tokenizer = load_tokenizer(path)
     stored = {"quantization_config": _quantization(quant, compute_dtype), "device_map": {"": device}} if quant is not None else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **stored)
+        model = AutoModelForCausalLM.from_pretrained(model_folder(path, weights=True), dtype=dtype, attn_implementation=attention, **stored)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
     placed = model if quant is not None else model.to(device)

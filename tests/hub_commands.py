@@ -1,0 +1,81 @@
+"""Runs commands of the suite with the hub's environment, each in a process of its own that has imported everything already.
+
+`python hub_commands.py` reads jobs as lines of JSON, {"module": "train", "argv": [...], "folder": where stdout and stderr go, "token": ..., "offline": ...}, and
+answers each with its exit status. The libraries' retries stay what they are; the time between them is cut.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+import command_line
+
+import datasets
+import huggingface_hub
+
+import benchmark
+import evaluate
+import export_draft
+import train
+from text_datasets import open_stream
+
+LONGEST_WAIT_SEC = 0.005
+TIMEOUT_SEC = 0.2
+
+
+def main() -> None:
+    """Rows of a data set: its name, the splits' names. Prints the first examples of each."""
+    name, count, *splits = sys.argv[1:]
+    print(json.dumps({split: list(islice(open_stream(name, split, shuffle=False).rest_of_epoch(), int(count))) for split in splits}))
+
+
+MODULES = {module.__name__: module for module in (train, evaluate, benchmark, export_draft)} | {"rows": sys.modules[__name__]}
+
+
+def hurry() -> None:
+    """Wait a moment where the libraries wait seconds."""
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, LONGEST_WAIT_SEC))
+    huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = TIMEOUT_SEC
+    huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = TIMEOUT_SEC
+
+
+def run_job(job: dict) -> None:
+    """Never returns."""
+    for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
+        os.dup2(os.open(Path(job["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    hurry()
+    if job.get("token"):
+        os.environ["HF_TOKEN"] = job["token"]
+    if job.get("offline"):
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    sys.argv = [f"{job['module']}.py", *job["argv"]]
+    status = 1
+    try:
+        command_line.run(MODULES[job["module"]].main)
+    except SystemExit as exit_:
+        status = exit_.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def serve() -> None:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            run_job(json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
