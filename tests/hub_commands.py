@@ -1,6 +1,6 @@
 """Runs commands of the suite with the hub's environment, each in a process of its own that has imported everything already.
 
-`python hub_commands.py` reads jobs as lines of JSON, {"module": "train", "argv": [...], "folder": where stdout and stderr go, "token": ..., "offline": ...}, and
+`python hub_commands.py` reads jobs as lines of JSON, {"command": "train", "argv": [...], "folder": where stdout and stderr go, "token": ..., "offline": ...}, and
 answers each with its exit status. The libraries' retries stay what they are; the time between them is cut.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,19 +24,27 @@ import benchmark
 import evaluate
 import export_draft
 import train
-from text_datasets import open_stream
+from target_model import DeviceArgs, eos_token_ids, load_target, tokenizer_hash, weights_hash
+from text_datasets import DATASETS, open_stream
 
 LONGEST_WAIT_SEC = 0.005
 TIMEOUT_SEC = 0.2
 
 
-def main() -> None:
-    """Rows of a data set: its name, the splits' names. Prints the first examples of each."""
-    name, count, *splits = sys.argv[1:]
+def rows() -> None:
+    """Prints the first examples of splits of a data set: its name, where the hub has it, how many, the splits."""
+    name, hub_id, count, *splits = sys.argv[1:]
+    DATASETS[name] = replace(DATASETS[name], hub_id=hub_id)
     print(json.dumps({split: list(islice(open_stream(name, split, shuffle=False).rest_of_epoch(), int(count))) for split in splits}))
 
 
-MODULES = {module.__name__: module for module in (train, evaluate, benchmark, export_draft)} | {"rows": sys.modules[__name__]}
+def model() -> None:
+    """Prints what identifies a model."""
+    target = load_target(sys.argv[1], DeviceArgs(device="cpu"))
+    print(json.dumps([weights_hash(target.model), tokenizer_hash(target.tokenizer), sorted(eos_token_ids(target)), target.tokenizer.bos_token, target.tokenizer.chat_template]))
+
+
+COMMANDS = {command.__module__: command for command in (train.main, evaluate.main, benchmark.main, export_draft.main)} | {"rows": rows, "model": model}
 
 
 def hurry() -> None:
@@ -55,10 +64,10 @@ def run_job(job: dict) -> None:
         os.environ["HF_TOKEN"] = job["token"]
     if job.get("offline"):
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    sys.argv = [f"{job['module']}.py", *job["argv"]]
+    sys.argv = [f"{job['command']}.py", *job["argv"]]
     status = 1
     try:
-        command_line.run(MODULES[job["module"]].main)
+        command_line.run(COMMANDS[job["command"]])
     except SystemExit as exit_:
         status = exit_.code or 0
     except BaseException:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -32,11 +33,19 @@ class Repository:
     revision: str = "main"
     problem: str | None = None
     only: str | None = None  # the file that has the problem (None: all, and the API's answers, too)
+    good_answers: int = 0  # so many files, or parts of one, are sent before the problem begins
+    bad_answers: float = math.inf  # so many are broken before it ends
     served: list[str] = field(default_factory=list)  # the files that were sent, whole or not
 
     @property
     def commit(self) -> str:
         return hashlib.sha1("".join(f"{name} {_digest(content)}" for name, content in sorted(self.files.items())).encode()).hexdigest()
+
+    def problem_of(self, file: str | None) -> str | None:
+        """What is wrong with an answer about `file` ("": about the repository; None: about its folders)."""
+        if self.only not in (None, file) or not self.good_answers <= len(self.served) < self.good_answers + self.bad_answers:
+            return None
+        return None if self.problem == "broken" and not (file or "").endswith(LARGE if self.only is None else "") else self.problem
 
     def info(self) -> dict:
         """What the API says of the repository."""
@@ -139,10 +148,10 @@ class _Answer(BaseHTTPRequestHandler):
         first, last = (0, len(content) - 1) if wanted is None else (int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1))
         if first > last and content:
             return self.send(416, Content_Range=f"bytes */{len(content)}")
+        half = self.command == "GET" and repository.problem_of(name) == "broken"
         if self.command == "GET":
             repository.served.append(name)
         where = {} if wanted is None else {"Content_Range": f"bytes {first}-{last}/{len(content)}"}
-        half = repository.problem == "broken" and (name.endswith(LARGE) if repository.only is None else name == repository.only)
         return self.send(200 if wanted is None else 206, content[first : last + 1], half, Accept_Ranges="bytes", **where, **headers)
 
 
@@ -153,7 +162,10 @@ class _Storage(_Answer):
         if "Authorization" in self.headers:
             self.hub.tokens_at_storage.append(self.headers["Authorization"])
         kind, owner, name, revision, file = unquote(self.path).strip("/").split("/", 4)
-        self.send_file(self.hub.find(kind, f"{owner}/{name}", revision), file)
+        found = self.hub.find(kind, f"{owner}/{name}", revision)
+        if found.problem_of(file) in PROBLEMS:
+            return self.refuse(*PROBLEMS[found.problem])
+        return self.send_file(found, file)
 
 
 class _Api(_Answer):
@@ -179,7 +191,7 @@ class _Api(_Answer):
     def _with(self, kind: str, name: str, revision: str | None, answer: Callable[[Repository], None], file: str | None = None) -> None:
         """`answer` for the repository, or what keeps from it. Of a gated one everybody may know that it is there, but not read it."""
         found = self.hub.find(kind, name, unquote(revision or "main"))
-        problem = "missing" if found is None else found.problem if found.only in (None, file) else None
+        problem = "missing" if found is None else found.problem_of(file)
         if problem == "slow":
             self.hub.closing.wait(60)
         elif problem == "gated" and file != "" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
