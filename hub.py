@@ -18,6 +18,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # settings and tokenizers
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first of these that a model has
 LOG_IN = "run hf auth login (or set HF_TOKEN)"
+OFFLINE = ("is not downloaded, and HF_HUB_OFFLINE is set", "unset it")
 CACHE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
@@ -85,7 +86,10 @@ def hub_errors(subject: str, name: str, instead: str, repo_type: str = "model") 
 def _diagnosis(error: BaseException, name: str, repo_type: str) -> tuple[str, str]:
     """What the hub did, and the remedy, from the first cause that tells."""
     causes = list(_causes(error))
-    return next(filter(None, (_told_by(cause, name, repo_type) for cause in causes)), (f"could not be read from the hub ({first_line(causes[-1])})", "check the network and try again"))
+    told = next(filter(None, (_told_by(cause, name, repo_type) for cause in causes)), None)
+    if told is None and constants.HF_HUB_OFFLINE:
+        return OFFLINE
+    return told or (f"could not be read from the hub ({first_line(causes[-1])})", "check the network and try again")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -98,7 +102,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _told_by(error: BaseException, name: str, repo_type: str) -> tuple[str, str] | None:
     """What one error says of the hub, and the remedy; None where it says nothing."""
-    if isinstance(error, GatedRepoError) or re.search(r"\bgated (dataset|repo)", str(error)):  # `datasets` does not always keep the hub's own error
+    if isinstance(error, GatedRepoError) or re.search("is a gated dataset|Cannot access gated repo", str(error)):  # `datasets` does not always keep the hub's own error
         page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{name}"
         return "is gated on the hub", f"ask for access at {page}, then {LOG_IN}"
     if isinstance(error, RepositoryNotFoundError):
@@ -106,7 +110,7 @@ def _told_by(error: BaseException, name: str, repo_type: str) -> tuple[str, str]
     if isinstance(error, HFValidationError):
         return "is neither here nor a name on the hub", "check the path"
     if isinstance(error, OfflineModeIsEnabled):
-        return "is not downloaded, and HF_HUB_OFFLINE is set", "unset it"
+        return OFFLINE
     if isinstance(error, HfHubHTTPError):
         return _status(error.response.status_code)
     return _connection(error)

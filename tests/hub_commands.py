@@ -84,6 +84,7 @@ def serve() -> None:
         if child == 0:
             run_job(json.loads(line))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":

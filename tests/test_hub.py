@@ -124,10 +124,10 @@ class Machine:
         assert ran.status == 0, ran.err
         return ran.out
 
-    def train(self, output: Path, model: object = "org/tiny", data: str = "ultrachat", steps: int = 3, **flags: object) -> Ran:
+    def train(self, output: Path, model: object = "org/tiny", data: str = "ultrachat", steps: int = 3, token: str | None = None, **flags: object) -> Ran:
         words = {"model_path": model, "dataset": data, "target_layer": 1, "ft_head": True, "max_steps": steps, "batch_size": 2, "max_length": 32, "num_threads": 1,
                  "output_dir": output, **flags}
-        return self.run("train", *(word for name, value in words.items() for word in (f"--{name}", value)))
+        return self.run("train", *(word for name, value in words.items() for word in (f"--{name}", value)), token=token)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_train_evaluate_benchmark_and_export_work_on_the_hubs_model(machine, tin
     weights, local = load_file(checkpoint), load_file(tmp_path / "local" / "model_000003.safetensors")
     assert weights.keys() == local.keys() and all(weights[name].equal(local[name]) for name in weights)
     machine.ok("evaluate", "--model_path", "org/tiny", "--checkpoint", checkpoint, "--out_dir", tmp_path / "evaluation", *EVALUATION)
-    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["model_path"] == "org/tiny"
+    assert json.loads((tmp_path / "evaluation" / "config.json").read_text())["model_path"] == "org/tiny"
     machine.ok("benchmark", "--hf_model", "org/tiny", "--checkpoint", checkpoint, "--method", "vanilla", "self_speculative", "--dataset", "mt_bench", "--max_samples", 2,
                "--max_new_tokens", 4, "--num_threads", 1, "--out", tmp_path / "records.jsonl")
     records = list(map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines()))
@@ -190,3 +190,93 @@ def test_every_data_set_of_the_hub_is_read_in_its_form(name, machine):
 
 def test_all_data_sets_of_the_hub_are_served():
     assert {name for name, dataset in DATASETS.items() if dataset.hub_id is not None} == LAYOUTS.keys() <= FORMS.keys()
+
+
+# ---- streams ----
+
+def test_a_stream_that_the_hub_broke_off_is_resumed_exactly(machine, tmp_path):
+    """An uninterrupted run, and one whose hub fails while its data are read once more; three epochs."""
+    flags = {"data": "fineweb", "steps": 60, "save_every_steps": 5}
+    repository = machine.hub.repositories["datasets", DATASETS["fineweb"].hub_id, "main"]
+    before = len(repository.served)
+    assert machine.train(tmp_path / "whole", **flags).status == 0
+    repository.problem, repository.good_answers = "down", len(repository.served) + (len(repository.served) - before) * 2 // 3
+    ran = machine.train(tmp_path / "broken", **flags)
+    repository.problem = None
+    check_one_line(ran, r"--dataset fineweb: HuggingFaceFW/fineweb could not be read from the hub .*; try again later, or give local files")
+    saved = sorted(path.name for path in (tmp_path / "broken").glob("model_*.safetensors"))
+    assert saved and saved[-1] < "model_000060"
+    assert machine.train(tmp_path / "broken", **flags, resume=True).status == 0
+    found, expected = (load_file(tmp_path / name / "model_000060.safetensors") for name in ("broken", "whole"))
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["ultrachat", "fineweb", "c4"])
+def test_a_connection_that_broke_once_loses_no_row_and_repeats_none(name, machine):
+    whole = json.loads(machine.ok("rows", name, DATASETS[name].hub_id, ROWS * 9, "train"))
+    broken = machine.hub.add(Repository("datasets", f"org/{name}-flaky", data_files(name), problem="broken", bad_answers=1))
+    assert json.loads(machine.ok("rows", name, broken.name, ROWS * 9, "train")) == whole
+    assert len(broken.served) > 1
+
+
+# ---- what fails ----
+
+FAILURES = {
+    "gated": r"is gated on the hub; ask for access at http://127.0.0.1:\d+/{page}, then run hf auth login \(or set HF_TOKEN\), or give ",
+    "missing": r"is not on the hub, or is private; check the name; for a private one run hf auth login \(or set HF_TOKEN\), or give ",
+    "slow": r"could not be read from the hub \(no answer in time\); try again, or wait longer with HF_HUB_ETAG_TIMEOUT=60 HF_HUB_DOWNLOAD_TIMEOUT=60, or give ",
+    "broken": r"could not be read from the hub \(the connection broke\); try again: files that are whole are kept, or give ",
+    "limited": r"could not be read from the hub \(429, too many requests\); wait some minutes and try again, or for a higher limit run hf auth login .*, or give ",
+    "down": r"could not be read from the hub \(it is out of order: 503\); try again later, or give ",
+}
+
+
+@pytest.fixture(scope="module")
+def identity(machine) -> str:
+    """What `model` says of org/tiny."""
+    return machine.ok("model", "org/tiny")
+
+
+@pytest.mark.parametrize(("problem", "token"), [*((problem, None) for problem in FAILURES), ("gated", NO_ACCESS_TOKEN)])
+def test_a_model_that_the_hub_does_not_give_is_one_line_and_nothing_of_it_is_used(problem, token, machine, model_files, identity, tmp_path):
+    repository = machine.hub.add(Repository("models", f"org/{problem}{token or ''}", model_files, problem=problem))
+    failure = f"no model at {repository.name}: it {FAILURES[problem].format(page=repository.name)}a folder with config.json$"
+    check_one_line(machine.train(tmp_path / "exit", repository.name, token=token), failure)
+    check_one_line(machine.run("model", repository.name, offline=True), "is not downloaded, and HF_HUB_OFFLINE is set; unset it, or give a folder")
+    if problem == "gated":
+        assert machine.ok("model", repository.name, token=TOKEN) == identity and not machine.hub.tokens_at_storage
+    else:
+        repository.problem = None
+        assert machine.ok("model", repository.name) == identity
+    repository.problem = problem
+    assert machine.ok("model", repository.name) == machine.ok("model", repository.name, offline=True) == identity, "what was downloaded needs no hub"
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"])
+def test_no_file_of_a_model_is_done_without_because_the_hub_failed(file, machine, model_files, identity):
+    """transformers goes on without those that a model need not have: other end tokens, no chat template."""
+    repository = machine.hub.add(Repository("models", f"org/without-{file}", model_files, problem="down", only=file))
+    check_one_line(machine.run("model", repository.name), FAILURES["down"])
+    check_one_line(machine.run("model", repository.name, offline=True), "is not downloaded")
+    repository.problem = None
+    assert machine.ok("model", repository.name) == identity
+
+
+def test_a_model_whose_connection_broke_once_is_whole(machine, model_files, identity):
+    repository = machine.hub.add(Repository("models", "org/flaky", model_files, problem="broken", only="model.safetensors", bad_answers=6))
+    assert machine.ok("model", repository.name) == identity and repository.served.count("model.safetensors") == 2
+
+
+@pytest.mark.parametrize("problem", FAILURES)
+@pytest.mark.parametrize("name", ["ultrachat", "fineweb"])
+def test_a_data_set_that_the_hub_does_not_give_is_one_line_and_no_part_of_it_is_used(name, problem, machine):
+    """One that is downloaded, and one that is streamed."""
+    repository = machine.hub.add(Repository("datasets", f"org/{name}-{problem}", data_files(name), problem=problem))
+    arguments = ("rows", name, repository.name, ROWS * 9, "train")
+    remedy = FAILURES[problem].format(page=f"datasets/{repository.name}")
+    check_one_line(machine.run(*arguments), f"--dataset {name}: {repository.name} {remedy}local files of the same form with --dataset_path$")
+    check_one_line(machine.run(*arguments, offline=True), "HF_HUB_OFFLINE is set; unset it, or give local files")
+    if problem != "gated":
+        repository.problem = None
+    rows = machine.ok(*arguments, token=TOKEN)
+    assert rows == machine.ok("rows", name, DATASETS[name].hub_id, ROWS * 9, "train")
