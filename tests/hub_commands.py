@@ -1,6 +1,7 @@
 """Runs commands of the suite with the hub's environment, each in a process of its own that has imported everything already.
 
-`python hub_commands.py` reads jobs as lines of JSON, {"command": "train", "argv": [...], "folder": where stdout and stderr go, "token": ..., "offline": ...}, and
+`python hub_commands.py` reads jobs as lines of JSON, {"command": "train", "argv": [...], "folder": where stdout and stderr go, "token": ..., "offline": ...,
+"patience": ...}, and
 answers each with its exit status. The libraries' retries stay what they are; the time between them is cut.
 """
 
@@ -28,7 +29,6 @@ from target_model import DeviceArgs, eos_token_ids, load_target, tokenizer_hash,
 from text_datasets import DATASETS, open_stream
 
 LONGEST_WAIT_SEC = 0.005
-TIMEOUT_SEC = 0.2
 
 
 def rows() -> None:
@@ -47,19 +47,19 @@ def model() -> None:
 COMMANDS = {command.__module__: command for command in (train.main, evaluate.main, benchmark.main, export_draft.main)} | {"rows": rows, "model": model}
 
 
-def hurry() -> None:
-    """Wait a moment where the libraries wait seconds."""
+def hurry(patience: float | None) -> None:
+    """Wait a moment where the libraries wait seconds between two tries, and for an answer `patience` seconds (None: theirs)."""
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, LONGEST_WAIT_SEC))
-    huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = TIMEOUT_SEC
-    huggingface_hub.file_download._ETAG_RETRY_TIMEOUT = TIMEOUT_SEC
+    if patience is not None:
+        huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = patience
 
 
 def run_job(job: dict) -> None:
     """Never returns."""
     for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
         os.dup2(os.open(Path(job["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    hurry()
+    hurry(job.get("patience"))
     if job.get("token"):
         os.environ["HF_TOKEN"] = job["token"]
     if job.get("offline"):

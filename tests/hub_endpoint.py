@@ -43,7 +43,8 @@ class Repository:
 
     def problem_of(self, file: str | None) -> str | None:
         """What is wrong with an answer about `file` ("": about the repository; None: about its folders)."""
-        if self.only not in (None, file) or not self.good_answers <= len(self.served) < self.good_answers + self.bad_answers:
+        answers = len(self.served) if self.only is None else self.served.count(self.only)
+        if self.only not in (None, file) or not self.good_answers <= answers < self.good_answers + self.bad_answers:
             return None
         return None if self.problem == "broken" and not (file or "").endswith(LARGE if self.only is None else "") else self.problem
 

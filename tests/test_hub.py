@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hub_endpoint import NO_ACCESS_TOKEN, TOKEN, Hub, Repository, hub_endpoint
 from row_files import SPLITS
@@ -110,10 +111,10 @@ class Machine:
             env={**{name: value for name, value in os.environ.items() if not left_out.fullmatch(name)}, **own})
         assert self.process.stdout.readline() == "ready\n"
 
-    def run(self, command: str, *arguments: object, token: str | None = None, offline: bool = False) -> Ran:
+    def run(self, command: str, *arguments: object, **how: object) -> Ran:
         folder = self.folder / f"{next(self.numbers)}-{command}"
         folder.mkdir()
-        job = {"command": command, "argv": list(map(str, arguments)), "folder": str(folder), "token": token, "offline": offline}
+        job = {"command": command, "argv": list(map(str, arguments)), "folder": str(folder), **how}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         status = int(self.process.stdout.readline())
@@ -124,10 +125,10 @@ class Machine:
         assert ran.status == 0, ran.err
         return ran.out
 
-    def train(self, output: Path, model: object = "org/tiny", data: str = "ultrachat", steps: int = 3, token: str | None = None, **flags: object) -> Ran:
+    def train(self, output: Path, model: object = "org/tiny", data: str = "ultrachat", steps: int = 3, how: dict | None = None, **flags: object) -> Ran:
         words = {"model_path": model, "dataset": data, "target_layer": 1, "ft_head": True, "max_steps": steps, "batch_size": 2, "max_length": 32, "num_threads": 1,
                  "output_dir": output, **flags}
-        return self.run("train", *(word for name, value in words.items() for word in (f"--{name}", value)), token=token)
+        return self.run("train", *(word for name, value in words.items() for word in (f"--{name}", value)), **(how or {}))
 
 
 @pytest.fixture(scope="module")
@@ -211,11 +212,16 @@ def test_a_stream_that_the_hub_broke_off_is_resumed_exactly(machine, tmp_path):
     assert all(found[name].equal(expected[name]) for name in expected)
 
 
+@pytest.fixture(scope="module")
+def whole(machine) -> dict[str, str]:
+    """What `rows` says of data sets that are downloaded and streamed."""
+    return {name: machine.ok("rows", name, DATASETS[name].hub_id, ROWS * 9, "train") for name in ("ultrachat", "fineweb", "c4")}
+
+
 @pytest.mark.parametrize("name", ["ultrachat", "fineweb", "c4"])
-def test_a_connection_that_broke_once_loses_no_row_and_repeats_none(name, machine):
-    whole = json.loads(machine.ok("rows", name, DATASETS[name].hub_id, ROWS * 9, "train"))
+def test_a_connection_that_broke_once_loses_no_row_and_repeats_none(name, machine, whole):
     broken = machine.hub.add(Repository("datasets", f"org/{name}-flaky", data_files(name), problem="broken", bad_answers=1))
-    assert json.loads(machine.ok("rows", name, broken.name, ROWS * 9, "train")) == whole
+    assert machine.ok("rows", name, broken.name, ROWS * 9, "train") == whole[name]
     assert len(broken.served) > 1
 
 
@@ -229,6 +235,7 @@ FAILURES = {
     "limited": r"could not be read from the hub \(429, too many requests\); wait some minutes and try again, or for a higher limit run hf auth login .*, or give ",
     "down": r"could not be read from the hub \(it is out of order: 503\); try again later, or give ",
 }
+PATIENCE = dict.fromkeys(FAILURES) | {"slow": 0.2}  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -241,15 +248,22 @@ def identity(machine) -> str:
 def test_a_model_that_the_hub_does_not_give_is_one_line_and_nothing_of_it_is_used(problem, token, machine, model_files, identity, tmp_path):
     repository = machine.hub.add(Repository("models", f"org/{problem}{token or ''}", model_files, problem=problem))
     failure = f"no model at {repository.name}: it {FAILURES[problem].format(page=repository.name)}a folder with config.json$"
-    check_one_line(machine.train(tmp_path / "exit", repository.name, token=token), failure)
-    check_one_line(machine.run("model", repository.name, offline=True), "is not downloaded, and HF_HUB_OFFLINE is set; unset it, or give a folder")
+    check_one_line(machine.train(tmp_path / "exit", repository.name, how={"token": token, "patience": PATIENCE[problem]}), failure)
+    if problem == "broken":
+        check_one_line(machine.run("model", repository.name, offline=True), "is not downloaded, and HF_HUB_OFFLINE is set; unset it, or give a folder")
     if problem == "gated":
         assert machine.ok("model", repository.name, token=TOKEN) == identity and not machine.hub.tokens_at_storage
     else:
         repository.problem = None
         assert machine.ok("model", repository.name) == identity
+
+
+@pytest.mark.parametrize("problem", ["slow", "limited"])
+def test_a_model_that_was_downloaded_needs_no_hub(problem, machine, model_files, identity):
+    repository = machine.hub.add(Repository("models", f"org/kept-{problem}", model_files))
+    assert machine.ok("model", repository.name) == identity
     repository.problem = problem
-    assert machine.ok("model", repository.name) == machine.ok("model", repository.name, offline=True) == identity, "what was downloaded needs no hub"
+    assert machine.ok("model", repository.name, patience=PATIENCE[problem]) == machine.ok("model", repository.name, offline=True) == identity
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"])
@@ -263,20 +277,33 @@ def test_no_file_of_a_model_is_done_without_because_the_hub_failed(file, machine
 
 
 def test_a_model_whose_connection_broke_once_is_whole(machine, model_files, identity):
-    repository = machine.hub.add(Repository("models", "org/flaky", model_files, problem="broken", only="model.safetensors", bad_answers=6))
+    repository = machine.hub.add(Repository("models", "org/flaky", model_files, problem="broken", only="model.safetensors", bad_answers=1))
     assert machine.ok("model", repository.name) == identity and repository.served.count("model.safetensors") == 2
+
+
+def test_a_model_that_lacks_one_of_its_shards_is_not_used(machine, tiny_target_path, model_files, identity, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_target_path).save_pretrained(tmp_path, max_shard_size="80KB")
+    shards = {path.name: path.read_bytes() for path in tmp_path.glob("model*")}
+    files = {name: content for name, content in model_files.items() if name != "model.safetensors"} | shards
+    last = max(name for name in shards if name.endswith(".safetensors"))
+    repository = machine.hub.add(Repository("models", "org/sharded", files, problem="broken", only=last))
+    check_one_line(machine.run("model", repository.name), FAILURES["broken"])
+    check_one_line(machine.run("model", repository.name, offline=True), "is not downloaded")
+    assert len(shards) > 3 and repository.served.count(min(shards)) == 1
+    repository.problem = None
+    assert machine.ok("model", repository.name) == identity
 
 
 @pytest.mark.parametrize("problem", FAILURES)
 @pytest.mark.parametrize("name", ["ultrachat", "fineweb"])
-def test_a_data_set_that_the_hub_does_not_give_is_one_line_and_no_part_of_it_is_used(name, problem, machine):
+def test_a_data_set_that_the_hub_does_not_give_is_one_line_and_no_part_of_it_is_used(name, problem, machine, whole):
     """One that is downloaded, and one that is streamed."""
     repository = machine.hub.add(Repository("datasets", f"org/{name}-{problem}", data_files(name), problem=problem))
     arguments = ("rows", name, repository.name, ROWS * 9, "train")
     remedy = FAILURES[problem].format(page=f"datasets/{repository.name}")
-    check_one_line(machine.run(*arguments), f"--dataset {name}: {repository.name} {remedy}local files of the same form with --dataset_path$")
-    check_one_line(machine.run(*arguments, offline=True), "HF_HUB_OFFLINE is set; unset it, or give local files")
+    check_one_line(machine.run(*arguments, patience=PATIENCE[problem]), f"--dataset {name}: {repository.name} {remedy}local files of the same form with --dataset_path$")
+    if problem == "broken":
+        check_one_line(machine.run(*arguments, offline=True), "HF_HUB_OFFLINE is set; unset it, or give local files")
     if problem != "gated":
         repository.problem = None
-    rows = machine.ok(*arguments, token=TOKEN)
-    assert rows == machine.ok("rows", name, DATASETS[name].hub_id, ROWS * 9, "train")
+    assert machine.ok(*arguments, token=TOKEN) == whole[name]
