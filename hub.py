@@ -19,6 +19,7 @@ SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # settings and tokenize
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first of these that a model has
 LOG_IN = "run hf auth login (or set HF_TOKEN)"
 OFFLINE = ("is not downloaded, and HF_HUB_OFFLINE is set", "unset it")
+GATED = re.compile("is a gated dataset|Cannot access gated repo")  # `datasets` does not always keep the hub's own error
 CACHE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
@@ -27,7 +28,7 @@ def model_folder(name: str, weights: bool = False) -> str:
     """The folder `name`, or the one in which the hub's model of that name lies: its small files, or with its `weights`. Raises UserError.
 
     transformers takes a small file that could not be read for one that is not there, and goes on without a chat template or with other end tokens.
-    So files are fetched first, the weights last: a copy that has its weights is whole, and is used where the hub cannot be asked.
+    So all files are fetched first, the weights last: a copy that has its weights is whole, and is used where the hub does not give the model.
     """
     if Path(name).exists():
         return name
@@ -43,7 +44,7 @@ def model_folder(name: str, weights: bool = False) -> str:
 
 
 def check_reachable(name: str, repo_type: str = "model", revision: str | None = None) -> None:
-    """Ask the hub once, with a limit of time: the libraries ask a silent one for minutes, or wait for ever. Raises what the hub's client does."""
+    """Ask the hub once, with a limit of time; the libraries wait minutes for a silent one, or for ever. Raises what the hub's client does."""
     HfApi().repo_info(name, repo_type=repo_type, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
@@ -102,7 +103,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _told_by(error: BaseException, name: str, repo_type: str) -> tuple[str, str] | None:
     """What one error says of the hub, and the remedy; None where it says nothing."""
-    if isinstance(error, GatedRepoError) or re.search("is a gated dataset|Cannot access gated repo", str(error)):  # `datasets` does not always keep the hub's own error
+    if isinstance(error, GatedRepoError) or GATED.search(str(error)):
         page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{name}"
         return "is gated on the hub", f"ask for access at {page}, then {LOG_IN}"
     if isinstance(error, RepositoryNotFoundError):
@@ -118,11 +119,16 @@ def _told_by(error: BaseException, name: str, repo_type: str) -> tuple[str, str]
 
 def _status(status: int) -> tuple[str, str] | None:
     """What the hub answered, and the remedy."""
-    remedies = {401: LOG_IN, 403: f"for an account that may read it {LOG_IN}", 429: f"wait some minutes and try again, or for a higher limit {LOG_IN}"}
-    told = {401: "401, the token is not valid", 403: "403, forbidden", 429: "429, too many requests"}
-    if status in told:
-        return f"could not be read from the hub ({told[status]})", remedies[status]
-    return (f"could not be read from the hub (it is out of order: {status})", "try again later") if status >= 500 else None
+    if status >= 500:
+        return f"could not be read from the hub (it is out of order: {status})", "try again later"
+    told = {
+        401: ("the token is not valid", LOG_IN), 403: ("forbidden", f"for an account that may read it {LOG_IN}"),
+        429: ("too many requests", f"wait some minutes and try again, or for a higher limit {LOG_IN}"),
+    }
+    if status not in told:
+        return None
+    reason, remedy = told[status]
+    return f"could not be read from the hub ({status}, {reason})", remedy
 
 
 def _connection(error: BaseException) -> tuple[str, str] | None:

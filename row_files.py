@@ -348,7 +348,7 @@ def _hub_rows(dataset: TextDataset, split: str) -> Sequence[dict]:
 
 
 def _check_cache_or_hub(dataset: TextDataset) -> None:
-    """Ask the hub once for what is not in the cache."""
+    """Ask the hub once, where the data set is not in the cache."""
     if huggingface_hub.try_to_load_from_cache(dataset.hub_id, "README.md", repo_type="dataset", revision=dataset.hub_revision) is None:
         check_reachable(dataset.hub_id, "dataset", dataset.hub_revision)
 

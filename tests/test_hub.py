@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +16,16 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from command_line import UserError
+
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hub import hub_errors
 from hub_endpoint import NO_ACCESS_TOKEN, TOKEN, Hub, Repository, hub_endpoint
 from row_files import SPLITS
 from test_datasets import FORMS, form_rows
@@ -307,3 +313,24 @@ def test_a_data_set_that_the_hub_does_not_give_is_one_line_and_no_part_of_it_is_
     if problem != "gated":
         repository.problem = None
     assert machine.ok(*arguments, token=TOKEN) == whole[name]
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (OSError(errno.ENOSPC, "No space left on device", "/cache/blob"), "org/tiny could not be kept (No space left on device: /cache/blob); make room there, or set HF_HOME to another folder, or ask"),
+    (PermissionError(errno.EACCES, "Permission denied", "/cache"), "org/tiny could not be kept (Permission denied: /cache); make room there, or set HF_HOME to another folder, or ask"),
+    (ValueError("Bad split: dev"), "org/tiny could not be read from the hub (Bad split: dev); check the network and try again, or ask"),
+])
+def test_what_is_not_the_hubs_fault_is_told_as_it_is(error, told, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"), hub_errors("org/tiny", "org/tiny", "ask"):
+        raise OSError("it failed") from error
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as closed_soon:
+        endpoint = f"http://127.0.0.1:{closed_soon.getsockname()[1]}"
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    huggingface_hub.close_session()
+    with pytest.raises(UserError, match=r"it could not be read from the hub \(it cannot be reached\); check the network, or ask"), hub_errors("no model: it", "org/tiny", "ask"):
+        huggingface_hub.HfApi(endpoint=endpoint).model_info("org/tiny")
