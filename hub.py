@@ -88,7 +88,7 @@ def _diagnosis(error: BaseException, name: str, repo_type: str) -> tuple[str, st
     """What the hub did, and the remedy, from the first cause that tells."""
     causes = list(_causes(error))
     told = next(filter(None, (_told_by(cause, name, repo_type) for cause in causes)), None)
-    if told is None and constants.HF_HUB_OFFLINE:
+    if told is None and constants.HF_HUB_OFFLINE and isinstance(error, OSError):
         return OFFLINE
     return told or (f"could not be read from the hub ({first_line(causes[-1])})", "check the network and try again")
 

@@ -82,7 +82,8 @@ class Hub:
         self.tokens_at_storage: list[str] = []
         self.closing = threading.Event()
         self._servers = [_server(self, handler) for handler in (_Api, _Storage)]
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        ports = [server.server_address[1] for server in self._servers]
+        self.url, self.storage = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"  # a host of its own: a token and a HEAD go no further than the hub's
 
     def add(self, repository: Repository) -> Repository:
         self.repositories[repository.kind, repository.name, repository.revision] = repository

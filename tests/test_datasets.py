@@ -556,6 +556,7 @@ def test_what_the_hub_raises_becomes_a_user_error(error, monkeypatch):
     def fail(*_, **__):
         raise error
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "README.md")
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match="could not be read from the hub"):
