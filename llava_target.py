@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 has it at the top only beside torchvision
 
+from hub import model_folder
 from image_inputs import IMAGE_TOKEN, ImageInputs
 from target_model import DeviceArgs, Target, load_config, load_target, load_tokenizer, read_weights, values_hash
 
@@ -175,7 +176,7 @@ def load_chat_tokenizer(path: str) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(path)
     if tokenizer.chat_template is None:
         try:
-            tokenizer.chat_template = getattr(AutoProcessor.from_pretrained(path), "chat_template", None)
+            tokenizer.chat_template = getattr(AutoProcessor.from_pretrained(model_folder(path)), "chat_template", None)
         except (OSError, ValueError, TypeError, ImportError):  # there is no processor, or none that can be made here
             pass
     if tokenizer.chat_template is None:
@@ -187,7 +188,7 @@ def load_chat_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_image_processor(path: str, shape: tuple[int, int, int]) -> BaseImageProcessor:
     """What makes pixels of `shape`, by Pillow, so that they do not depend on what else is installed. Raises UserError for a processor that does not."""
     try:
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(model_folder(path), backend="pil")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{path} has no settings for its images ({first_line(error)}); add the preprocessor_config.json of its vision tower") from error
     made = tuple(processor([Image.new("RGB", (3, 5))], return_tensors="pt")["pixel_values"].shape[1:])

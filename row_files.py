@@ -11,7 +11,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import re
 import sys
 from bisect import bisect
 from collections import Counter
@@ -25,8 +24,11 @@ from typing import NamedTuple
 
 from command_line import UserError, first_line, import_optional
 
+import huggingface_hub
 import torch
 from tqdm import tqdm
+
+from hub import check_reachable, hub_errors
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
@@ -41,7 +43,6 @@ NO_TEXT = {  # how a file begins that is no JSON, whatever its name says: (what 
     b"\xff\xfe": ("UTF-16", "convert it with: iconv -f utf-16 -t utf-8"), b"\xfe\xff": ("UTF-16", "convert it with: iconv -f utf-16 -t utf-8"),
 }
 SHUFFLE_BUFFER = 2_000  # rows of a hub stream, drawn from up to ten of its files at a time
-HUB_TIMEOUT_SEC = 10
 
 
 class SkipRow(ValueError):
@@ -333,7 +334,7 @@ def check_learnable(dataset: TextDataset) -> None:
 def _hub_rows(dataset: TextDataset, split: str) -> Sequence[dict]:
     datasets = import_optional("datasets", "datasets", f"--dataset {dataset.name}")
     with _hub_errors(dataset):
-        _check_reachable(dataset)
+        _check_cache_or_hub(dataset)
         rows = datasets.load_dataset(
             dataset.hub_id, dataset.hub_config, revision=dataset.hub_revision, split=dataset.hub_splits[split], streaming=dataset.streaming
         )
@@ -346,36 +347,22 @@ def _hub_rows(dataset: TextDataset, split: str) -> Sequence[dict]:
     return rows.filter(lambda key: split_of(str(key)) == split, input_columns=[dataset.split_key])
 
 
-def _check_reachable(dataset: TextDataset) -> None:
-    """Ask the hub once: without network `load_dataset` would ask for half a minute. A cached copy needs no hub."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if try_to_load_from_cache(dataset.hub_id, "README.md", repo_type="dataset", revision=dataset.hub_revision) is None:
-        HfApi().dataset_info(dataset.hub_id, revision=dataset.hub_revision, timeout=HUB_TIMEOUT_SEC)
+def _check_cache_or_hub(dataset: TextDataset) -> None:
+    """Ask the hub once, where the data set is not in the cache."""
+    if huggingface_hub.try_to_load_from_cache(dataset.hub_id, "README.md", repo_type="dataset", revision=dataset.hub_revision) is None:
+        check_reachable(dataset.hub_id, "dataset", dataset.hub_revision)
 
 
 @contextmanager
 def _hub_errors(dataset: TextDataset) -> Iterator[None]:
     """Turns what `datasets` raises for an unreachable, closed, missing or changed data set into a UserError."""
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # of the HTTP library that this version of the hub's client uses
 
-    try:
-        yield
-    except (OSError, ValueError, HTTPError, DatasetsError) as error:
-        if re.search(r"\bgated (dataset|repo)", f"{error} {error.__cause__}"):  # `datasets` keeps the hub's own error only at times
-            raise UserError(_how_to_enter(dataset)) from error
-        raise UserError(
-            f"--dataset {dataset.name}: {dataset.hub_id} could not be read from the hub ({first_line(error.__cause__ or error)}); "
-            f"check the network, or give local files of the same form with --dataset_path"
-        ) from error
-
-
-def _how_to_enter(dataset: TextDataset) -> str:
-    return (
-        f"--dataset {dataset.name}: {dataset.hub_id} is gated on the hub; agree to its conditions at "
-        f"https://huggingface.co/datasets/{dataset.hub_id} and run: hf auth login, or give local files of the same form with --dataset_path"
-    )
+    with hub_errors(f"--dataset {dataset.name}: {dataset.hub_id}", dataset.hub_id, "give local files of the same form with --dataset_path", "dataset"):
+        try:
+            yield
+        except DatasetsError as error:
+            raise OSError(first_line(error)) from error
 
 
 class LocalRows(list):

@@ -31,6 +31,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from decoding.exactness import ropes, why_no_cache
+from hub import model_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Quant = Literal["8bit", "4bit"]
@@ -98,7 +99,7 @@ class Target:
 def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> PretrainedConfig:
     """The configuration of the model at `path`, of one of `families` (None: of any). Raises UserError."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(model_folder(path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
     if families is not None and config.model_type not in families:
@@ -124,9 +125,11 @@ def named_config(name: str, families: tuple[str, ...] = ("llama",)) -> Pretraine
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`. Raises UserError."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(path))
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer at {path} ({first_line(error)})") from error
+    tokenizer.name_or_path = path
+    return tokenizer
 
 
 def load_target(
@@ -149,7 +152,7 @@ def read_weights(model_class: type[Model], path: str, *, all_blocks: bool = True
     Without `all_blocks` there may be tensors of blocks that the configuration in `settings` leaves out.
     """
     try:
-        model, found = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
+        model, found = model_class.from_pretrained(model_folder(path, weights=True), output_loading_info=True, ignore_mismatched_sizes=True, **settings)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
     missing = sorted(found["missing_keys"])

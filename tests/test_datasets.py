@@ -543,7 +543,7 @@ def test_unreachable_hub_is_one_error_line(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("must not be called: it retries for half a minute"))
     dataset = TextDataset(name="mine", parse=parse_text, hub_id="nobody/has-such-data")
-    with pytest.raises(UserError, match="--dataset mine: nobody/has-such-data could not be read from the hub .*--dataset_path") as error:
+    with pytest.raises(UserError, match="--dataset mine: nobody/has-such-data is not downloaded, and HF_HUB_OFFLINE is set; unset it, or .*--dataset_path") as error:
         open_rows(dataset, "train")
     assert "\n" not in str(error.value)
 
@@ -556,6 +556,7 @@ def test_what_the_hub_raises_becomes_a_user_error(error, monkeypatch):
     def fail(*_, **__):
         raise error
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "README.md")
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match="could not be read from the hub"):
@@ -576,8 +577,8 @@ def test_gated_data_set_says_what_to_do(seen, monkeypatch):
     with pytest.raises(UserError) as error:
         open_stream("lmsys-chat-1m", "train")
     assert str(error.value) == (
-        "--dataset lmsys: lmsys/lmsys-chat-1m is gated on the hub; agree to its conditions at https://huggingface.co/datasets/lmsys/lmsys-chat-1m "
-        "and run: hf auth login, or give local files of the same form with --dataset_path"
+        "--dataset lmsys: lmsys/lmsys-chat-1m is gated on the hub; ask for access at https://huggingface.co/datasets/lmsys/lmsys-chat-1m, "
+        "then run hf auth login (or set HF_TOKEN), or give local files of the same form with --dataset_path"
     )
 
 
