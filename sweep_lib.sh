@@ -3,7 +3,7 @@
 #
 # A step shows its output and appends it to $OUTPUT_DIR/logs/<step>.log. When it ends well, its command is kept in
 # $OUTPUT_DIR/logs/<step>.finished: a later start skips the step without starting Python as long as the command is
-# the same and no file that it names is newer. Otherwise the script starts and decides: it continues, skips what it
+# the same and no file that it names, nor any in the target's and the data's folders, is newer. Otherwise the script starts and decides: it continues, skips what it
 # has, or refuses settings that differ from those that its results were made with.
 # shellcheck shell=bash
 
@@ -240,11 +240,14 @@ run_step() {
 
 # is_finished PRODUCT MARK COMMAND ARGUMENT...
 is_finished() {
-  local product=$1 mark=$2 command=$3 argument
+  local product=$1 mark=$2 command=$3 argument folder
   [[ -f $product && -f $mark && $(<"$mark") == "$command" ]] || return 1
   shift 3
   for argument; do
     [[ ! -f $argument || ! $argument -nt $mark ]] || return 1
+  done
+  for folder in "$MODEL_PATH" "$DATASET_PATH"; do
+    [[ ! -d $folder || -z $(find -L "$folder" -type f -newer "$mark" -print -quit) ]] || return 1
   done
 }
 
