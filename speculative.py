@@ -41,6 +41,7 @@ from decoding.static_tree import StaticTree, static_tree_round
 from decoding.vanilla import vanilla_round
 from decoding.verify import TREE_RULES, VERIFICATIONS, TreeRule, Verification
 from decoding.vlm import AnyPrompt, ImageEmbeddings, ImagePrompt, Shifted, View, view_of
+from generation_settings import note_unapplied
 from plain_llama import as_llama, constant_drafting
 from truncated_llama import TruncatedLlama
 
@@ -254,6 +255,7 @@ def generate_batch(
     Texts may be of any length, accept different numbers of drafted tokens and end at different times; one that has
     ended takes part in the passes, unused, until the last ends. `on_tokens(row, tokens)` gets what is committed.
     """
+    note_unapplied(target)
     method = METHODS[options.method]
     drafting = target if method.draft == "none" else draft
     asked = [Views.of(prompt, target, drafting) for prompt in prompts]

@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from generation_settings import check_generation_config
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Quant = Literal["8bit", "4bit"]
 ASSETS = Path(__file__).parent / "assets"
@@ -130,6 +132,7 @@ def load_target(
     """The model at `path` in evaluation mode with frozen weights, and its tokenizer; `quant`: see check_quant, products then run in `compute_dtype`."""
     device, dtype, attention = args.resolve()
     load_config(path, families)
+    check_generation_config(path)
     tokenizer = load_tokenizer(path)
     stored = {"quantization_config": _quantization(quant, compute_dtype), "device_map": {"": device}} if quant is not None else {}
     try:
