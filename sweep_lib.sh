@@ -95,6 +95,7 @@ begin_sweep() {
   fi
   (($# == 0)) || user_error "unknown argument $1: a sweep is set by environment variables; --help lists them"
   check_setting_names
+  check_once LAYERS KL_TEMPS LR_SCHEDULES DRAFTS TEMPERATURES
   [[ ${TORCH_COMPILE:=0} == [01] ]] || user_error "TORCH_COMPILE=$TORCH_COMPILE: give 0 or 1"
   [[ $DRY_RUN != 0 ]] || DRY_RUN=
   [[ -z $DRY_RUN ]] || return 0
@@ -128,6 +129,16 @@ check_setting_names() {
   while read -r name; do
     [[ ! $name =~ $SETTING_LIKE || $known_settings == *" $name "* ]] || user_error "unknown setting $name; known:$known_settings"
   done < <(compgen -e)
+}
+
+# check_once NAME...: refuse settings that a sweep goes through one by one and that name a value twice; Python refuses the other lists.
+check_once() {
+  local name twice
+  for name; do
+    words_of "${!name:-}"
+    twice=$(printf '%s\n' "${WORDS[@]}" | sort | uniq -d | head -n 1)
+    [[ -z $twice ]] || user_error "$name=${!name}: $twice stands twice; give each once"
+  done
 }
 
 # train_exits RUN STAGE LAYERS FLAG...: train all exits of a stage in one pass into $OUTPUT_DIR/RUN, with the settings of

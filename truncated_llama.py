@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import glob
 import json
+import os
 import re
 import struct
 import warnings
@@ -370,11 +371,14 @@ def save_exit(path: Path, exit_: Exit, info: ExitInfo) -> None:
 
 
 def find_checkpoints(patterns: list[str]) -> list[str]:
-    """The paths that match globs, sorted. Raises UserError for none."""
-    paths = sorted({path for pattern in patterns for path in glob.glob(pattern)})
-    if not paths:
+    """The paths that are named, as they are or by globs: each file once, sorted. Raises UserError for none."""
+    named = sorted({path for pattern in patterns for path in ([pattern] if Path(pattern).exists() else glob.glob(pattern))})
+    if not named:
         raise UserError(f"no checkpoint matches {' '.join(patterns)}; train.py prints each checkpoint's path")
-    return paths
+    found: dict[str, str] = {}
+    for path in named:
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
 def read_exit_info(path: str | Path) -> ExitInfo:

@@ -26,7 +26,7 @@ def model(tiny_target_path, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("content", "why"),
     [('{"eos_token_id": [1, 6', "cannot be read"), ("", "cannot be read"), ("[1]", "cannot be read"), ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"),
-     ('{"eos_token_id": [1, null]}', "eos_token_id is [1, None]"), ('{"max_new_tokens": -1}', "must be greater than 0"), (b"\xff{}", "cannot be read")])
+     ('{"eos_token_id": [1, null]}', "eos_token_id is .1, None."), ('{"max_new_tokens": -1}', "must be greater than 0"), (b"\xff{}", "cannot be read")])
 def test_a_broken_file_is_no_missing_one(model, tmp_path, monkeypatch, capsys, content, why):
     (model / "generation_config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     command = ["--model_path", model, "--dataset", "arithmetic", "--num_examples", 1, "--max_new_tokens", 4, "--out_dir", tmp_path / "out"]
