@@ -365,6 +365,12 @@ def _check_room(context: int, prompt: int, options: DecodeOptions) -> None:
             f"prompt ({prompt}), new tokens ({options.max_new_tokens}) and gamma or tree depth ({options.ahead}) exceed the context of {context}")
 
 
+def room_behind(target: nn.Module, draft: nn.Module, prompt: AnyPrompt, options: DecodeOptions) -> int:
+    """Most new tokens that the contexts of both models have room for behind `prompt`, beside what a round drafts ahead."""
+    views = Views.of(prompt, target, draft)
+    return min(context_length(model.config) - len(view.ids) for model, view in ((target, views.target), (draft, views.draft))) - options.ahead
+
+
 def _check_exit(target: nn.Module, draft: nn.Module, options: DecodeOptions) -> None:
     if not isinstance(draft, TruncatedLlama) or draft.target is not target:
         raise ValueError(f"method {options.method!r} drafts with an exit of the target itself: pass a TruncatedLlama of it, or use method 'speculative'")
