@@ -228,6 +228,8 @@ class Distillation:
         own_folder = make_output_dir(str(folder / name))
         if name and read_config(own_folder) is not None:
             raise UserError(f"{own_folder} holds a run of its own; choose another --output_dir")
+        if name and read_config(folder) is None:
+            check_same_run(own_folder, self.args, {})
         flags = {**asdict(self.args), "target_layers": [variant.layer], "kinds": [str(variant.kind)], "loss_type": variant.objective.loss_type,
                  "learning_rate": variant.learning_rate}
 

@@ -30,6 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from decoding.static_llama import Parts
+from results import in_one_step
 from target_model import Target, tokenizer_hash, weights_hash
 
 FORMAT, FIRST_FORMAT = "early-exit-2", "early-exit-1"
@@ -362,12 +363,8 @@ def save_exit(path: Path, exit_: Exit, info: ExitInfo) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exit_.own_parameters().items()}
     if exit_.token_ids is not None:
         tensors["token_ids"] = exit_.token_ids.cpu()
-    partial = path.with_suffix(".partial")
-    try:
+    with in_one_step(path) as partial:
         save_file(tensors, partial, metadata={"format": FORMAT, "info": json.dumps(asdict(info))})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def find_checkpoints(patterns: list[str]) -> list[str]:
