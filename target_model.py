@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -27,10 +27,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from decoding.exactness import ropes, why_no_cache
+from generation_settings import check_generation_config
 from hub import model_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,6 +40,12 @@ Quant = Literal["8bit", "4bit"]
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_TARGET, CONFIGS = ASSETS / "pydoc-llama-7m", ASSETS / "configs"
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$")  # what older checkpoints hold and models compute
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+NOT_COMPUTED = {  # settings that the shape or the names of the tensors show, and those that change no logits
+    *SHAPE, "rope_parameters", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings", "max_position_embeddings", "pad_token_id", "bos_token_id",
+    "eos_token_id", "use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "dtype", "architectures", "transformers_version", "id2label",
+    "label2id", "problem_type", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder",
+}
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -102,13 +110,24 @@ def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> Pre
         config = AutoConfig.from_pretrained(model_folder(path))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
+    wrong = next(filter(None, map(_what_is_wrong, (config, getattr(config, "text_config", None)))), None)
+    if wrong is not None:
+        raise UserError(f"{path}: its config.json has {wrong}; mend it, or fetch the model again")
     if families is not None and config.model_type not in families:
         sees = "; train.py distils LLaVAs, and benchmark_llava.py decodes with them" if config.model_type == "llava" else ""
         raise UserError(f"{path} is a {config.model_type} model; a {' or '.join(families)} model is needed here{sees}")
-    unknown = {rope.get("rope_type", "default") for rope in ropes(config)} - {"default", *ROPE_INIT_FUNCTIONS}
-    if unknown:
-        raise UserError(f"{path}: rotary embeddings of type {min(unknown)!r} are unknown (known: default, {', '.join(ROPE_INIT_FUNCTIONS)}); mend its config.json")
     return config
+
+
+def _what_is_wrong(config: PretrainedConfig | None) -> str | None:
+    """A setting with which no model can be made, where there is one."""
+    sizes = {name: value for name in SHAPE if isinstance(value := getattr(config, name, None), int)}
+    found = [f"{name} {value}" for name, value in sizes.items() if value < 1]
+    if isinstance(activation := getattr(config, "hidden_act", None), str) and activation not in ACT2FN:
+        found.append(f"hidden_act {activation!r}, which is none of transformers'")
+    kinds = {rope.get("rope_type", "default") for rope in ropes(config)}
+    found += [f"rope_type {kind!r}, which is none of transformers'" for kind in sorted(kinds - {"default", *ROPE_INIT_FUNCTIONS})]
+    return found[0] if found else None
 
 
 def named_config(name: str, families: tuple[str, ...] = ("llama",)) -> PretrainedConfig:
@@ -139,6 +158,7 @@ def load_target(
     device, dtype, attention = args.resolve()
     config, tokenizer = load_config(path, families), load_tokenizer(path)
     _check_decodable(path, config)
+    check_generation_config(path)
     _check_ids(path, tokenizer, config)
     stored = {"quantization_config": _quantization(quant, compute_dtype), "device_map": {"": device}} if quant is not None else {}
     model = read_weights(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention, **stored)
@@ -202,15 +222,40 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
+def encoding_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identifies all that turns texts and chats into token ids: the tokenizer whole, its special tokens and its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    asked_for = ("truncation", "padding")  # by the last call: no part of the tokenizer
+    content = [{name: value for name, value in whole.items() if name not in asked_for}, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def weights_hash(model: PreTrainedModel) -> str:
-    """Identifies the target's architecture and weights by its shape-giving settings and a few values of every tensor.
+    """Identifies the target's architecture and weights by its shape-giving settings, those that it computes with, and a few values of every tensor.
 
     A bf16 checkpoint has one hash in bf16, fp16 and fp32: values too small for fp16's normal range count as 0.
     """
     config = model.config
-    shape = [config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
-             config.num_key_value_heads, config.vocab_size, str(config.rope_parameters)]
-    return values_hash(json.dumps(shape), model)
+    shape = [*(getattr(config, name, None) for name in SHAPE), str(getattr(config, "rope_parameters", None))]
+    computed = computed_otherwise(config)
+    return values_hash(json.dumps([*shape, computed] if computed else shape, default=str), model)
+
+
+def computed_otherwise(config: PretrainedConfig) -> dict:
+    """The settings with which a model computes something else from the same weights, where they are not what they are in Llama 3 or, in other families, by default."""
+    usual = {one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(config)} | {"rms_norm_eps": 1e-5}
+    found = {name: getattr(config, name, default) for name, default in usual.items() if name not in NOT_COMPUTED}
+    return {name: value for name, value in sorted(found.items()) if value != usual[name]}
+
+
+def text_facts(target: Target) -> dict:
+    """What identifies the texts that a target writes, beside the prompts and how they are decoded. The numbers are rounded as `dtype` has it."""
+    config, tokenizer = target.model.config, target.tokenizer
+    return {
+        "target_hash": weights_hash(target.model), "encoding_hash": None if tokenizer is None else encoding_hash(tokenizer),
+        "eos_ids": [] if tokenizer is None else sorted(eos_token_ids(target)), "context": config.max_position_embeddings, "dtype": str(target.model.dtype),
+    }
 
 
 def values_hash(shape: str, *modules: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """Loading a target: a checkpoint whose tensors, configuration or tokenizer do not go together is refused by name."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from data_utils import EncodeOptions, encode_example
+from llava_target import load_llava_config
 from pretrain_draft_model import Args, make_model
-from target_model import DeviceArgs, load_target
+from target_model import ASSETS, DeviceArgs, load_config, load_target
 from toy_models import tiny_llama
 
 CPU = DeviceArgs(device="cpu")
@@ -52,8 +54,11 @@ CONFIGS = {
     "no intermediate_size": (lambda config: config.pop("intermediate_size"), r"down_proj.weight is \(32, 64\), its configuration asks for \(32, 11008\)"),
     "no num_key_value_heads": (lambda config: config.pop("num_key_value_heads"), r"k_proj.weight is \(16, 32\), its configuration asks for \(32, 32\)"),
     "a larger vocabulary": (lambda config: config.update(vocab_size=400), r"asks for \(400, 32\)"),
-    "unknown frequencies": (lambda config: config.update(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), "type 'spiral' are unknown .*llama3"),
+    "unknown frequencies": (lambda config: config.update(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), "its config.json has rope_type 'spiral'"),
     "incomplete frequencies": (lambda config: config.update(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "no model at .*'factor'"),
+    "an unknown activation": (lambda config: config.update(hidden_act="zzz"), "its config.json has hidden_act 'zzz'"),
+    "no key-value heads": (lambda config: config.update(num_key_value_heads=0), "its config.json has num_key_value_heads 0"),
+    "fewer layers than none": (lambda config: config.update(num_hidden_layers=-1), "its config.json has num_hidden_layers -1"),
     "a wrong type": (lambda config: config.update(hidden_size="wide"), "no model at"),
 }
 
@@ -72,6 +77,15 @@ def test_configurations_that_are_not_the_tensors_are_named(name, folder):
     change_config(folder, change)
     with pytest.raises(UserError, match=message):
         load_target(str(folder), CPU)
+
+
+def test_every_shape_of_the_suite_is_one_and_those_inside_llavas_are_looked_at(tmp_path):
+    for path in (ASSETS / "configs").glob("*.json"):
+        load_config(str(path), None)
+    folder = Path(shutil.copytree(ASSETS / "shapes-llava", tmp_path / "llava"))
+    change_config(folder, lambda config: config["text_config"]["rope_parameters"].update(rope_type="zigzag"))
+    with pytest.raises(UserError, match="its config.json has rope_type 'zigzag'"):
+        load_llava_config(str(folder))
 
 
 def test_tied_heads_and_computed_buffers_are_no_complaint(folder):
