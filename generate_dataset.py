@@ -349,7 +349,7 @@ def main() -> int:
     if stop.signal is not None:
         print("stopped; continue with the same command and --resume", file=sys.stderr)
         return 128 + stop.signal
-    print(f"{args.dataset}: {describe_skipped(stream.skipped)}", file=sys.stderr)
+    print(f"{args.dataset}: {stream.account()}", file=sys.stderr)
     answering.finish()
     return 0
 

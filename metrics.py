@@ -86,7 +86,7 @@ POTENTIAL_COLUMNS = {
     "potential_tau_coupled": "the same with a_i = the chance that coupled verification keeps the token",
     "potential_kl_temperature": "the temperature of potential_kl alone",
     "potential_samples": "samples that count",
-    "potential_skipped": "samples left out, as they have fewer than 2 tokens",
+    "potential_skipped": "samples left out, as they have fewer than 2 tokens or the chat template refuses them",
     "potential_tokens": "positions that the figures are means over: every token of a sample but its first; no padding",
     "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over samples (absent for one sample)",
 }

@@ -185,8 +185,9 @@ def features_of(row: dict, count: int, args: Args) -> torch.Tensor:
 def questions(args: Args, target: Target) -> Iterator[Question]:
     """The data set's first prompts in the order of --seed."""
     stream = open_stream(args.dataset, "train", args.dataset_path, args.seed)
-    for index, example in enumerate(islice(stream.rest_of_epoch(), args.num_prompts)):
-        yield Question(index, encode_prompt(target.tokenizer, example))
+    prompts = stream.usable(lambda example: encode_prompt(target.tokenizer, example))
+    for index, ids in enumerate(islice(prompts, args.num_prompts)):
+        yield Question(index, ids)
 
 
 def mined_rows(args: Args, target: Target, draft: nn.Module, asked: Iterator[Question]) -> Iterator[dict]:
