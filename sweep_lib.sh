@@ -210,7 +210,7 @@ find_checkpoints() {
   fi
   while IFS= read -r name; do
     TRAINED+=("$1/$name")
-    [[ -f $1/$name ]] || user_error "$marker names $1/$name, which is not there; delete $1 to train it again"
+    [[ -n $DRY_RUN || -f $1/$name ]] || user_error "$marker names $1/$name, which is not there; delete $1 to train it again"
   done <"$marker"
 }
 
@@ -242,6 +242,11 @@ run_step() {
 is_finished() {
   local product=$1 mark=$2 command=$3 argument
   [[ -f $product && -f $mark && $(<"$mark") == "$command" ]] || return 1
+  if [[ ${product##*/} == final_checkpoint.txt ]]; then # train.py writes one that is gone again
+    while IFS= read -r argument; do
+      [[ -f ${product%/*}/$argument ]] || return 1
+    done <"$product"
+  fi
   shift 3
   for argument; do
     [[ ! -f $argument || ! $argument -nt $mark ]] || return 1
