@@ -34,7 +34,7 @@ from judges import JudgeInfo, load_judge, read_judge_info
 from metrics import mcnemar_p, wilson_interval, with_interval
 from results import file_hash, new_output_dir, record_run, write_csv
 from speculative import DecodeOptions, Generation, context_length, generate_batch
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, weights_hash
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
 from text_datasets import fingerprint, open_stream
 
 RESULTS_NAME = "results.csv"
@@ -234,7 +234,7 @@ def main() -> None:
     draft = load_draft(target, args).model
     problems, data = read_problems(args, target)
     planned = list(ways(args, target, draft))
-    record_run(folder, args, {"target_hash": weights_hash(target.model), "data": data, "judge_hashes": [file_hash(path) for path in args.judges]})
+    record_run(folder, args, {**text_facts(target), "data": data, "judge_hashes": [file_hash(path) for path in args.judges]})
     rows: list[dict] = []
     for row in evaluate(args, target, draft, problems, planned):
         rows.append(row)

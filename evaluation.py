@@ -35,7 +35,7 @@ from metrics import add_sums, predicted_speedup, quality_means, quality_sums, sp
 from results import file_hash
 from row_files import ExampleStream, open_rows
 from speculative import DecodeOptions, Generation, generate
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, load_tokenizer, tokenizer_hash, weights_hash
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, load_tokenizer, text_facts, tokenizer_hash
 from text_datasets import find_dataset, fingerprint
 from tree_args import TREE_METHODS, Fitted, TreeArgs, fitted_plan
 from tree_tuning import tree_costs
@@ -105,8 +105,10 @@ class PromptArgs(DeviceArgs):
         return ExampleStream(find_dataset(name), data[name], self.seed)
 
     def facts(self, target: Target, data: EvaluationData) -> dict:
-        """What identifies the inputs beside the flags: hashes of target and data."""
-        return {"target_hash": weights_hash(target.model), "data": [fingerprint(self.stream(data, name)) for name in data]}
+        """What identifies the inputs beside the flags, and the machine, by its kind."""
+        device = target.model.device
+        gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+        return {**text_facts(target), "device_type": device.type, **gpu, "data": [fingerprint(self.stream(data, name)) for name in data]}
 
 
 def drafted_at_most(gamma: str) -> int:
@@ -342,7 +344,9 @@ def training_texts(target: Target, args: PromptArgs) -> list[list[int]]:
 
 def fitted_to(target: Target, args: PromptArgs, data: EvaluationData, path: str | None) -> Fitted:
     """What trees of the draft at `path` are fitted to; its name says which prompts."""
-    named = f"{args.dataset_names()[0]}, seed {args.seed}, {args.fit_prompts} behind {args.spec_num_prompts} prompts of {args.spec_prompt_length} tokens"
+    name = args.dataset_names()[0]
+    named = (f"{name} {fingerprint(args.stream(data, name))['sha256']}, seed {args.seed}, {args.fit_prompts} behind {args.spec_num_prompts} prompts of "
+             f"{args.spec_prompt_length} tokens with room for {args.spec_max_new_tokens} + {args.longest}")
     return Fitted(cache(lambda: fitting_prompts(target, args, data)), named, path)
 
 

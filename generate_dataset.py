@@ -41,7 +41,7 @@ from decoding.static_llama import why_unsupported
 from results import make_output_dir, read_config, record_run, write_json
 from row_files import ExampleStream, SkipRow, check_learnable, describe_skipped, read_rows
 from speculative import DecodeOptions, context_length, generate_batch
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, weights_hash
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
 from text_datasets import find_dataset, fingerprint, open_stream
 from training_loop import StopRequest
 
@@ -136,6 +136,11 @@ def check_settings(args: Args, shard: Shard, facts: dict) -> None:
                    if previous is not None and previous.get(name.lstrip("-")) != value]
         if changed:
             raise UserError(f"{folder} was started with other settings ({', '.join(changed)}); use those, or another --out_dir")
+
+
+def facts_of(target: Target, stream: ExampleStream) -> dict:
+    """What the rows depend on beside the flags."""
+    return {**text_facts(target), "data": fingerprint(stream)}
 
 
 def open_prompts(args: Args) -> ExampleStream:
@@ -340,7 +345,7 @@ def main() -> int:
     make_output_dir(args.out_dir)
     check_settings(args, shard, {})
     target = open_target(args)
-    facts = {"target_hash": weights_hash(target.model), "data": fingerprint(stream)}
+    facts = facts_of(target, stream)
     check_settings(args, shard, facts)
     record_run(make_output_dir(str(shard.folder(args))), args, {"RANK": shard.rank, "WORLD_SIZE": shard.world, **facts})
     answering = Answering(args, target, stream, shard)

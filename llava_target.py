@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 has it at the top only beside torchvision
 
+from generation_settings import check_generation_config
 from image_inputs import IMAGE_TOKEN, ImageInputs
 from target_model import DeviceArgs, Target, load_config, load_target, load_tokenizer, values_hash
 
@@ -162,6 +163,7 @@ def load_llava(path: str, args: DeviceArgs, image_dir: Path | None = None) -> Ll
     """The LLaVA at `path`, in evaluation mode with frozen weights; images are looked up in `image_dir`. Raises UserError."""
     device, dtype, attention = args.resolve()
     config, tokenizer = load_llava_config(path), load_chat_tokenizer(path)
+    check_generation_config(path)
     vocab_size = text_vocab_size(path, tokenizer, config)
     try:
         model, found = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation=attention, output_loading_info=True)

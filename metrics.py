@@ -262,31 +262,34 @@ def pace(batches: list[list[DecodeStats]]) -> tuple[np.ndarray, np.ndarray]:
 
 def speedup_interval(name: str, baseline: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], seed: int = 0) -> dict[str, float]:
     """{name, name_ci_low, name_ci_high}: tokens per second of `other` over those of `baseline`, both (tokens, seconds) of the same
-    prompts or batches, paired bootstrap."""
+    prompts or batches, paired bootstrap; nothing where one of them has no tokens to time."""
     (base_n, base_s), (other_n, other_s) = baseline, other
+    if not (base_n.any() and other_n.any()):
+        return {}
 
     def speedup(pick: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):  # all prompts that were picked may have ended with the prefill
             return (base_s[pick].sum(-1) / base_n[pick].sum(-1)) / (other_s[pick].sum(-1) / other_n[pick].sum(-1))
 
     count = len(base_n)
-    return {name: float(speedup(np.arange(count))), **_interval(name, speedup(_resamples(count, seed)), count)}
+    return _with(name, float(speedup(np.arange(count))), speedup(_resamples(count, seed)), count)
 
 
 def with_interval(name: str, numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """{name, name_ci_low, name_ci_high} of Σ numerator / Σ denominator over prompts (arrays (P,)), bootstrapped."""
+    """{name, name_ci_low, name_ci_high} of Σ numerator / Σ denominator over prompts (arrays (P,)), bootstrapped; nothing where there is no denominator."""
     pick = _resamples(len(numerator), seed)
-    with np.errstate(divide="ignore", invalid="ignore"):  # rare events may be in none of the prompts that were picked
-        resampled = numerator[pick].sum(-1) / denominator[pick].sum(-1)
-    return {name: float(numerator.sum() / denominator.sum()), **_interval(name, resampled, len(numerator))}
+    with np.errstate(divide="ignore", invalid="ignore"):  # rare events may be in none of the prompts that were picked, or in none at all
+        return _with(name, float(np.divide(numerator.sum(), denominator.sum())), numerator[pick].sum(-1) / denominator[pick].sum(-1), len(numerator))
 
 
-def _interval(name: str, resampled: np.ndarray, prompts: int) -> dict[str, float]:
-    """The two interval columns of `name`; none for a single prompt, which says nothing about others."""
-    if prompts < 2:
+def _with(name: str, value: float, resampled: np.ndarray, prompts: int) -> dict[str, float]:
+    """`name` and the two columns of its interval: none for a single prompt, which says nothing about others, and no column where there is no value."""
+    if not math.isfinite(value):
         return {}
+    if prompts < 2:
+        return {name: value}
     low, high = np.percentile(resampled[np.isfinite(resampled)], INTERVAL)
-    return {f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
+    return {name: value, f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
 
 
 def _resamples(count: int, seed: int) -> np.ndarray:

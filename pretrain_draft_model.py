@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from data_utils import EncodeOptions, PackedBatches, encode_prompt
 from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
-from results import read_config
+from results import in_one_step, read_config
 from row_files import check_learnable
 from target_model import DeviceArgs, load_config, load_tokenizer
 from text_datasets import find_dataset, open_stream
@@ -115,9 +115,8 @@ def make_tokenizer(args: Args, folder: Path) -> PreTrainedTokenizerBase:
             raise UserError(f"the tokenizer {tokenizer.name_or_path} has no EOS token, which separates packed texts; choose another")
         return tokenizer
     if not kept.exists():
-        partial = folder / "tokenizer.partial"
-        train_tokenizer(args).save_pretrained(partial)
-        partial.rename(kept)
+        with in_one_step(kept) as partial:
+            train_tokenizer(args).save_pretrained(partial)
     return load_tokenizer(str(kept))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from processes import Processes
-from results import make_output_dir, record_run
+from results import in_one_step, make_output_dir, record_run
 from row_files import ExampleStream
 from target_model import tokenizer_hash
 from text_datasets import fingerprint
@@ -58,12 +58,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], learning_rate: float, wei
 def save_bf16(folder: Path, step: int, model: PreTrainedModel, beside: PreTrainedTokenizerBase | ProcessorMixin) -> Path:
     """Write `model_<step>` in bf16, with its tokenizer or processor, complete or not at all."""
     final = folder / f"model_{step:06d}"
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial)
-    beside.save_pretrained(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    with in_one_step(final) as partial:
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial)
+        beside.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)  # this run's: check_same_run has seen that there was none before
     return final
 
 

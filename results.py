@@ -16,9 +16,13 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from command_line import UserError, first_line
 
@@ -27,11 +31,24 @@ import pandas as pd
 MANIFEST_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy", "pandas", "pillow")
 
 
+@contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """A new name beside `path`, to write a file or folder to that takes its place at the end: others see the old one or the new one, never half of it. Where
+    writing fails it is gone again."""
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:12]}.partial")  # nobody else's
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: readers see the old file or the new one, never half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Replace `path` by `text` in one step."""
+    with in_one_step(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from numbers import Integral
 from threading import Lock
 from typing import Literal
 from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -41,6 +43,7 @@ from decoding.static_tree import StaticTree, static_tree_round
 from decoding.vanilla import vanilla_round
 from decoding.verify import TREE_RULES, VERIFICATIONS, TreeRule, Verification
 from decoding.vlm import AnyPrompt, ImageEmbeddings, ImagePrompt, Shifted, View, view_of
+from generation_settings import note_unapplied
 from plain_llama import as_llama, constant_drafting
 from truncated_llama import TruncatedLlama
 
@@ -76,6 +79,7 @@ class DecodeOptions:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
         if self.verification not in VERIFICATIONS:
             raise ValueError(f"unknown verification {self.verification!r}: choose one of {', '.join(VERIFICATIONS)}")
+        self._check_kinds()
         if not 1 <= self.length().longest < KEPT_WIDTHS:
             raise ValueError(f"gamma {self.gamma} must lie between 1 and {KEPT_WIDTHS - 1}")
         self._check_tree()
@@ -84,6 +88,16 @@ class DecodeOptions:
             raise ValueError(f"method {self.method!r} {'has no judge: leave out judge=' if judge is None else f'needs a {judge.__name__} as judge='}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+
+    def _check_kinds(self) -> None:
+        """Raise ValueError for numbers and tokens that are none."""
+        if not isinstance(self.gamma, int) and not callable(getattr(self.gamma, "goes_on", None)):
+            raise ValueError(f"gamma {self.gamma!r} must be a whole number, or a rule such as AdaptiveLength")
+        for name in ("max_new_tokens", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number")
+        if not isinstance(self.eos_ids, Collection) or not all(isinstance(token, Integral) for token in self.eos_ids):
+            raise ValueError(f"eos_ids {self.eos_ids!r} must be a set of token ids, such as frozenset({{2}})")
 
     def _check_tree(self) -> None:
         plan = METHODS[self.method].plan
@@ -233,7 +247,7 @@ def generate(
 
     `target` and `draft` are called as transformers' causal models are (a TruncatedLlama is too) and must share their
     token ids; `prompt_id` keys the noise beside `options.seed`. `on_tokens` gets each round's tokens as they are
-    committed. Raises ValueError for an empty prompt, a missing or unfit draft, or a prompt that does not fit the context.
+    committed. Raises ValueError for a prompt that is no list of the models' token ids, is empty or does not fit the context, and for a missing or unfit draft.
     """
     report = None if on_tokens is None else lambda row, tokens: on_tokens(tokens)
     return generate_batch(target, [prompt], options, draft, prompt_ids=[prompt_id], on_tokens=report)[0]
@@ -254,6 +268,7 @@ def generate_batch(
     Texts may be of any length, accept different numbers of drafted tokens and end at different times; one that has
     ended takes part in the passes, unused, until the last ends. `on_tokens(row, tokens)` gets what is committed.
     """
+    note_unapplied(target)
     method = METHODS[options.method]
     drafting = target if method.draft == "none" else draft
     asked = [Views.of(prompt, target, drafting) for prompt in prompts]
@@ -286,6 +301,8 @@ class Views:
 
     @classmethod
     def of(cls, prompt: AnyPrompt, target: nn.Module, draft: nn.Module | None) -> Views:
+        if not isinstance(prompt, ImagePrompt):
+            _check_ids(prompt)
         own = view_of(prompt, target)
         return cls(own, view_of(prompt, draft) if isinstance(prompt, ImagePrompt) and draft is not None else own)
 
@@ -344,6 +361,23 @@ def _finish(state: DecodeState, row: int, stats: DecodeStats, wall_s: float) -> 
     return Generation(tokens, stats)
 
 
+def _check_ids(prompt: object) -> None:
+    """Raise ValueError for a prompt that is no list of whole numbers."""
+    if isinstance(prompt, list | tuple) and all(isinstance(token, Integral) for token in prompt):
+        return
+    shape = f" of shape {tuple(prompt.shape)}" if isinstance(prompt, torch.Tensor | np.ndarray) else ""
+    kind = f"{type(prompt).__name__}{shape}" if not isinstance(prompt, list | tuple) else f"{type(prompt).__name__} of {type(prompt[0]).__name__}s"
+    raise ValueError(f"a prompt is a list of token ids, not a {kind}: give one text's ids, of a tokenizer's output encoding['input_ids'], of a tensor ids[0].tolist()")
+
+
+def _check_known(model: nn.Module, view: View) -> None:
+    """Raise ValueError for tokens that the model has no embedding of; those of images get theirs otherwise."""
+    size = model.get_input_embeddings().num_embeddings if isinstance(model, PreTrainedModel | TruncatedLlama) else model.config.vocab_size
+    unknown = [token for token in view.ids if not 0 <= token < size and (view.encode_images is None or token != view.placeholder)]
+    if unknown:
+        raise ValueError(f"the prompt has token {unknown[0]}, but {type(model).__name__} knows tokens 0 to {size - 1}: encode it with the model's own tokenizer")
+
+
 def _check(target: nn.Module, asked: Views, options: DecodeOptions, draft: nn.Module | None) -> None:
     if not asked.target.ids:
         raise ValueError("the prompt is empty; give at least the BOS token")
@@ -354,6 +388,7 @@ def _check(target: nn.Module, asked: Views, options: DecodeOptions, draft: nn.Mo
     if options.method == "self_speculative":
         _check_exit(target, draft, options)
     for model, view in ((target, asked.target), (draft, asked.draft)):
+        _check_known(model, view)
         _check_room(context_length(model.config), len(view.ids), options)
 
 
@@ -361,6 +396,12 @@ def _check_room(context: int, prompt: int, options: DecodeOptions) -> None:
     if prompt + options.max_new_tokens + options.ahead > context:
         raise ValueError(
             f"prompt ({prompt}), new tokens ({options.max_new_tokens}) and gamma or tree depth ({options.ahead}) exceed the context of {context}")
+
+
+def room_behind(target: nn.Module, draft: nn.Module, prompt: AnyPrompt, options: DecodeOptions) -> int:
+    """Most new tokens that the contexts of both models have room for behind `prompt`, beside what a round drafts ahead."""
+    views = Views.of(prompt, target, draft)
+    return min(context_length(model.config) - len(view.ids) for model, view in ((target, views.target), (draft, views.draft))) - options.ahead
 
 
 def _check_exit(target: nn.Module, draft: nn.Module, options: DecodeOptions) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -27,10 +27,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from generation_settings import check_generation_config
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Quant = Literal["8bit", "4bit"]
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_TARGET, CONFIGS = ASSETS / "pydoc-llama-7m", ASSETS / "configs"
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+NOT_COMPUTED = {  # settings that the shape or the names of the tensors show, and those that change no logits
+    *SHAPE, "rope_parameters", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings", "max_position_embeddings", "pad_token_id", "bos_token_id",
+    "eos_token_id", "use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "dtype", "architectures", "transformers_version", "id2label",
+    "label2id", "problem_type", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder",
+}
 
 
 @dataclass(kw_only=True)
@@ -124,6 +132,7 @@ def load_target(
     """The model at `path` in evaluation mode with frozen weights, and its tokenizer; `quant`: see check_quant, products then run in `compute_dtype`."""
     device, dtype, attention = args.resolve()
     load_config(path, families)
+    check_generation_config(path)
     tokenizer = load_tokenizer(path)
     stored = {"quantization_config": _quantization(quant, compute_dtype), "device_map": {"": device}} if quant is not None else {}
     try:
@@ -152,15 +161,40 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
+def encoding_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identifies all that turns texts and chats into token ids: the tokenizer whole, its special tokens and its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    asked_for = ("truncation", "padding")  # by the last call: no part of the tokenizer
+    content = [{name: value for name, value in whole.items() if name not in asked_for}, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def weights_hash(model: PreTrainedModel) -> str:
-    """Identifies the target's architecture and weights by its shape-giving settings and a few values of every tensor.
+    """Identifies the target's architecture and weights by its shape-giving settings, those that it computes with, and a few values of every tensor.
 
     A bf16 checkpoint has one hash in bf16, fp16 and fp32: values too small for fp16's normal range count as 0.
     """
     config = model.config
-    shape = [config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
-             config.num_key_value_heads, config.vocab_size, str(config.rope_parameters)]
-    return values_hash(json.dumps(shape), model)
+    shape = [*(getattr(config, name, None) for name in SHAPE), str(getattr(config, "rope_parameters", None))]
+    computed = computed_otherwise(config)
+    return values_hash(json.dumps([*shape, computed] if computed else shape, default=str), model)
+
+
+def computed_otherwise(config: PretrainedConfig) -> dict:
+    """The settings with which a model computes something else from the same weights, where they are not what they are in Llama 3 or, in other families, by default."""
+    usual = {one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(config)} | {"rms_norm_eps": 1e-5}
+    found = {name: getattr(config, name, default) for name, default in usual.items() if name not in NOT_COMPUTED}
+    return {name: value for name, value in sorted(found.items()) if value != usual[name]}
+
+
+def text_facts(target: Target) -> dict:
+    """What identifies the texts that a target writes, beside the prompts and how they are decoded. The numbers are rounded as `dtype` has it."""
+    config, tokenizer = target.model.config, target.tokenizer
+    return {
+        "target_hash": weights_hash(target.model), "encoding_hash": None if tokenizer is None else encoding_hash(tokenizer),
+        "eos_ids": [] if tokenizer is None else sorted(eos_token_ids(target)), "context": config.max_position_embeddings, "dtype": str(target.model.dtype),
+    }
 
 
 def values_hash(shape: str, *modules: nn.Module) -> str:

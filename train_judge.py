@@ -40,7 +40,7 @@ from judge_mining import TOO_LONG, Drafted, Miner, Question, Reader, Search, dra
 from judges import C_GRID, Fitted, JudgeInfo, Labelled, fit_draft_judge, fit_paper_judge, load_judge, save_judge
 from results import make_output_dir
 from row_files import describe_skipped, read_rows
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
 from text_datasets import find_dataset, fingerprint, open_stream
 from training_loop import StopRequest
 
@@ -95,7 +95,8 @@ class Args(DraftArgs, DeviceArgs):
 
     def settings(self, target: Target, data: dict) -> dict:
         """All that the judge depends on beside target, draft and tokenizer; flags of the other mode are left out."""
-        settings = {"mode": self.autojudge_mode, "data": data, "dtype": str(target.model.dtype), "num_prompts": self.num_prompts, "max_new_tokens": self.max_new_tokens,
+        text = {name: value for name, value in text_facts(target).items() if name != "target_hash"}
+        settings = {"mode": self.autojudge_mode, "data": data, **text, "num_prompts": self.num_prompts, "max_new_tokens": self.max_new_tokens,
                     "seed": self.seed}
         return settings | ({name: getattr(self, name) for name in NOT_MINED} if self.autojudge_mode == "paper" else {"gamma": self.gamma})
 

@@ -88,11 +88,17 @@ def fit_coupling(draft: nn.Module, texts: Sequence[OwnText], temperature: float)
     weights = torch.ones(len(chunks[0][0]), dtype=torch.float64)
     for _ in range(NEWTON_STEPS):
         gradients, information = zip(*(_gradient(weights, *chunk) for chunk in chunks), strict=True)
-        step = torch.linalg.solve(sum(information), sum(gradients))
+        step = _newton_step(sum(information), sum(gradients))
         weights = (weights + step.clamp(-1, 1)).clamp(min=LEAST_WEIGHT)
         if step.abs().max() < CONVERGED:
             break
     return Coupling(*weights.tolist())
+
+
+def _newton_step(information: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """information⁻¹·gradient (F,); the shortest step where a few tokens do not tell the weights apart."""
+    step, singular = torch.linalg.solve_ex(information, gradient)
+    return torch.linalg.pinv(information) @ gradient if singular else step
 
 
 def _features(positions: Positions, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -252,6 +252,29 @@ def test_new_checkpoint_is_evaluated_though_the_command_is_the_same(shell: Shell
     assert [call[0] for call in shell.calls()] == ["evaluate_checkpoints.py"]
 
 
+@pytest.mark.parametrize(
+    ("script", "setting", "text"),
+    [(LAYER_SWEEP, "LAYERS", "1 2 3 4 1"), (KL_SWEEP, "KL_TEMPS", "1\n2\n1"), (LR_SWEEP, "LR_SCHEDULES", "cosine linear cosine"),
+     (TREE_STUDY, "TEMPERATURES", "0 0.7 0"), (TREE_STUDY, "DRAFTS", "a/b/c.safetensors a/b/c.safetensors")])
+def test_a_value_that_stands_twice_gets_one_line(shell: Shell, script: str, setting: str, text: str):
+    status, output = shell.run(script, **{"DRAFTS": "a/b/exit.safetensors", setting: text})
+    assert status == 2 and shell.calls() == []
+    assert output.startswith("error: ") and output.endswith(f"{text.split()[-1]} stands twice; give each once\n")
+
+
+@pytest.mark.parametrize("setting", ["MODEL_PATH", "DATASET_PATH"])
+def test_a_changed_target_or_data_set_is_never_skipped_silently(shell: Shell, setting: str):
+    folder = shell.folder / "given"
+    folder.mkdir()
+    (folder / "generation_config.json").write_text("{}")
+    shell.run(CHAT_LAYERS, LAYERS="3", **{setting: str(folder)})
+    shell.calls()
+    later = time.time() + 5
+    os.utime(folder / "generation_config.json", (later, later))
+    shell.run(CHAT_LAYERS, LAYERS="3", **{setting: str(folder)})
+    assert [call[0] for call in shell.calls()] == ["train.py", "evaluate_checkpoints.py"]
+
+
 def test_environment_overrides_arrive_as_flags(shell: Shell):
     training = {"MODEL_PATH": "--model_path", "DATASET_PATH": "--dataset_path", "MAX_STEPS_HEAD": "--max_steps", "BATCH_SIZE_HEAD": "--batch_size",
                 "GRAD_ACCUM_HEAD": "--grad_accumulate_steps", "LR_HEAD": "--learning_rate", "LR_SCHEDULE_HEAD": "--lr_schedule",
