@@ -96,6 +96,7 @@ begin_sweep() {
   (($# == 0)) || user_error "unknown argument $1: a sweep is set by environment variables; --help lists them"
   check_setting_names
   check_once LAYERS KL_TEMPS LR_SCHEDULES DRAFTS TEMPERATURES
+  check_numbers
   [[ ${TORCH_COMPILE:=0} == [01] ]] || user_error "TORCH_COMPILE=$TORCH_COMPILE: give 0 or 1"
   [[ $DRY_RUN != 0 ]] || DRY_RUN=
   [[ -z $DRY_RUN ]] || return 0
@@ -138,6 +139,19 @@ check_once() {
     words_of "${!name:-}"
     twice=$(printf '%s\n' "${WORDS[@]}" | sort | uniq -d | head -n 1)
     [[ -z $twice ]] || user_error "$name=${!name}: $twice stands twice; give each once"
+  done
+}
+
+# check_numbers: refuse nan and infinities before the first step, though only a later one would be given them; names of files and folders are left alone.
+check_numbers() {
+  local i name word
+  for ((i = 0; i < ${#SETTINGS[@]}; i += 3)); do
+    name=${SETTINGS[i]}
+    [[ $name != *PATH && $name != *DIR && $name != PYTHON && $name != DRAFTS && $name != GROWMAP ]] || continue
+    words_of "${!name:-}"
+    for word in "${WORDS[@]}"; do
+      [[ ! ${word,,} =~ ^[+-]?(nan|inf|infinity)$ ]] || user_error "$name=${!name}: must be finite"
+    done
   done
 }
 
