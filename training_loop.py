@@ -241,7 +241,8 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot save {path} ({first_line(error)}); make room, and continue from the last save with the same command and --resume") from error
+        reason = OSError(error.errno, error.strerror) if isinstance(error, OSError) and error.strerror else error  # without its file, which stands before it
+        raise UserError(f"cannot save {path} ({first_line(reason)}); make room, and continue from the last save with the same command and --resume") from error
 
 
 def save_state(folder: Path, progress: dict, task: TrainingTask) -> None:
