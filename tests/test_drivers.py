@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -451,3 +452,21 @@ def test_a_finished_run_whose_checkpoint_is_gone_is_started_again(shell: Shell):
     (shell.out / "head/model_000005.safetensors").unlink()
     status, output = shell.run(CHAT_LAYERS, LAYERS="3")
     assert status == 0 and [call[0] for call in shell.calls()] == ["train.py", "evaluate_checkpoints.py"], output
+
+
+TOOLS = ("bash", "cat", "date", "dirname", "flock", "mkdir", "mktemp", "nohup", "rm", "setsid", "sleep", "tee", "true")  # of the launcher, without tmux
+
+
+@pytest.mark.parametrize(("tmux", "message"), [(None, "LAUNCHER=tmux: there is no tmux here; install it, or give LAUNCHER=nohup"), ("exit 1", "tmux does not start; see what it says above")])
+def test_no_environment_is_left_behind_where_tmux_does_not_start(shell: Shell, tmux: str | None, message: str):
+    """The job's file has all of it, secrets included."""
+    for name in ("bin", "tmp"):
+        (shell.folder / name).mkdir()
+    for tool in TOOLS:
+        (shell.folder / "bin" / tool).symlink_to(shutil.which(tool))
+    if tmux is not None:
+        (shell.folder / "bin" / "tmux").write_text(f"#!/bin/bash\n{tmux}\n")
+        (shell.folder / "bin" / "tmux").chmod(0o755)
+    status, output = shell.run("launch_train_bg.sh", "job", "bash", "-c", "true", LAUNCHER="tmux", PATH=str(shell.folder / "bin"), TMPDIR=str(shell.folder / "tmp"), HF_TOKEN="secret")
+    assert status == 2 and f"error: {message}" in output
+    assert list((shell.folder / "tmp").iterdir()) == []
