@@ -6,8 +6,10 @@ Import it before anything that needs a particular version of transformers: it ch
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -22,6 +24,7 @@ NO_IMPORT = ("5.18", "5.19")  # of transformers: beside torch 2.6 they fail at i
 
 MAY_REPEAT = ("mix",)  # lists whose values go with those of another flag, one by one
 MAY_BE_EMPTY = ("notes", "system_prompt", "prompt")  # texts
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what no command can help: a disk that is full, or takes nothing more
 LARGEST_INT = 2**62  # what is added to a seed must fit beside it
 
 Args = TypeVar("Args")
@@ -111,11 +114,14 @@ def parse_args(args_class: type[Args], argv: list[str] | None = None) -> Args:
 
 
 def check_value(name: str, value: object) -> None:
-    """Raise UserError for what no flag can be: an empty name, a number that int64 does not hold with what is added to it, and a list that names something twice."""
+    """Raise UserError for what no flag can be: an empty name, nan or an infinity, a number that int64 does not hold with what is added to it, and a list that
+    names something twice."""
     values = value if isinstance(value, list) else [value]
     if "" in values and name not in MAY_BE_EMPTY:
         raise UserError(f'--{name} "": is empty; give a value, or leave the flag out')
     for one in values:
+        if isinstance(one, float) and not math.isfinite(one):
+            raise UserError(f"--{name} {one}: must be a finite number")
         if isinstance(one, int) and not -LARGEST_INT <= one <= LARGEST_INT:
             raise UserError(f"--{name} {one}: is too large a number; give one between -2^62 and 2^62")
     if name in MAY_REPEAT:
@@ -134,11 +140,16 @@ def _as_compared(value: object) -> object:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with its status; a UserError, or logits that are not finite (decoding/state.py), becomes one line on stderr and exit code 2."""
+    """Call `main` and exit with its status. A UserError, logits that are not finite (decoding/state.py) and a disk with no room become one line on stderr and exit code 2."""
     try:
         status = main()
     except (UserError, FloatingPointError) as error:
         _exit(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _exit(f"cannot write{f' to {error.filename}' if error.filename else ''} ({error.strerror}); make room, and start the same command again: "
+              "what was written before stays")
     except KeyboardInterrupt:
         status = 130
     raise SystemExit(status)

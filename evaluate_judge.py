@@ -118,13 +118,15 @@ def read_problems(args: Args, target: Target) -> tuple[list[Problem], dict]:
     """The problems that have a number for an answer and fit the context, and what identifies the data. Raises UserError where there are none."""
     stream = open_stream(args.dataset, "test", args.dataset_path, shuffle=False)
     longest = min(context_length(target.model.config), shortest_context(target, args)) - args.max_new_tokens - args.gamma
-    found = []
-    for example in islice(stream.rest_of_epoch(), args.num_problems or None):
-        ids, answer = encode_prompt(target.tokenizer, example), final_answer(example["messages"][-1]["content"])
-        if answer is not None and len(ids) <= longest:
-            found.append(Problem(ids, answer))
+
+    def as_problem(example: dict) -> Problem:
+        return Problem(encode_prompt(target.tokenizer, example), final_answer(example["messages"][-1]["content"]))
+
+    problems = islice(stream.usable(as_problem), args.num_problems or None)
+    found = [problem for problem in problems if problem.answer is not None and len(problem.ids) <= longest]
     if not found:
-        raise UserError(f"--dataset {args.dataset}: no problem with a number for an answer; give a file of GSM8K's form")
+        raise UserError(f"--dataset {args.dataset}: no problem with a number for an answer; {stream.account()}; give a file of GSM8K's form")
+    stream.tell_losses()
     return found, fingerprint(stream)
 
 

@@ -293,7 +293,9 @@ def measure_quality(target: Target, draft: Draft, stream: ExampleStream, args: E
     temperature = args.kl_temperature or draft.train_temperature
     options = EncodeOptions(target.tokenizer, max_length=args.max_length, batch_size=args.quality_batch_size)
     sums: dict[str, float] = {}
-    for batch in held_out_batches(stream, options, args.quality_max_batches):
+    batches = held_out_batches(stream, options, args.quality_max_batches)
+    stream.tell_losses()
+    for batch in batches:
         batch = {name: tensor.to(target.model.device) for name, tensor in batch.items()}
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         teacher, drafted = (learned_rows(model(**inputs).logits, batch["loss_mask"]) for model in (target.model, draft.model))
@@ -310,23 +312,21 @@ def shortest_context(target: Target, args: object) -> int:
     return own if draft is None else min(own, load_config(draft).max_position_embeddings)
 
 
-def prompts_of(target: Target, args: PromptArgs, data: EvaluationData) -> Iterator[list[int]]:
-    """Prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0 whole prompts, up to where the assistant speaks."""
+def prompts_of(target: Target, args: PromptArgs, stream: ExampleStream) -> Iterator[list[int]]:
+    """From `stream`, prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0 whole prompts, up to where the assistant speaks."""
     longest = shortest_context(target, args) - args.spec_max_new_tokens - args.longest
-    for example in args.stream(data, args.dataset_names()[0]).rest_of_epoch():
-        if args.spec_prompt_length == 0:
-            ids = encode_prompt(target.tokenizer, example)
-            if len(ids) <= longest:
-                yield ids
-        else:
-            ids = encode_example(target.tokenizer, example).input_ids
-            if len(ids) > args.spec_prompt_length:
-                yield ids[: args.spec_prompt_length]
+    if args.spec_prompt_length == 0:
+        whole = stream.usable(lambda example: encode_prompt(target.tokenizer, example))
+        return (ids for ids in whole if len(ids) <= longest)
+    texts = stream.usable(lambda example: encode_example(target.tokenizer, example).input_ids)
+    return (ids[: args.spec_prompt_length] for ids in texts if len(ids) > args.spec_prompt_length)
 
 
 def choose_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> list[list[int]]:
     """The first `spec_num_prompts` of `prompts_of`. Raises UserError where there are too few."""
-    found = list(islice(prompts_of(target, args, data), args.spec_num_prompts))
+    stream = args.stream(data, args.dataset_names()[0])
+    found = list(islice(prompts_of(target, args, stream), args.spec_num_prompts))
+    stream.tell_losses()
     if len(found) < args.spec_num_prompts:
         what = (f"of {args.spec_prompt_length} tokens in {args.dataset_names()[0]}: lower --spec_num_prompts or --spec_prompt_length" if args.spec_prompt_length else
                 f"in {args.dataset_names()[0]} leave room for {args.spec_max_new_tokens} new tokens: lower --spec_num_prompts or --spec_max_new_tokens")
@@ -336,7 +336,8 @@ def choose_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> li
 
 def fitting_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> list[list[int]]:
     """Up to `fit_prompts` prompts behind those that are measured: of the same kind, and held out like them. Raises UserError where there are none."""
-    found = list(islice(prompts_of(target, args, data), args.spec_num_prompts, args.spec_num_prompts + args.fit_prompts))
+    stream = args.stream(data, args.dataset_names()[0])
+    found = list(islice(prompts_of(target, args, stream), args.spec_num_prompts, args.spec_num_prompts + args.fit_prompts))
     if not found:
         raise UserError(f"no prompts in {args.dataset_names()[0]} behind the first {args.spec_num_prompts} to fit trees to: lower --spec_num_prompts")
     return found
@@ -345,8 +346,8 @@ def fitting_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> l
 def training_texts(target: Target, args: PromptArgs) -> list[list[int]]:
     """Tokens of the first FREQUENCY_TEXTS training examples of the prompts' data set: their frequent ones make a draft vocabulary."""
     dataset = find_dataset(args.dataset_names()[0])
-    examples = ExampleStream(dataset, open_rows(dataset, "train", args.dataset_path), args.seed).rest_of_epoch()
-    return [encode_example(target.tokenizer, example).input_ids for example in islice(examples, FREQUENCY_TEXTS)]
+    stream = ExampleStream(dataset, open_rows(dataset, "train", args.dataset_path), args.seed)
+    return list(islice(stream.usable(lambda example: encode_example(target.tokenizer, example).input_ids), FREQUENCY_TEXTS))
 
 
 def fitted_to(target: Target, args: PromptArgs, data: EvaluationData, path: str | None) -> Fitted:

@@ -43,12 +43,14 @@ QUALITY_COLUMNS = {
 }
 SPECULATION_COLUMNS = {
     "spec_mean_accepted": "accepted tokens per round",
-    "spec_mean_proposed": "drafted tokens per round (γ, but for rounds that end in a drafted end-of-text token, and for γ = auto)",
-    "spec_accept_rate": "accepted / proposed",
-    "spec_token_accept_rate": "α: accepted / drafted positions that verification reached",
+    "spec_mean_proposed": "drafted tokens per round (γ, but for rounds that end in a drafted end-of-text token, and for γ = auto; of a tree "
+        "all nodes but the root)",
+    "spec_accept_rate": "accepted / proposed; of a tree's nodes at most one on each level can be accepted, so it says less there than acceptance_rate",
+    "spec_token_accept_rate": "α: accepted / drafted positions that verification reached; of a tree the levels, however many nodes were tried there; of lossy methods "
+        "accepted counts the mismatches that were kept, too",
     "spec_tokens_per_call": "τ: emitted tokens / target calls (correction or bonus included)",
     "spec_target_calls_per_token": "target calls / emitted tokens",
-    "spec_overlap": "mean Σ min(p, q) over tested positions, under the sampling policy",
+    "spec_overlap": "mean Σ min(p, q) over tested positions, under the sampling policy (chains)",
     "spec_tv": "1 − spec_overlap",
     "spec_expected_accept": "mean chance of keeping a drafted token at tested positions (= spec_overlap under rejection)",
     "spec_accept_z": "z of accepted − expected over tested positions; |z| < 4 unless counters or rule are wrong; absent if nothing varies",
@@ -86,7 +88,7 @@ POTENTIAL_COLUMNS = {
     "potential_tau_coupled": "the same with a_i = the chance that coupled verification keeps the token",
     "potential_kl_temperature": "the temperature of potential_kl alone",
     "potential_samples": "samples that count",
-    "potential_skipped": "samples left out, as they have fewer than 2 tokens",
+    "potential_skipped": "samples left out, as they have fewer than 2 tokens or the chat template refuses them",
     "potential_tokens": "positions that the figures are means over: every token of a sample but its first; no padding",
     "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over samples (absent for one sample)",
 }

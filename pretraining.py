@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from processes import Processes
 from results import in_one_step, make_output_dir, record_run
-from row_files import ExampleStream, describe_skipped
+from row_files import ExampleStream
 from target_model import tokenizer_hash
 from text_datasets import fingerprint
 from training_loop import TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
@@ -93,5 +93,5 @@ def pretrain(args: TrainingArgs, make: Callable[[TrainingArgs, Path], Run]) -> i
         status = run_training(run.task(), args, folder, processes)
         run.close()
         for stream in run.streams:
-            print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {describe_skipped(stream.skipped)}", file=sys.stderr)
+            print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {stream.account()}", file=sys.stderr)
         return status

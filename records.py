@@ -101,7 +101,7 @@ class Record:
     decode_sec_by_prompt: list[float] | None = _said("the seconds that they took", "ok")
     target_calls_by_prompt: list[int] | None = _said("target passes after the prefill", "ok")
     correct_by_prompt: list[bool] | None = _said("whether the final number is the reference answer's")
-    proposed: int | None = _said("drafted tokens that were verified")
+    proposed: int | None = _said("drafted tokens that were verified (trees: nodes but the root)")
     accepted: int | None = _said("those of them that were kept")
     rejections: int | None = _said("rounds in which one was not")
     steps: int | None = _said("rounds", "ok")

@@ -96,6 +96,7 @@ begin_sweep() {
   (($# == 0)) || user_error "unknown argument $1: a sweep is set by environment variables; --help lists them"
   check_setting_names
   check_once LAYERS KL_TEMPS LR_SCHEDULES DRAFTS TEMPERATURES
+  check_numbers
   [[ ${TORCH_COMPILE:=0} == [01] ]] || user_error "TORCH_COMPILE=$TORCH_COMPILE: give 0 or 1"
   [[ $DRY_RUN != 0 ]] || DRY_RUN=
   [[ -z $DRY_RUN ]] || return 0
@@ -138,6 +139,19 @@ check_once() {
     words_of "${!name:-}"
     twice=$(printf '%s\n' "${WORDS[@]}" | sort | uniq -d | head -n 1)
     [[ -z $twice ]] || user_error "$name=${!name}: $twice stands twice; give each once"
+  done
+}
+
+# check_numbers: refuse nan and infinities before the first step, though only a later one would be given them; names of files and folders are left alone.
+check_numbers() {
+  local i name word
+  for ((i = 0; i < ${#SETTINGS[@]}; i += 3)); do
+    name=${SETTINGS[i]}
+    [[ $name != *PATH && $name != *DIR && $name != PYTHON && $name != DRAFTS && $name != GROWMAP ]] || continue
+    words_of "${!name:-}"
+    for word in "${WORDS[@]}"; do
+      [[ ! ${word,,} =~ ^[+-]?(nan|inf|infinity)$ ]] || user_error "$name=${!name}: must be finite"
+    done
   done
 }
 
@@ -221,7 +235,7 @@ find_checkpoints() {
   fi
   while IFS= read -r name; do
     TRAINED+=("$1/$name")
-    [[ -f $1/$name ]] || user_error "$marker names $1/$name, which is not there; delete $1 to train it again"
+    [[ -n $DRY_RUN || -f $1/$name ]] || user_error "$marker names $1/$name, which is not there; delete $1 to train it again"
   done <"$marker"
 }
 
@@ -253,6 +267,11 @@ run_step() {
 is_finished() {
   local product=$1 mark=$2 command=$3 argument folder
   [[ -f $product && -f $mark && $(<"$mark") == "$command" ]] || return 1
+  if [[ ${product##*/} == final_checkpoint.txt ]]; then # train.py writes one that is gone again
+    while IFS= read -r argument; do
+      [[ -f ${product%/*}/$argument ]] || return 1
+    done <"$product"
+  fi
   shift 3
   for argument; do
     [[ ! -f $argument || ! $argument -nt $mark ]] || return 1

@@ -40,7 +40,7 @@ from losses import LOSS_TYPES
 from metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
 from processes import SHARDS_ON_CPU, Processes, shards_target
 from results import file_hash, make_output_dir, read_config, record_run
-from row_files import ExampleStream, MixedStream, describe_skipped
+from row_files import ExampleStream, MixedStream
 from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, text_facts, tokenizer_hash, weights_hash
 from teacher_cache import TeacherCache
 from text_datasets import check_mixture, fingerprint, open_mixture, open_stream
@@ -217,9 +217,12 @@ class Distillation:
     def _frequent_tokens(self, count: int) -> torch.Tensor:
         """The tokens that a trimmed head will know."""
         streams = [open_stream(name, "train", self.args.dataset_path, self.args.seed) for name in self.args.dataset]
-        examples = (example for stream in streams for example in islice(stream.rest_of_epoch(), FREQUENCY_EXAMPLES))
         num_images = 0 if isinstance(self.target, LlavaTarget) else None  # their placeholders are never drafted
-        texts = (encode_example(self.target.tokenizer, example, num_images=num_images).input_ids for example in examples)
+
+        def ids_of(example: dict) -> list[int]:
+            return encode_example(self.target.tokenizer, example, num_images=num_images).input_ids
+
+        texts = (ids for stream in streams for ids in islice(stream.usable(ids_of), FREQUENCY_EXAMPLES))
         return frequent_tokens(texts, count, self.target.model.config.vocab_size).to(self.target.model.device)
 
     def _learner(self, name: str, variant: Variant, exit_: Exit, kind: ExitKind, folder: Path) -> Learner:
@@ -363,7 +366,7 @@ def train(args: Args, folder: Path, processes: Processes) -> int:
     if processes.is_main and status == 0:
         print(f"forecast, if a pass takes what reading its weights takes:\n{distillation.forecast()}", file=sys.stderr)
     if processes.is_main:
-        print(f"{streams['train'].dataset.name}: {describe_skipped(streams['train'].skipped)}", file=sys.stderr)
+        print(f"{streams['train'].dataset.name}: {streams['train'].account()}", file=sys.stderr)
     processes.leave()
     return status
 

@@ -218,11 +218,21 @@ def check_same_run(folder: Path, args: TrainingArgs, facts: dict) -> None:
 
 
 def print_if_finished(folder: Path) -> bool:
-    """Whether the run in `folder` needs no more work; then its final checkpoints are printed, as a fresh run would."""
+    """Whether the run in `folder` needs no more work; then its final checkpoints are printed, as a fresh run would.
+
+    Checkpoints that are gone are written again by the run, from its last saved state. Raises UserError where that is gone, too.
+    """
     marker = folder / FINAL_NAME
-    if marker.exists():
-        print("\n".join(["finished already", *(str(folder / line) for line in marker.read_text().splitlines())]))
-    return marker.exists()
+    if not marker.exists():
+        return False
+    paths = [folder / line for line in marker.read_text(encoding="utf-8").splitlines()]
+    gone = [path for path in paths if not path.is_file() and not (path / "config.json").is_file()]  # an exit, or the folder of a model
+    if paths and not gone:
+        print("\n".join(["finished already", *map(str, paths)]))
+        return True
+    if not (folder / STATE_NAME).exists():
+        raise UserError(f"{marker} names {gone[0] if gone else 'no checkpoint'}, which is not there, and {STATE_NAME} is gone, too; delete {folder} to train it again")
+    return False
 
 
 @contextmanager
@@ -231,7 +241,8 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot save {path} ({first_line(error)}); make room, and continue from the last save with the same command and --resume") from error
+        reason = OSError(error.errno, error.strerror) if isinstance(error, OSError) and error.strerror else error  # without its file, which stands before it
+        raise UserError(f"cannot save {path} ({first_line(reason)}); make room, and continue from the last save with the same command and --resume") from error
 
 
 def save_state(folder: Path, progress: dict, task: TrainingTask) -> None:

@@ -6,6 +6,7 @@ The weights of coupled values are kept beside the exit (or in the draft's folder
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -97,8 +98,8 @@ class TreeArgs:
             cost = float(self.tree_level_cost)
         except ValueError as error:
             raise UserError(f"--tree_level_cost {self.tree_level_cost}: must be auto or a number") from error
-        if not cost >= 0:
-            raise UserError(f"--tree_level_cost {self.tree_level_cost}: must not be negative")
+        if not 0 <= cost < math.inf:
+            raise UserError(f"--tree_level_cost {self.tree_level_cost}: must be a finite number, and not negative")
         return cost
 
     def plan(self, method: str, verification: str | None) -> TreePlan:

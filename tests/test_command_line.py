@@ -1,7 +1,8 @@
-"""What no flag of any command may be: twice the same in a list, empty, or a number beyond int64; found before anything is read."""
+"""What no flag of any command may be: twice the same in a list, empty, nan, infinite, or a number beyond int64; found before anything is read."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, fields
 from typing import get_args, get_origin, get_type_hints
 
@@ -27,6 +28,7 @@ import sweep_settings
 import train
 import train_judge
 import tune
+import validate_configs
 import validate_results
 from test_commands import run_main
 
@@ -89,6 +91,29 @@ def test_a_seed_is_one_that_tensors_hold(command, number):
     assert parse(command, "--seed", str(LARGEST_INT)).seed == LARGEST_INT
     with pytest.raises(UserError, match="--seed -?[0-9]+: is too large a number"):
         parse(command, "--seed", str(number))
+
+
+def held_as_numbers(args: type) -> list[str]:
+    """The flags whose value is a float, alone or in a list."""
+    return [name for name, hint in get_type_hints(args).items() if float in (hint, *get_args(hint), *(inner for part in get_args(hint) for inner in get_args(part)))]
+
+
+@pytest.mark.parametrize("number", ["nan", "-1e999"])
+@pytest.mark.parametrize(("command", "flag"), [(command, name) for command, args in COMMANDS.items() for name in held_as_numbers(args)])
+def test_a_number_is_finite(command, flag, number):
+    """nan passes checks of the form `<= 0`: it was measured with, and failed when it was written."""
+    with pytest.raises(UserError, match=f"^--{flag} (nan|-?inf): must be a finite number$"):
+        parse(command, f"--{flag}={number}")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_number_in_a_word_or_a_preset_is_finite(number, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match=f"--tree_level_cost {number}: must be a finite number, and not negative"):
+        parse("evaluate", "--tree_level_cost", number).fixed_level_cost()
+    for kind in ("models", "methods", "experiments"):
+        (tmp_path / f"{kind}.json").write_text(json.dumps({kind: {"hot": {"temperature": float(number)}} if kind == "methods" else {}}))
+    assert run_main(validate_configs, ["--folder", tmp_path], monkeypatch) == 1
+    assert f"method hot: --temperature {number}: must be a finite number" in capsys.readouterr().out
 
 
 def test_a_large_seed_draws(tiny_target_path, tmp_path, monkeypatch):

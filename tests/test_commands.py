@@ -179,6 +179,33 @@ def test_a_run_is_never_written_over(tiny_target_path, exit_path, monkeypatch, c
     assert capsys.readouterr().out.splitlines() == ["finished already", str(exit_path)]
 
 
+@pytest.fixture
+def finished_run(exit_path, tmp_path):
+    """A copy of the finished run of `exit_path`."""
+    return shutil.copytree(exit_path.parent, tmp_path / "copy")
+
+
+def test_a_finished_run_writes_a_checkpoint_that_is_gone_again(tiny_target_path, exit_path, finished_run, monkeypatch, capsys):
+    """It used to say that it had finished already."""
+    command = [*train_arguments(tiny_target_path, finished_run), "--resume"]
+    (finished_run / exit_path.name).unlink()
+    assert run_main(train, command, monkeypatch) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(finished_run / exit_path.name)
+    rebuilt, exact = (load_file(path) for path in (finished_run / exit_path.name, exit_path))
+    assert rebuilt.keys() == exact.keys() and all(torch.equal(rebuilt[name], exact[name]) for name in exact)
+    assert read_csv_log(finished_run / "train_log.csv").equals(read_csv_log(exit_path.parent / "train_log.csv"))
+    (finished_run / "final_checkpoint.txt").write_text("")
+    assert run_main(train, command, monkeypatch) == 0 and (finished_run / "final_checkpoint.txt").read_text() == f"{exit_path.name}\n"
+
+
+def test_a_finished_run_without_checkpoint_and_state_says_so(tiny_target_path, exit_path, finished_run, monkeypatch, capsys):
+    (finished_run / exit_path.name).unlink()
+    (finished_run / "state.pt").unlink()
+    assert run_main(train, [*train_arguments(tiny_target_path, finished_run), "--resume"], monkeypatch) == 2
+    check_one_line(capsys, f"final_checkpoint.txt names .*{exit_path.name}, which is not there, and state.pt is gone, too; delete .* to train it again")
+    assert (finished_run / "train_log.csv").exists()
+
+
 def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys, tokenizer):
     other = tmp_path / "other"
     tiny_llama(seed=5, vocab_size=len(tokenizer)).float().save_pretrained(other)

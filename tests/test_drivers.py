@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -435,3 +436,37 @@ def test_launch_refuses_bad_names_and_commands(shell: Shell):
     for arguments in (["job"], ["a.b", "true"], ["job", "no_such_command"]):
         status, output = shell.run("launch_train_bg.sh", *arguments)
         assert status == 2 and output.startswith("error: "), output
+
+
+@pytest.mark.parametrize(("script", "name", "value"), [
+    (TWO_STAGE, "LR_FTLAST", "1e-4 nan"), (CHAT_LAYERS, "SPEC_T", "inf"), (KL_SWEEP, "KL_TEMPS", "1 NaN"), (LAYER_SWEEP, "WARMUP_RATIO", "-Infinity"),
+    (CAPACITY, "MIX", "nan"), (TREE_STUDY, "TEMPERATURES", "0\ninf")])
+def test_numbers_are_finite_before_the_first_step(shell: Shell, script: str, name: str, value: str):
+    status, output = shell.run(script, **{"DRAFTS": "a/exit.safetensors", name: value})
+    assert (status, shell.calls()) == (2, []) and output == f"error: {name}={value}: must be finite\n"
+
+
+def test_a_finished_run_whose_checkpoint_is_gone_is_started_again(shell: Shell):
+    shell.run(CHAT_LAYERS, LAYERS="3")
+    shell.calls()
+    (shell.out / "head/model_000005.safetensors").unlink()
+    status, output = shell.run(CHAT_LAYERS, LAYERS="3")
+    assert status == 0 and [call[0] for call in shell.calls()] == ["train.py", "evaluate_checkpoints.py"], output
+
+
+TOOLS = ("bash", "cat", "date", "dirname", "flock", "mkdir", "mktemp", "nohup", "rm", "setsid", "sleep", "tee", "true")  # of the launcher, without tmux
+
+
+@pytest.mark.parametrize(("tmux", "message"), [(None, "LAUNCHER=tmux: there is no tmux here; install it, or give LAUNCHER=nohup"), ("exit 1", "tmux does not start; see what it says above")])
+def test_no_environment_is_left_behind_where_tmux_does_not_start(shell: Shell, tmux: str | None, message: str):
+    """The job's file has all of it, secrets included."""
+    for name in ("bin", "tmp"):
+        (shell.folder / name).mkdir()
+    for tool in TOOLS:
+        (shell.folder / "bin" / tool).symlink_to(shutil.which(tool))
+    if tmux is not None:
+        (shell.folder / "bin" / "tmux").write_text(f"#!/bin/bash\n{tmux}\n")
+        (shell.folder / "bin" / "tmux").chmod(0o755)
+    status, output = shell.run("launch_train_bg.sh", "job", "bash", "-c", "true", LAUNCHER="tmux", PATH=str(shell.folder / "bin"), TMPDIR=str(shell.folder / "tmp"), HF_TOKEN="secret")
+    assert status == 2 and f"error: {message}" in output
+    assert list((shell.folder / "tmp").iterdir()) == []

@@ -501,7 +501,7 @@ def short_run(inputs, tmp_path_factory) -> Path:
         ({"kinds": None, "ft_head": "true", "translator": "true"}, "head and translator exclude each other"),
         ({"dataset": ["arithmetic", "pydoc"], "dataset_path": None, "mix": [1]}, "--mix has 1 weights for 2 data sets; give one for each: --mix 1 1"),
         ({"dataset": ["arithmetic", "pydoc"], "dataset_path": None, "mix": [1, -1]}, "--mix 1 -1: must be positive"),
-        ({"dataset": ["arithmetic", "pydoc"], "dataset_path": None, "mix": [1, "nan"]}, "--mix 1 nan: must be positive"),
+        ({"dataset": ["arithmetic", "pydoc"], "dataset_path": None, "mix": [1, "nan"]}, "--mix nan: must be a finite number"),
         ({"dataset": ["oasst", "oasst1"], "dataset_path": None}, "--dataset names oasst twice"),
         ({"learning_rate": [1e-3, 0]}, "--learning_rate 0.0: must be positive"),
         ({"learning_rate": [1e-3, 1e-3]}, "--learning_rate 0.001 0.001: one stands twice"),
