@@ -131,11 +131,11 @@ def test_tokenizer_without_template_is_refused(tokenizer):
 
 def test_collate_pads_on_the_right(tokenizer):
     encoded = [encode_example(tokenizer, {"text": text}) for text in ("The fox.", "The quick brown fox jumps.")]
-    batch = collate(encoded, pad_id=tokenizer.pad_token_id)
+    batch = collate(encoded)
     lengths = [len(example.input_ids) for example in encoded]
     assert batch["attention_mask"].sum(1).tolist() == lengths
     assert batch["input_ids"][0, : lengths[0]].tolist() == encoded[0].input_ids
-    assert (batch["input_ids"][0, lengths[0] :] == tokenizer.pad_token_id).all() and not batch["loss_mask"][0, lengths[0] :].any()
+    assert (batch["input_ids"][0, lengths[0] :] == 0).all() and not batch["loss_mask"][0, lengths[0] :].any()
 
 
 # ---- batches ----
