@@ -26,7 +26,7 @@ import ultrachat_dataset
 from answers import final_answer, same_answer
 from data_utils import encode_prompt
 from decoding import vlm
-from row_files import ExampleStream, TextDataset, describe_skipped, open_rows
+from row_files import ExampleStream, TextDataset, describe_skipped, open_rows, used
 from text_datasets import DATASETS, find_dataset
 
 BUILT_IN = (
@@ -98,14 +98,14 @@ class Question:
 def read_questions(dataset: str, turn_index: int, count: int | None = None) -> list[Question]:
     """The first `count` usable questions (None: all) of a data set's test split, of all of a file, or BUILT_IN; those of
     `turn_index` 1 have a follow-up. Raises UserError."""
-    if dataset == "builtin":
-        stream, skipped = (Question({"messages": [{"role": "user", "content": text}]}) for text in BUILT_IN), Counter()
+    opened = None if dataset == "builtin" else _open(dataset)
+    if opened is None:
+        stream = (Question({"messages": [{"role": "user", "content": text}]}) for text in BUILT_IN)
     else:
-        opened = _open(dataset)
-        stream, skipped = (_question(example, opened.dataset.name) for example in opened.rest_of_epoch()), opened.skipped
+        stream = (_question(example, opened.dataset.name) for example in opened.rest_of_epoch())
     found = list(islice((question for question in stream if len(question.follow_ups) >= turn_index), count))
-    if skipped:
-        print(f"--dataset {dataset}: {describe_skipped(skipped)}", file=sys.stderr)
+    if opened is not None:
+        opened.tell_losses(f"--dataset {dataset}")
     if not found:
         raise UserError(f"--dataset {dataset}: no question{' with a second turn; use --turn_index 0' if turn_index else ''}")
     return found
@@ -115,9 +115,9 @@ def _open(dataset: str) -> ExampleStream:
     if dataset in DATASETS or not Path(dataset).exists():
         if Path(dataset).suffix or "/" in dataset:
             raise UserError(f"--dataset {dataset}: no such file; give a JSON, JSONL, Parquet or Arrow file, builtin, or one of {', '.join(sorted(DATASETS))}")
-        found = find_dataset(dataset)
+        found = replace(find_dataset(dataset), path_flag="--dataset")
         return ExampleStream(found, open_rows(found, "test"), 0, shuffle=False)
-    rows = open_rows(replace(mt_bench_dataset.DATASET, name=dataset), "test", dataset)  # a data set that is not cut: all rows
+    rows = open_rows(replace(mt_bench_dataset.DATASET, path_flag="--dataset"), "test", dataset)  # a data set that is not cut: all rows
     return ExampleStream(_form(dataset, rows), rows, 0, shuffle=False)
 
 
@@ -168,12 +168,23 @@ def hash_of(prompts: list[Prompt] | list[Question]) -> str:
 
 
 def fitting(questions: list[Question], as_prompt: Callable[[Question], Prompt], longest: int) -> list[tuple[Question, Prompt]]:
-    """Questions with their prompts, where these leave room in the context: of at most `longest` tokens. How many do not is told on stderr. Raises
-    UserError where none does."""
-    pairs = [(question, as_prompt(question)) for question in questions]
+    """Questions with their prompts, where these leave room in the context: of at most `longest` tokens. How many do not, or cannot be asked, is told on
+    stderr. Raises UserError where none is left."""
+    pairs = _asked(questions, as_prompt)
     found = [(question, prompt) for question, prompt in pairs if 0 < prompt.longest() <= longest]
     if not found:
         raise UserError(f"no prompt has at least one and at most {longest} tokens, which is what the context leaves: lower --max_new_tokens, or choose other prompts")
     if len(found) < len(pairs):
         print(f"{len(pairs) - len(found)} prompts are left out: more than {longest} tokens, which is what the context leaves, or none", file=sys.stderr)
     return found
+
+
+def _asked(questions: list[Question], as_prompt: Callable[[Question], Prompt]) -> list[tuple[Question, Prompt]]:
+    """Questions with their prompts; those that cannot be asked are counted on stderr. Raises UserError where none can."""
+    skipped: Counter[str] = Counter()
+    pairs = list(used(questions, as_prompt, skipped))
+    if not pairs:
+        raise UserError(f"no question can be asked: {describe_skipped(skipped)}; choose other prompts, or another --system_prompt or model")
+    if skipped:
+        print(f"questions: {describe_skipped(skipped)}", file=sys.stderr)
+    return pairs

@@ -33,7 +33,7 @@ from judges import draft_hash
 from record_file import RecordFile
 from records import first_complaint
 from speculative import DecodeOptions, Generation, generate
-from target_model import weights_hash
+from target_model import text_facts
 
 NOTE_LETTERS = 60
 
@@ -184,9 +184,9 @@ def named_dtype(model: nn.Module) -> str:
 
 def shared_inputs(subject: Subject, data: Data, args: MethodArgs, flags: Sequence[str], **more: object) -> dict:
     """Everything that the figures of all methods depend on, beside the code and, its GPU apart, the machine: models, prompts, the values of `flags`, and `more`."""
-    device = subject.target.model.device
+    device, text = subject.target.model.device, text_facts(subject.target)
     return {
-        "target": weights_hash(subject.target.model), "draft": None if subject.draft is None else draft_hash(subject.draft.model), "prompts": hash_of(data.prompts),
+        "target": text["target_hash"], "tokenizer": text["encoding_hash"], "eos_ids": sorted(subject.eos_ids), "draft": None if subject.draft is None else draft_hash(subject.draft.model), "prompts": hash_of(data.prompts),
         "seed": args.seed, **{name: getattr(args, name) for name in flags}, "device": str(device), "dtype": named_dtype(subject.target.model),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, **more,
     }

@@ -61,9 +61,8 @@ class Args:
 def encoded(stream: ExampleStream, tokenizer: PreTrainedTokenizerBase, max_examples: int, counted: Counter[str]) -> Iterator[list[int]]:
     """Token ids of up to `max_examples` examples of one epoch, summed up in `counted`; a bar on a terminal."""
     total = max_examples if stream.num_rows is None else min(max_examples, stream.num_rows)
-    examples = islice(stream.rest_of_epoch(), max_examples)
-    for example in tqdm(examples, total=total, desc="counting followers", unit="example", disable=not sys.stderr.isatty()):
-        ids = encode_example(tokenizer, example).input_ids
+    texts = islice(stream.usable(lambda example: encode_example(tokenizer, example).input_ids), max_examples)
+    for ids in tqdm(texts, total=total, desc="counting followers", unit="example", disable=not sys.stderr.isatty()):
         counted.update(examples=1, tokens=len(ids))
         yield ids
 
@@ -97,7 +96,7 @@ def main() -> None:
     make_output_dir(str(Path(args.out).parent))
     stream = open_stream(args.dataset, SPLIT, args.dataset_path)
     followers = build(args, tokenizer, stream)
-    print(f"{args.dataset}: {describe_skipped(stream.skipped)}", file=sys.stderr)
+    print(f"{args.dataset}: {stream.account()}", file=sys.stderr)
     save_followers(Path(args.out), followers)
     print(summary(followers))
     print(args.out)

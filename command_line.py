@@ -6,8 +6,11 @@ Import it before anything that needs a particular version of transformers: it ch
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import importlib.metadata
+import math
+import os
 import platform
 import re
 import sys
@@ -18,6 +21,11 @@ from typing import TypeVar
 # Lowest admitted version and first excluded one; the same ranges stand in requirements/. A pre-release counts as its release: NVIDIA's 2.6.0a0 as 2.6.
 SUPPORTED = {"python": ("3.10", "3.14"), "torch": ("2.6", "2.16"), "transformers": ("5.17", "6")}
 NO_IMPORT = ("5.18", "5.19")  # of transformers: beside torch 2.6 they fail at import where no GPU is seen; refused beside every torch, to keep it simple
+
+MAY_REPEAT = ("mix",)  # lists whose values go with those of another flag, one by one
+MAY_BE_EMPTY = ("notes", "system_prompt", "prompt")  # texts
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what no command can help: a disk that is full, or takes nothing more
+LARGEST_INT = 2**62  # what is added to a seed must fit beside it
 
 Args = TypeVar("Args")
 
@@ -100,15 +108,48 @@ def parse_args(args_class: type[Args], argv: list[str] | None = None) -> Args:
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3, cutoff=0.5)
         suggestion = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"unknown argument {unknown[0]}: {suggestion}known flags: {' '.join(sorted(set(known)))}")
+    for name, value in vars(args).items():
+        check_value(name, value)
     return args_class(**vars(args))
 
 
+def check_value(name: str, value: object) -> None:
+    """Raise UserError for what no flag can be: an empty name, nan or an infinity, a number that int64 does not hold with what is added to it, and a list that
+    names something twice."""
+    values = value if isinstance(value, list) else [value]
+    if "" in values and name not in MAY_BE_EMPTY:
+        raise UserError(f'--{name} "": is empty; give a value, or leave the flag out')
+    for one in values:
+        if isinstance(one, float) and not math.isfinite(one):
+            raise UserError(f"--{name} {one}: must be a finite number")
+        if isinstance(one, int) and not -LARGEST_INT <= one <= LARGEST_INT:
+            raise UserError(f"--{name} {one}: is too large a number; give one between -2^62 and 2^62")
+    if name in MAY_REPEAT:
+        return
+    same = [_as_compared(one) for one in values]
+    if any(one in same[:i] for i, one in enumerate(same)):
+        raise UserError(f"--{name} {' '.join(map(str, values))}: one stands twice; give each once")
+
+
+def _as_compared(value: object) -> object:
+    """What two spellings of one number, or of one path, have in common."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return os.path.normpath(value) if isinstance(value, str) else value
+
+
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with its status; a UserError becomes one line on stderr and exit code 2."""
+    """Call `main` and exit with its status. A UserError, logits that are not finite (decoding/state.py) and a disk with no room become one line on stderr and exit code 2."""
     try:
         status = main()
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         _exit(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _exit(f"cannot write{f' to {error.filename}' if error.filename else ''} ({error.strerror}); make room, and start the same command again: "
+              "what was written before stays")
     except KeyboardInterrupt:
         status = 130
     raise SystemExit(status)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from command_line import UserError
+from command_line import UserError, first_line
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from image_inputs import IMAGE_TOKEN, ImageInputs, ImageSource, open_image, with_images
@@ -25,6 +26,8 @@ DATE_STRING = "26 Jul 2024"
 LossOn = Literal["all", "assistant"]
 BUCKET_BATCHES = 16
 MAX_FRUITLESS = 2_000
+NOTHING_TO_LEARN = "with nothing to learn in the first tokens"
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)  # what rendering raises: jinja2's own, and Python's
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,31 @@ class Encoded:
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """`messages` through the tokenizer's chat template, as text that already holds its BOS."""
+    """`messages` through the tokenizer's chat template, as text that already holds its BOS.
+
+    Raises SkipRow for a chat that the template refuses, as many do with a system prompt; UserError where there is no template, or it fails on any chat.
+    """
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template; use an instruct model or a plain-text data set")
+    try:
+        return _rendered(tokenizer, messages, add_generation_prompt)
+    except TEMPLATE_ERRORS as error:
+        _check_template(tokenizer, with_parts=isinstance(messages[0]["content"], list))
+        raise SkipRow(f"whose chat the template refuses ({first_line(error)[:80]})") from error
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE_STRING)
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, with_parts: bool) -> None:
+    """Raise UserError where not even a question can be asked through the chat template; `with_parts`: in the form of LLaVA's."""
+    question = [{"role": "user", "content": "?"}]
+    try:
+        _rendered(tokenizer, with_images(question, 0) if with_parts else question, add_generation_prompt=True)
+    except TEMPLATE_ERRORS as error:
+        trouble, remedy = ("takes no images", "give a LLaVA with its own template") if with_parts else ("is broken", "mend it, or use another model")
+        raise UserError(f"the chat template of {tokenizer.name_or_path} {trouble} ({first_line(error)}); {remedy}") from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: dict, num_images: int | None = None) -> list[int]:
@@ -122,10 +146,13 @@ def answer_spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict], text:
     return spans
 
 
-def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `loss_mask` (B, T) bool; `source` (B,) int64."""
+def collate(examples: list[Encoded]) -> dict[str, torch.Tensor]:
+    """Right-padded `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `loss_mask` (B, T) bool; `source` (B,) int64.
+
+    Padded places are masked everywhere, so any id serves: 0, which every embedding has; a padding token may lie beyond it.
+    """
     width = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), width), pad_id)
+    input_ids = torch.zeros(len(examples), width, dtype=torch.int64)
     attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
     loss_mask = torch.zeros(len(examples), width, dtype=torch.bool)
     for i, example in enumerate(examples):
@@ -135,11 +162,6 @@ def collate(examples: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
         loss_mask[i, :count] = torch.tensor(example.loss_mask)
     source = torch.tensor([example.source for example in examples])
     return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask, "source": source}
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padded places. They are masked everywhere, so any id serves where none is declared."""
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 @dataclass(frozen=True)
@@ -167,7 +189,7 @@ class EncodeOptions:
     def collate(self, examples: list[Encoded]) -> dict[str, torch.Tensor]:
         """See `collate`; with the `pixel_values` (n, 3, height, width) of all images, in the texts' order, where there are some."""
         images = [image for example in examples for image in example.images]
-        return {**collate(examples, pad_token_id(self.tokenizer)), **({"pixel_values": self.images.pixels(images)} if images else {})}
+        return {**collate(examples), **({"pixel_values": self.images.pixels(images)} if images else {})}
 
 
 def _usable(options: EncodeOptions, example: dict, origin: ExampleStream) -> Encoded | None:
@@ -179,7 +201,7 @@ def _usable(options: EncodeOptions, example: dict, origin: ExampleStream) -> Enc
         return None
     if any(candidate.loss_mask):
         return candidate
-    origin.skipped["with nothing to learn in the first tokens"] += 1
+    origin.skipped[NOTHING_TO_LEARN] += 1
     return None
 
 
@@ -239,8 +261,8 @@ class PaddedBatches:
             self.fruitless[source] += 1
             if self.fruitless[source] == MAX_FRUITLESS:
                 origin = self.stream.streams[source]
-                raise UserError(f"{MAX_FRUITLESS} examples of {origin.dataset.name} in a row have nothing to learn; raise --max_length or use --loss_on all "
-                                f"({describe_skipped(origin.skipped)})")
+                remedy = "raise --max_length or use --loss_on all" if origin.skipped[NOTHING_TO_LEARN] else "choose other data, or another model"
+                raise UserError(f"{MAX_FRUITLESS} examples of {origin.dataset.name} in a row have nothing to learn; {remedy} ({describe_skipped(origin.skipped)})")
 
     def state_dict(self) -> dict:
         return {"position": self.bucket_start, "emitted": self.emitted}

@@ -62,8 +62,8 @@ def evaluate(args: Args) -> None:
     record_run(folder, args, facts)
     row, drafted = evaluate_draft(target, load_draft(target, args), args, data)
     row["settings_hash"] = args.settings_hash(facts)
+    print(summary_table([row], args.quality_datasets[0]))  # first: it stays if there is no room for the file
     write_json(folder / RESULTS_NAME, row)
-    print(summary_table([row], args.quality_datasets[0]))
     if args.show:
         show_texts(target, row, choose_prompts(target, args, data), drafted[: args.show], folder / TEXTS_NAME)
     print(folder / RESULTS_NAME)
@@ -88,8 +88,8 @@ def evaluate_potential(args: Args) -> None:
     record_run(folder, args, args.facts(target, data))
     options = PotentialOptions(args.policy(), int(args.gamma), args.kl_temperature or 1.0, args.quality_batch_size, args.seed)
     row = evaluate_examples(target, draft.model, examples, args, options)
-    write_json(folder / POTENTIAL_NAME, {**draft.columns, "dataset": args.quality_datasets[0], **row})
     print(potential_table(row))
+    write_json(folder / POTENTIAL_NAME, {**draft.columns, "dataset": args.quality_datasets[0], **row})
     print(folder / POTENTIAL_NAME)
 
 

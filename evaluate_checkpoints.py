@@ -48,6 +48,8 @@ def finished_rows(path: Path, settings_hash: str) -> list[dict]:
         raise UserError(f"{path} is no table ({first_line(error)}); delete it, or choose another --out_dir") from error
     if set(table.get("settings_hash", [])) != {settings_hash}:
         raise UserError(f"{path} was measured with other settings, or another target or data; choose another --out_dir, or delete it")
+    if "checkpoint" not in table or table["checkpoint"].isna().any():
+        raise UserError(f"{path} has a row without its checkpoint; delete the row, or choose another --out_dir")
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 

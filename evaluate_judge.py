@@ -29,12 +29,12 @@ from data_utils import encode_prompt
 from decoding.autojudge import TopK
 from decoding.state import DecodeStats
 from decoding.verify import Verification
-from evaluation import DraftArgs, PolicyArgs, chain_method, drafted_at_most, load_draft
+from evaluation import DraftArgs, PolicyArgs, chain_method, drafted_at_most, load_draft, shortest_context
 from judges import JudgeInfo, load_judge, read_judge_info
 from metrics import mcnemar_p, wilson_interval, with_interval
 from results import file_hash, new_output_dir, record_run, write_csv
 from speculative import DecodeOptions, Generation, context_length, generate_batch
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, weights_hash
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
 from text_datasets import fingerprint, open_stream
 
 RESULTS_NAME = "results.csv"
@@ -117,14 +117,16 @@ class Way:
 def read_problems(args: Args, target: Target) -> tuple[list[Problem], dict]:
     """The problems that have a number for an answer and fit the context, and what identifies the data. Raises UserError where there are none."""
     stream = open_stream(args.dataset, "test", args.dataset_path, shuffle=False)
-    longest = context_length(target.model.config) - args.max_new_tokens - args.gamma
-    found = []
-    for example in islice(stream.rest_of_epoch(), args.num_problems or None):
-        ids, answer = encode_prompt(target.tokenizer, example), final_answer(example["messages"][-1]["content"])
-        if answer is not None and len(ids) <= longest:
-            found.append(Problem(ids, answer))
+    longest = min(context_length(target.model.config), shortest_context(target, args)) - args.max_new_tokens - args.gamma
+
+    def as_problem(example: dict) -> Problem:
+        return Problem(encode_prompt(target.tokenizer, example), final_answer(example["messages"][-1]["content"]))
+
+    problems = islice(stream.usable(as_problem), args.num_problems or None)
+    found = [problem for problem in problems if problem.answer is not None and len(problem.ids) <= longest]
     if not found:
-        raise UserError(f"--dataset {args.dataset}: no problem with a number for an answer; give a file of GSM8K's form")
+        raise UserError(f"--dataset {args.dataset}: no problem with a number for an answer; {stream.account()}; give a file of GSM8K's form")
+    stream.tell_losses()
     return found, fingerprint(stream)
 
 
@@ -232,7 +234,7 @@ def main() -> None:
     draft = load_draft(target, args).model
     problems, data = read_problems(args, target)
     planned = list(ways(args, target, draft))
-    record_run(folder, args, {"target_hash": weights_hash(target.model), "data": data, "judge_hashes": [file_hash(path) for path in args.judges]})
+    record_run(folder, args, {**text_facts(target), "data": data, "judge_hashes": [file_hash(path) for path in args.judges]})
     rows: list[dict] = []
     for row in evaluate(args, target, draft, problems, planned):
         rows.append(row)

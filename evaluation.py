@@ -35,7 +35,7 @@ from metrics import add_sums, predicted_speedup, quality_means, quality_sums, sp
 from results import file_hash
 from row_files import ExampleStream, open_rows
 from speculative import DecodeOptions, Generation, generate
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, load_tokenizer, tokenizer_hash, weights_hash
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, load_tokenizer, text_facts, tokenizer_hash
 from text_datasets import find_dataset, fingerprint
 from tree_args import TREE_METHODS, Fitted, TreeArgs, fitted_plan
 from tree_tuning import tree_costs
@@ -105,8 +105,10 @@ class PromptArgs(DeviceArgs):
         return ExampleStream(find_dataset(name), data[name], self.seed)
 
     def facts(self, target: Target, data: EvaluationData) -> dict:
-        """What identifies the inputs beside the flags: hashes of target and data."""
-        return {"target_hash": weights_hash(target.model), "data": [fingerprint(self.stream(data, name)) for name in data]}
+        """What identifies the inputs beside the flags, and the machine, by its kind."""
+        device = target.model.device
+        gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+        return {**text_facts(target), "device_type": device.type, **gpu, "data": [fingerprint(self.stream(data, name)) for name in data]}
 
 
 def drafted_at_most(gamma: str) -> int:
@@ -291,7 +293,9 @@ def measure_quality(target: Target, draft: Draft, stream: ExampleStream, args: E
     temperature = args.kl_temperature or draft.train_temperature
     options = EncodeOptions(target.tokenizer, max_length=args.max_length, batch_size=args.quality_batch_size)
     sums: dict[str, float] = {}
-    for batch in held_out_batches(stream, options, args.quality_max_batches):
+    batches = held_out_batches(stream, options, args.quality_max_batches)
+    stream.tell_losses()
+    for batch in batches:
         batch = {name: tensor.to(target.model.device) for name, tensor in batch.items()}
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         teacher, drafted = (learned_rows(model(**inputs).logits, batch["loss_mask"]) for model in (target.model, draft.model))
@@ -302,31 +306,38 @@ def measure_quality(target: Target, draft: Draft, stream: ExampleStream, args: E
 
 # ---- speculation ----
 
-def prompts_of(target: Target, args: PromptArgs, data: EvaluationData) -> Iterator[list[int]]:
-    """Prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0 whole prompts, up to where the assistant speaks."""
-    longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.longest
-    for example in args.stream(data, args.dataset_names()[0]).rest_of_epoch():
-        if args.spec_prompt_length == 0:
-            ids = encode_prompt(target.tokenizer, example)
-            if len(ids) <= longest:
-                yield ids
-        else:
-            ids = encode_example(target.tokenizer, example).input_ids
-            if len(ids) > args.spec_prompt_length:
-                yield ids[: args.spec_prompt_length]
+def shortest_context(target: Target, args: object) -> int:
+    """Positions that the target has, and the independent draft, if `args` name one."""
+    own, draft = target.model.config.max_position_embeddings, args.draft_model_path if isinstance(args, DraftArgs) else None
+    return own if draft is None else min(own, load_config(draft).max_position_embeddings)
+
+
+def prompts_of(target: Target, args: PromptArgs, stream: ExampleStream) -> Iterator[list[int]]:
+    """From `stream`, prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0 whole prompts, up to where the assistant speaks."""
+    longest = shortest_context(target, args) - args.spec_max_new_tokens - args.longest
+    if args.spec_prompt_length == 0:
+        whole = stream.usable(lambda example: encode_prompt(target.tokenizer, example))
+        return (ids for ids in whole if len(ids) <= longest)
+    texts = stream.usable(lambda example: encode_example(target.tokenizer, example).input_ids)
+    return (ids[: args.spec_prompt_length] for ids in texts if len(ids) > args.spec_prompt_length)
 
 
 def choose_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> list[list[int]]:
     """The first `spec_num_prompts` of `prompts_of`. Raises UserError where there are too few."""
-    found = list(islice(prompts_of(target, args, data), args.spec_num_prompts))
+    stream = args.stream(data, args.dataset_names()[0])
+    found = list(islice(prompts_of(target, args, stream), args.spec_num_prompts))
+    stream.tell_losses()
     if len(found) < args.spec_num_prompts:
-        raise UserError(f"only {len(found)} prompts of {args.spec_prompt_length} tokens in {args.dataset_names()[0]}: lower --spec_num_prompts or --spec_prompt_length")
+        what = (f"of {args.spec_prompt_length} tokens in {args.dataset_names()[0]}: lower --spec_num_prompts or --spec_prompt_length" if args.spec_prompt_length else
+                f"in {args.dataset_names()[0]} leave room for {args.spec_max_new_tokens} new tokens: lower --spec_num_prompts or --spec_max_new_tokens")
+        raise UserError(f"only {len(found)} prompts {what}")
     return found
 
 
 def fitting_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> list[list[int]]:
     """Up to `fit_prompts` prompts behind those that are measured: of the same kind, and held out like them. Raises UserError where there are none."""
-    found = list(islice(prompts_of(target, args, data), args.spec_num_prompts, args.spec_num_prompts + args.fit_prompts))
+    stream = args.stream(data, args.dataset_names()[0])
+    found = list(islice(prompts_of(target, args, stream), args.spec_num_prompts, args.spec_num_prompts + args.fit_prompts))
     if not found:
         raise UserError(f"no prompts in {args.dataset_names()[0]} behind the first {args.spec_num_prompts} to fit trees to: lower --spec_num_prompts")
     return found
@@ -335,13 +346,15 @@ def fitting_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> l
 def training_texts(target: Target, args: PromptArgs) -> list[list[int]]:
     """Tokens of the first FREQUENCY_TEXTS training examples of the prompts' data set: their frequent ones make a draft vocabulary."""
     dataset = find_dataset(args.dataset_names()[0])
-    examples = ExampleStream(dataset, open_rows(dataset, "train", args.dataset_path), args.seed).rest_of_epoch()
-    return [encode_example(target.tokenizer, example).input_ids for example in islice(examples, FREQUENCY_TEXTS)]
+    stream = ExampleStream(dataset, open_rows(dataset, "train", args.dataset_path), args.seed)
+    return list(islice(stream.usable(lambda example: encode_example(target.tokenizer, example).input_ids), FREQUENCY_TEXTS))
 
 
 def fitted_to(target: Target, args: PromptArgs, data: EvaluationData, path: str | None) -> Fitted:
     """What trees of the draft at `path` are fitted to; its name says which prompts."""
-    named = f"{args.dataset_names()[0]}, seed {args.seed}, {args.fit_prompts} behind {args.spec_num_prompts} prompts of {args.spec_prompt_length} tokens"
+    name = args.dataset_names()[0]
+    named = (f"{name} {fingerprint(args.stream(data, name))['sha256']}, seed {args.seed}, {args.fit_prompts} behind {args.spec_num_prompts} prompts of "
+             f"{args.spec_prompt_length} tokens with room for {args.spec_max_new_tokens} + {args.longest}")
     return Fitted(cache(lambda: fitting_prompts(target, args, data)), named, path)
 
 

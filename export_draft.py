@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ from command_line import UserError, parse_args, run
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from plain_llama import as_llama, drafting_config
-from results import file_hash, make_output_dir, read_config, record_run, write_json
+from results import file_hash, in_one_step, make_output_dir, read_config, record_run, write_json
 from speculative import DecodeOptions
 from target_model import DTYPES, DeviceArgs, load_config, load_target
 from truncated_llama import load_exit, module_bytes, read_exit_info
@@ -89,14 +88,11 @@ def add_older_rope_keys(folder: Path) -> None:
 
 def write_folder(args: Args, draft: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: dict) -> None:
     """Write `args.out_dir`, complete or not at all."""
-    folder = Path(args.out_dir)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    draft.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    add_older_rope_keys(partial)
-    record_run(make_output_dir(str(partial / RECORD_FOLDER)), args, facts)
-    partial.rename(folder)
+    with in_one_step(Path(args.out_dir)) as partial:
+        draft.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        add_older_rope_keys(partial)
+        record_run(make_output_dir(str(partial / RECORD_FOLDER)), args, facts)
 
 
 def usage(args: Args) -> str:

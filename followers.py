@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from results import in_one_step
 from target_model import tokenizer_hash
 
 FORMAT = "followers-1"
@@ -93,9 +94,8 @@ def _most_frequent(codes: torch.Tensor, counts: torch.Tensor, vocab_size: int, w
 def save_followers(path: Path, followers: Followers) -> None:
     """Write a .safetensors file, complete or not at all."""
     info = {"tokenizer_hash": followers.tokenizer_hash, "provenance": followers.provenance}
-    partial = path.with_suffix(".partial")
-    save_file({"table": followers.table.contiguous()}, partial, metadata={"format": FORMAT, "info": json.dumps(info)})
-    partial.replace(path)
+    with in_one_step(path) as partial:
+        save_file({"table": followers.table.contiguous()}, partial, metadata={"format": FORMAT, "info": json.dumps(info)})
 
 
 def load_followers(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Followers:

@@ -38,15 +38,16 @@ from transformers import PreTrainedTokenizerBase
 from data_utils import BUCKET_BATCHES, encode_example, encode_prompt
 from decoding.sampling import SamplingPolicy
 from decoding.static_llama import why_unsupported
-from results import make_output_dir, read_config, record_run, write_json
+from results import make_output_dir, naming, read_config, record_run, write_json
 from row_files import ExampleStream, SkipRow, check_learnable, describe_skipped, read_rows
 from speculative import DecodeOptions, context_length, generate_batch
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, weights_hash
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
 from text_datasets import find_dataset, fingerprint, open_stream
 from training_loop import StopRequest
 
 FREE_ON_RESUME = {"resume", "out_dir", "num_threads"}
 SKIPPED_NAME, SUMMARY_NAME = "skipped.jsonl", "summary.json"
+ROW_FACTS = ("index", "tokens", "ended", "same_tokens")  # what a row says beside its text
 PROGRESS_EVERY_S = 30
 
 
@@ -138,6 +139,11 @@ def check_settings(args: Args, shard: Shard, facts: dict) -> None:
             raise UserError(f"{folder} was started with other settings ({', '.join(changed)}); use those, or another --out_dir")
 
 
+def facts_of(target: Target, stream: ExampleStream) -> dict:
+    """What the rows depend on beside the flags."""
+    return {**text_facts(target), "data": fingerprint(stream)}
+
+
 def open_prompts(args: Args) -> ExampleStream:
     """The examples to answer. Raises UserError where there are too few."""
     stream = open_stream(args.dataset, args.split, args.dataset_path, args.seed)
@@ -227,7 +233,7 @@ class Answering:
     def __init__(self, args: Args, target: Target, stream: ExampleStream, shard: Shard) -> None:
         self.args, self.target, self.stream, self.shard = args, target, stream, shard
         self.rows_path, self.skipped_path = shard.rows_path(args), shard.folder(args) / SKIPPED_NAME
-        self.rows, self.reasons = whole_rows(self.rows_path), whole_rows(self.skipped_path)
+        self.rows, self.reasons = whole_rows(self.rows_path, ROW_FACTS), whole_rows(self.skipped_path, ("index", "reason"))
         self.counted, self.skipped = Counter(examples=0, tokens=0, cut_by_length=0, same_tokens=0), Counter()
         self.options = DecodeOptions(policy=args.policy(), max_new_tokens=args.max_new_tokens, eos_ids=eos_token_ids(target), seed=args.seed)
         self.form: dict = {}  # an example, which shows the data set's form
@@ -293,18 +299,23 @@ class Answering:
         print(reading_flags(self.form, self.args.out_dir))
 
 
-def whole_rows(path: Path) -> dict[int, dict]:
-    """Rows of a JSONL file by `index`; a torn last line (a killed process) is cut off, as more will be appended."""
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        return {row["index"]: row for row in read_rows(path)}
-    return {}
+def whole_rows(path: Path, needed: tuple[str, ...]) -> dict[int, dict]:
+    """Rows of a JSONL file by `index`; a torn last line (a killed process) is cut off, as more will be appended. Raises UserError for a row without the `needed`."""
+    if not path.exists():
+        return {}
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    rows = read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        missing = [name for name in needed if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise UserError(f"{path}: row {number} has no {missing[0]}; mend it, or delete it: its example is then answered again")
+    return {row["index"]: row for row in rows}
 
 
 def append_new(path: Path, rows: dict[int, dict], known: dict[int, dict]) -> None:
     """Append the rows that are not `known` to hold already, and make them known."""
     new = {index: row for index, row in rows.items() if index not in known}
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in new.values()))
     known |= new
 
@@ -340,7 +351,7 @@ def main() -> int:
     make_output_dir(args.out_dir)
     check_settings(args, shard, {})
     target = open_target(args)
-    facts = {"target_hash": weights_hash(target.model), "data": fingerprint(stream)}
+    facts = facts_of(target, stream)
     check_settings(args, shard, facts)
     record_run(make_output_dir(str(shard.folder(args))), args, {"RANK": shard.rank, "WORLD_SIZE": shard.world, **facts})
     answering = Answering(args, target, stream, shard)
@@ -349,7 +360,7 @@ def main() -> int:
     if stop.signal is not None:
         print("stopped; continue with the same command and --resume", file=sys.stderr)
         return 128 + stop.signal
-    print(f"{args.dataset}: {describe_skipped(stream.skipped)}", file=sys.stderr)
+    print(f"{args.dataset}: {stream.account()}", file=sys.stderr)
     answering.finish()
     return 0
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
 from decoding.autojudge import LAW_FEATURES, Judge
-from results import now
+from results import in_one_step, now
 from target_model import Target, tokenizer_hash, weights_hash
 from truncated_llama import TruncatedLlama
 
@@ -205,12 +205,8 @@ def save_judge(path: Path, judge: Judge, info: JudgeInfo) -> None:
     tensors = {"mean": judge.mean, "scale": judge.scale}
     for number, (weight, bias) in enumerate(judge.layers):
         tensors |= {f"weight{number}": weight, f"bias{number}": bias}
-    partial = path.with_suffix(".partial")
-    try:
+    with in_one_step(path) as partial:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": FORMAT, "info": json.dumps(asdict(info))})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_judge_info(path: str | Path) -> JudgeInfo:

@@ -27,6 +27,7 @@ if [[ -z ${LAUNCHER:-} ]]; then
   LAUNCHER=$(command -v tmux >/dev/null && echo tmux || echo nohup)
 fi
 [[ $LAUNCHER == tmux || $LAUNCHER == nohup ]] || fail "LAUNCHER=$LAUNCHER: give tmux or nohup"
+[[ $LAUNCHER == nohup ]] || command -v tmux >/dev/null || fail "LAUNCHER=tmux: there is no tmux here; install it, or give LAUNCHER=nohup"
 
 LOG_DIR=${LOG_DIR:-$(dirname "${BASH_SOURCE[0]}")/logs}
 mkdir -p "$LOG_DIR"
@@ -39,8 +40,9 @@ if [[ $LAUNCHER == tmux ]] && tmux has-session -t "=$name" 2>/dev/null; then
 fi
 
 # A tmux server keeps the environment that it was started with, so the job carries this shell's own. It is a file that
-# only its owner can read, and that deletes itself.
+# only its owner can read, and that deletes itself; where it does not come to that, this script does.
 job=$(mktemp)
+trap 'rm -f "$job"' EXIT
 {
   (unset TERM TMUX TMUX_PANE && export -p)
   printf 'cd %q\nset --' "$PWD"
@@ -62,7 +64,7 @@ END
 } >"$job"
 
 if [[ $LAUNCHER == tmux ]]; then
-  tmux new-session -d -s "$name" "exec bash $job"
+  tmux new-session -d -s "$name" "exec bash $job" || fail "tmux does not start; see what it says above, or give LAUNCHER=nohup"
   attach="tmux attach -t $name    (leave it running with Ctrl-b d)"
   stop="tmux send-keys -t $name C-c"
 else

@@ -16,7 +16,6 @@ from command_line import UserError, first_line
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoProcessor,
@@ -31,9 +30,10 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 has it at the top only beside torchvision
 
+from generation_settings import check_generation_config
 from hub import model_folder
 from image_inputs import IMAGE_TOKEN, ImageInputs
-from target_model import DeviceArgs, Target, load_config, load_target, load_tokenizer, values_hash
+from target_model import DeviceArgs, Target, load_config, load_target, load_tokenizer, read_weights, values_hash
 
 CHAT_TEMPLATE = (  # of LLaVA 1.5, for checkpoints that come without one
     "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
@@ -163,13 +163,9 @@ def load_llava(path: str, args: DeviceArgs, image_dir: Path | None = None) -> Ll
     """The LLaVA at `path`, in evaluation mode with frozen weights; images are looked up in `image_dir`. Raises UserError."""
     device, dtype, attention = args.resolve()
     config, tokenizer = load_llava_config(path), load_chat_tokenizer(path)
+    check_generation_config(path)
     vocab_size = text_vocab_size(path, tokenizer, config)
-    try:
-        model, found = LlavaForConditionalGeneration.from_pretrained(model_folder(path, weights=True), dtype=dtype, attn_implementation=attention, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
-    if found["missing_keys"]:
-        raise UserError(f"{path} lacks {len(found['missing_keys'])} tensors, such as {min(found['missing_keys'])}; give a whole LLaVA, with its vision tower")
+    model = read_weights(LlavaForConditionalGeneration, path, dtype=dtype, attn_implementation=attention)
     model = model.to(device).eval().requires_grad_(False)
     text, vision = as_text_model(model.model.language_model, model.lm_head, vocab_size), VisionEncoder(model)
     text.generation_config = model.generation_config

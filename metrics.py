@@ -43,12 +43,14 @@ QUALITY_COLUMNS = {
 }
 SPECULATION_COLUMNS = {
     "spec_mean_accepted": "accepted tokens per round",
-    "spec_mean_proposed": "drafted tokens per round (γ, but for rounds that end in a drafted end-of-text token, and for γ = auto)",
-    "spec_accept_rate": "accepted / proposed",
-    "spec_token_accept_rate": "α: accepted / drafted positions that verification reached",
+    "spec_mean_proposed": "drafted tokens per round (γ, but for rounds that end in a drafted end-of-text token, and for γ = auto; of a tree "
+        "all nodes but the root)",
+    "spec_accept_rate": "accepted / proposed; of a tree's nodes at most one on each level can be accepted, so it says less there than acceptance_rate",
+    "spec_token_accept_rate": "α: accepted / drafted positions that verification reached; of a tree the levels, however many nodes were tried there; of lossy methods "
+        "accepted counts the mismatches that were kept, too",
     "spec_tokens_per_call": "τ: emitted tokens / target calls (correction or bonus included)",
     "spec_target_calls_per_token": "target calls / emitted tokens",
-    "spec_overlap": "mean Σ min(p, q) over tested positions, under the sampling policy",
+    "spec_overlap": "mean Σ min(p, q) over tested positions, under the sampling policy (chains)",
     "spec_tv": "1 − spec_overlap",
     "spec_expected_accept": "mean chance of keeping a drafted token at tested positions (= spec_overlap under rejection)",
     "spec_accept_z": "z of accepted − expected over tested positions; |z| < 4 unless counters or rule are wrong; absent if nothing varies",
@@ -86,7 +88,7 @@ POTENTIAL_COLUMNS = {
     "potential_tau_coupled": "the same with a_i = the chance that coupled verification keeps the token",
     "potential_kl_temperature": "the temperature of potential_kl alone",
     "potential_samples": "samples that count",
-    "potential_skipped": "samples left out, as they have fewer than 2 tokens",
+    "potential_skipped": "samples left out, as they have fewer than 2 tokens or the chat template refuses them",
     "potential_tokens": "positions that the figures are means over: every token of a sample but its first; no padding",
     "<metric>_ci_low, <metric>_ci_high": "bootstrap 95 % interval over samples (absent for one sample)",
 }
@@ -262,31 +264,34 @@ def pace(batches: list[list[DecodeStats]]) -> tuple[np.ndarray, np.ndarray]:
 
 def speedup_interval(name: str, baseline: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], seed: int = 0) -> dict[str, float]:
     """{name, name_ci_low, name_ci_high}: tokens per second of `other` over those of `baseline`, both (tokens, seconds) of the same
-    prompts or batches, paired bootstrap."""
+    prompts or batches, paired bootstrap; nothing where one of them has no tokens to time."""
     (base_n, base_s), (other_n, other_s) = baseline, other
+    if not (base_n.any() and other_n.any()):
+        return {}
 
     def speedup(pick: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):  # all prompts that were picked may have ended with the prefill
             return (base_s[pick].sum(-1) / base_n[pick].sum(-1)) / (other_s[pick].sum(-1) / other_n[pick].sum(-1))
 
     count = len(base_n)
-    return {name: float(speedup(np.arange(count))), **_interval(name, speedup(_resamples(count, seed)), count)}
+    return _with(name, float(speedup(np.arange(count))), speedup(_resamples(count, seed)), count)
 
 
 def with_interval(name: str, numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """{name, name_ci_low, name_ci_high} of Σ numerator / Σ denominator over prompts (arrays (P,)), bootstrapped."""
+    """{name, name_ci_low, name_ci_high} of Σ numerator / Σ denominator over prompts (arrays (P,)), bootstrapped; nothing where there is no denominator."""
     pick = _resamples(len(numerator), seed)
-    with np.errstate(divide="ignore", invalid="ignore"):  # rare events may be in none of the prompts that were picked
-        resampled = numerator[pick].sum(-1) / denominator[pick].sum(-1)
-    return {name: float(numerator.sum() / denominator.sum()), **_interval(name, resampled, len(numerator))}
+    with np.errstate(divide="ignore", invalid="ignore"):  # rare events may be in none of the prompts that were picked, or in none at all
+        return _with(name, float(np.divide(numerator.sum(), denominator.sum())), numerator[pick].sum(-1) / denominator[pick].sum(-1), len(numerator))
 
 
-def _interval(name: str, resampled: np.ndarray, prompts: int) -> dict[str, float]:
-    """The two interval columns of `name`; none for a single prompt, which says nothing about others."""
-    if prompts < 2:
+def _with(name: str, value: float, resampled: np.ndarray, prompts: int) -> dict[str, float]:
+    """`name` and the two columns of its interval: none for a single prompt, which says nothing about others, and no column where there is no value."""
+    if not math.isfinite(value):
         return {}
+    if prompts < 2:
+        return {name: value}
     low, high = np.percentile(resampled[np.isfinite(resampled)], INTERVAL)
-    return {f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
+    return {name: value, f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
 
 
 def _resamples(count: int, seed: int) -> np.ndarray:

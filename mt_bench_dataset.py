@@ -4,13 +4,13 @@
     python evaluate.py --spec_prompt_dataset mt_bench ...
 
 Row: {"question_id": ..., "category": ..., "turns": [first question, follow-up], "reference": [answer, answer]} (FastChat's `question.jsonl`, some
-rows with a reference; Spec-Bench's file has the same form), or the turns under `prompt` (the hub's form). The example is the first question, with
+rows with a reference; Spec-Bench's file has the same form), or the turns under `prompt` (the hub's form). A turn may be an object, `{"content": question}` (Arena-Hard). The example is the first question, with
 the further turns as `follow_ups` and, of a mathematical question, the `references` (None: a turn without). Every split holds all rows.
 """
 
 from __future__ import annotations
 
-from row_files import SPLITS, SkipRow, TextDataset
+from row_files import SPLITS, SkipRow, TextDataset, content_of
 
 WITH_NUMBERS = ("math", "math_reasoning")  # categories whose answers end in a number that can be checked
 
@@ -18,6 +18,8 @@ WITH_NUMBERS = ("math", "math_reasoning")  # categories whose answers end in a n
 def parse(row: dict) -> dict:
     """An MT-Bench row as a chat that waits for its first answer."""
     turns = row.get("turns") or row.get("prompt")
+    if isinstance(turns, list):
+        turns = [content_of(turn, "content") if isinstance(turn, dict) else turn for turn in turns]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise SkipRow("without turns")
     references = row.get("reference") if row.get("category") in WITH_NUMBERS else None

@@ -8,6 +8,8 @@ positions that it has; the potential score of earlier work drops such texts. met
 from __future__ import annotations
 
 import math
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -23,9 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data_utils import EncodeOptions
 from decoding.sampling import SamplingPolicy, policy_probs
+from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, check_logits
 from decoding.verify import VERIFICATIONS, Verification, expected_acceptance
 from metrics import POTENTIAL_COLUMNS, add_sums, with_interval
-from row_files import ExampleStream
+from row_files import ExampleStream, describe_skipped, used
 from target_model import Target, load_config
 from text_datasets import find_dataset
 from tuning import tokens_per_round
@@ -91,7 +94,10 @@ class TextPotential:
 def evaluate_examples(target: Target, draft: nn.Module, examples: list[dict], args: PotentialArgs, options: PotentialOptions) -> dict:
     """`measure_potential` of the first tokens of `examples`, with the settings. Raises UserError where all are too short."""
     encode = EncodeOptions(target.tokenizer, max_length=args.potential_length).encode
-    texts = [ids for ids in (encode(example).input_ids for example in examples) if len(ids) >= SHORTEST]
+    skipped: Counter[str] = Counter()
+    texts = [text.input_ids for _, text in used(examples, encode, skipped) if len(text.input_ids) >= SHORTEST]
+    if skipped:
+        print(f"samples: {describe_skipped(skipped)}", file=sys.stderr)
     if not texts:
         raise UserError(f"--start {args.start} --end {args.end}: none of these samples has {SHORTEST} tokens; choose others")
     figures = {**measure_potential(target.model, draft, texts, options), "potential_skipped": len(examples) - len(texts)}
@@ -144,6 +150,8 @@ def read_texts(target: nn.Module, draft: nn.Module, texts: list[list[int]], opti
 
 def text_potential(teacher: torch.Tensor, draft: torch.Tensor, options: PotentialOptions) -> TextPotential:
     """One text's figures from the logits (T − 1, V) of target and draft that predict its tokens but the first."""
+    check_logits(teacher, NO_TARGET_LAW)
+    check_logits(draft, NO_DRAFT_LAW)
     sums: dict[str, float] = {}
     chances: dict[Verification, list[torch.Tensor]] = {verification: [] for verification in VERIFICATIONS}
     for p_logits, q_logits in zip(teacher.split(CHUNK_ROWS), draft.split(CHUNK_ROWS), strict=True):

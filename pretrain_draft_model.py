@@ -25,11 +25,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_utils import EncodeOptions, PackedBatches, encode_prompt
-from hub import model_folder
 from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
-from results import read_config
+from results import in_one_step, read_config
 from row_files import check_learnable
-from target_model import DeviceArgs, load_config, load_tokenizer
+from target_model import DeviceArgs, load_config, load_tokenizer, read_weights
 from text_datasets import find_dataset, open_stream
 from training_loop import Learner, TrainingArgs, TrainingTask
 
@@ -116,9 +115,8 @@ def make_tokenizer(args: Args, folder: Path) -> PreTrainedTokenizerBase:
             raise UserError(f"the tokenizer {tokenizer.name_or_path} has no EOS token, which separates packed texts; choose another")
         return tokenizer
     if not kept.exists():
-        partial = folder / "tokenizer.partial"
-        train_tokenizer(args).save_pretrained(partial)
-        partial.rename(kept)
+        with in_one_step(kept) as partial:
+            train_tokenizer(args).save_pretrained(partial)
     return load_tokenizer(str(kept))
 
 
@@ -134,7 +132,8 @@ def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -
         config.num_hidden_layers = args.num_hidden_layers
     if config.vocab_size < len(tokenizer):
         raise UserError(f"{args.init_from} knows {config.vocab_size} tokens, the tokenizer has {len(tokenizer)}; use the model's own tokenizer")
-    return AutoModelForCausalLM.from_pretrained(model_folder(args.init_from, weights=True), config=config, dtype=torch.float32, attn_implementation=attention)
+    whole = args.init != "first_blocks"
+    return read_weights(AutoModelForCausalLM, args.init_from, all_blocks=whole, config=config, dtype=torch.float32, attn_implementation=attention)
 
 
 def _new_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -> LlamaForCausalLM:

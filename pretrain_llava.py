@@ -30,14 +30,14 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from data_utils import EncodeOptions, PaddedBatches, Prefetched, encode_prompt, held_out_batches
-from hub import model_folder
 from image_inputs import IMAGE_TOKEN, ImageInputs
 from llava_target import load_chat_tokenizer, load_image_processor, load_llava_config
 from losses import learned_rows, learned_tokens
 from pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
+from results import in_one_step
 from row_files import check_learnable
 from shapes_dataset import QUESTION, names_all
-from target_model import DeviceArgs
+from target_model import DeviceArgs, read_weights
 from text_datasets import find_dataset, open_stream
 from tower_pretraining import pretrain_tower
 from training_loop import Learner, TrainingArgs, TrainingTask
@@ -154,8 +154,8 @@ def make_processor(args: Args, folder: Path) -> LlavaProcessor:
         images, tokenizer, patch_size=args.patch_size, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template,
         num_additional_image_tokens=1)
     if source is None:
-        processor.save_pretrained(folder / "processor.partial")
-        (folder / "processor.partial").rename(kept)
+        with in_one_step(kept) as partial:
+            processor.save_pretrained(partial)
     return processor
 
 
@@ -165,7 +165,8 @@ def make_model(args: Args, tokenizer: PreTrainedTokenizerBase, attention: str) -
     if args.init_from is not None:
         config = load_llava_config(args.init_from)
         config.text_config.num_hidden_layers = args.num_hidden_layers
-        return LlavaForConditionalGeneration.from_pretrained(model_folder(args.init_from, weights=True), config=config, dtype=torch.float32, attn_implementation=attention)
+        return read_weights(
+            LlavaForConditionalGeneration, args.init_from, all_blocks=False, config=config, dtype=torch.float32, attn_implementation=attention)
     vision = CLIPVisionConfig(
         hidden_size=args.vision_hidden_size, intermediate_size=args.vision_intermediate_size, num_hidden_layers=args.vision_num_hidden_layers,
         num_attention_heads=args.vision_num_attention_heads, image_size=args.image_size, patch_size=args.patch_size, projection_dim=args.vision_hidden_size)
@@ -215,9 +216,8 @@ class Pretraining:
             stream = open_stream(self.args.dataset, "train", None, self.args.seed + 1)
             right = pretrain_tower(tower, stream, self.images, self.model.config.vision_feature_layer, self.args.tower_steps)
             print(f"the vision tower tells {right:.1%} of the traits of a quarter", flush=True)
-            partial = kept.with_suffix(".partial")
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tower.state_dict().items()}, partial)
-            partial.replace(kept)
+            with in_one_step(kept) as partial:
+                save_file({name: tensor.contiguous().cpu() for name, tensor in tower.state_dict().items()}, partial)
         tower.load_state_dict(load_file(kept))
         tower.requires_grad_(False)
 

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from processes import Processes
-from results import make_output_dir, record_run
-from row_files import ExampleStream, describe_skipped
+from results import in_one_step, make_output_dir, record_run
+from row_files import ExampleStream
 from target_model import tokenizer_hash
 from text_datasets import fingerprint
 from training_loop import TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
@@ -58,12 +58,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], learning_rate: float, wei
 def save_bf16(folder: Path, step: int, model: PreTrainedModel, beside: PreTrainedTokenizerBase | ProcessorMixin) -> Path:
     """Write `model_<step>` in bf16, with its tokenizer or processor, complete or not at all."""
     final = folder / f"model_{step:06d}"
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial)
-    beside.save_pretrained(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    with in_one_step(final) as partial:
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial)
+        beside.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)  # this run's: check_same_run has seen that there was none before
     return final
 
 
@@ -95,5 +93,5 @@ def pretrain(args: TrainingArgs, make: Callable[[TrainingArgs, Path], Run]) -> i
         status = run_training(run.task(), args, folder, processes)
         run.close()
         for stream in run.streams:
-            print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {describe_skipped(stream.skipped)}", file=sys.stderr)
+            print(f"{stream.dataset.name}: epoch {stream.position['epoch']}, {stream.account()}", file=sys.stderr)
         return status

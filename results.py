@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import io
@@ -16,22 +17,55 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from command_line import UserError, first_line
 
 import pandas as pd
+from safetensors import SafetensorError
 
+MANIFEST_NAME = "manifest.json"
 MANIFEST_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy", "pandas", "pillow")
 
 
+@contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """A new name beside `path`, to write a file or folder to that takes its place at the end: others see the old one or the new one, never half of it. Where
+    writing fails it is gone again, and an OSError names `path`."""
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:12]}.partial")  # nobody else's
+    try:
+        with naming(path):
+            yield partial
+            partial.replace(path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have errors in writing `path` name it: those of a full disk name no file, and those of safetensors are no OSErrors."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, first_line(error), str(path)) from error
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith(str(path)):  # or is it a name of `in_one_step`
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: readers see the old file or the new one, never half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Replace `path` by `text` in one step."""
+    with in_one_step(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -41,7 +75,7 @@ def write_json(path: Path, content: object) -> None:
 def append_csv(path: Path, row: dict, columns: list[str]) -> None:
     """Append `row` to the table of `columns` at `path`, which begins with their names; a number that the row lacks stays empty."""
     new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with naming(path), path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if new:
             writer.writeheader()
@@ -61,12 +95,15 @@ def drop_later_rows(path: Path, step: int) -> None:
     """Cut a log back to `step` (0: nothing stays): what a killed run logged after its last save will be logged again."""
     if not path.exists():
         return
-    if step == 0:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if step == 0 or not lines:
         path.unlink()
         return
-    header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
-    write_text(path, "".join([header, *kept]))
+    try:
+        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
+    except ValueError as error:
+        raise UserError(f"{path} is no table of a training run ({first_line(error)}); mend or delete it") from error
+    write_text(path, "".join([lines[0], *kept]))
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -101,13 +138,13 @@ def record_run(folder: Path, args: object, facts: dict | None = None) -> None:
     `facts` identify the inputs beside the flags (hashes, a data set's fingerprint). cmd.txt and manifest.json get an
     entry for every start of a run that is resumed.
     """
-    with (folder / "cmd.txt").open("a", encoding="utf-8") as file:
+    starts = read_manifest(folder)
+    commands = folder / "cmd.txt"
+    with naming(commands), commands.open("a", encoding="utf-8") as file:
         file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     flags = {**dataclasses.asdict(args), **(facts or {})}
     write_json(folder / "config.json", flags)
-    manifest = folder / "manifest.json"
-    starts = json.loads(manifest.read_text()) if manifest.exists() else []
-    write_json(manifest, [*starts, {**environment(), "seed": flags.get("seed"), **(facts or {})}])
+    write_json(folder / MANIFEST_NAME, [*starts, {**environment(), "seed": flags.get("seed"), **(facts or {})}])
 
 
 def file_hash(path: str | Path) -> str:
@@ -176,6 +213,23 @@ def _output_of(command: list[str]) -> str | None:
 
 
 def read_config(folder: Path) -> dict | None:
-    """The flags of the run recorded in `folder`, or None."""
-    path = folder / "config.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """The flags of the run recorded in `folder`, or None. Raises UserError for a file that was written by halves."""
+    return _read_record(folder / "config.json", dict, "restore it, or choose another output directory: without it nobody knows how the rest was made")
+
+
+def read_manifest(folder: Path) -> list[dict]:
+    """What is recorded of each start of the run in `folder`. Raises UserError for a file that was written by halves."""
+    return _read_record(folder / MANIFEST_NAME, list, "delete it: it lists earlier starts, and nothing else is lost") or []
+
+
+def _read_record(path: Path, kind: type, remedy: str) -> dict | list | None:
+    """The content of a JSON file, or None where there is none. Raises UserError where it is no `kind`."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({first_line(error)}); {remedy}") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: holds a {type(content).__name__}; {remedy}")
+    return content

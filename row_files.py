@@ -14,13 +14,14 @@ import json
 import sys
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 from command_line import UserError, first_line, import_optional
 
@@ -32,6 +33,11 @@ from hub import check_reachable, hub_errors
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
+UNREAD = {  # what rows of chats carry that no example holds: the reason that is counted → its columns, and its keys in a turn
+    "their tool definitions": ("tools", "functions"), "their tool calls": ("tool_calls", "function_call"), "their system prompt": ("system", "system_prompt"),
+}
+EMPTY = (None, "", "[]", "{}", [], {})
+TURN_COLUMNS = ("messages", "conversations", "conversation")
 HELD_OUT_PERCENT = {"test": 2, "validation": 2}  # where a hash decides the split
 FILE_SHARE = {"train": 0.9, "validation": 0.05, "test": 0.05}  # where local files are cut
 FILE_PREFIXES = {"train": ("train",), "validation": ("val", "dev"), "test": ("test",)}
@@ -43,6 +49,8 @@ NO_TEXT = {  # how a file begins that is no JSON, whatever its name says: (what 
     b"\xff\xfe": ("UTF-16", "convert it with: iconv -f utf-16 -t utf-8"), b"\xfe\xff": ("UTF-16", "convert it with: iconv -f utf-16 -t utf-8"),
 }
 SHUFFLE_BUFFER = 2_000  # rows of a hub stream, drawn from up to ten of its files at a time
+
+Item, Used = TypeVar("Item"), TypeVar("Used")
 
 
 class SkipRow(ValueError):
@@ -60,6 +68,8 @@ class TextDataset:
     Where one example is spread over several rows, `assemble(rows)` makes one row of them. It sees all rows of a place
     at once, so such a set is not streamed, and it comes before rows are cut into splits, so that no example is torn:
     splits that name the same hub split share it by FILE_SHARE.
+
+    `path_flag` is the flag that names local files of this form, for messages.
     """
 
     name: str
@@ -73,6 +83,7 @@ class TextDataset:
     make_rows: Callable[[str], Sequence[dict]] | None = None
     assemble: Callable[[Iterable], list[dict]] | None = None
     cut: bool = True
+    path_flag: str = "--dataset_path"
 
 
 def split_of(key: str) -> str:
@@ -90,14 +101,15 @@ class ExampleStream:
 
     `rows` is a sequence, or a hub stream (a `datasets.IterableDataset`), which is shuffled through a buffer only.
     `position` counts the raw rows that were consumed; a stream that starts at a saved position continues exactly (a
-    hub stream reads again what it passes over). Unusable rows are counted by reason in `skipped`. The end of an epoch
-    is told on stderr, unless `quiet`.
+    hub stream reads again what it passes over). Unusable rows are counted by reason in `skipped`, and in `unread` those
+    that are used without a part of theirs (UNREAD). The end of an epoch is told on stderr, unless `quiet`.
     """
 
     def __init__(self, dataset: TextDataset, rows: Sequence[dict], seed: int, shuffle: bool = True) -> None:
         self.dataset, self.rows, self.seed, self.shuffle = dataset, rows, seed, shuffle
         self.position = {"epoch": 0, "row": 0}
         self.skipped: Counter[str] = Counter(getattr(rows, "left_out", None))
+        self.unread: Counter[str] = Counter()
         self.quiet = False
 
     @property
@@ -136,7 +148,21 @@ class ExampleStream:
             except SkipRow as reason:
                 self.skipped[str(reason)] += 1
             else:
+                self.unread.update(_unread(row) if "messages" in example else ())
                 yield example
+
+    def usable(self, use: Callable[[dict], Used]) -> Iterator[Used]:
+        """What `use` makes of the examples of `rest_of_epoch`; one that it raises SkipRow for is counted as an unusable row."""
+        return (made for _, made in used(self.rest_of_epoch(), use, self.skipped))
+
+    def account(self) -> str:
+        """What was skipped, and what was used without a part of it, to show beside the data set's name."""
+        return describe_skipped(self.skipped) + describe_unread(self.unread)
+
+    def tell_losses(self, name: str | None = None) -> None:
+        """Say on stderr what `account` says, if there is something; of the data set, or of `name`."""
+        if self.skipped or self.unread:
+            print(f"{name or self.dataset.name}: {self.account()}", file=sys.stderr)
 
     def _ordered_rows(self) -> Iterator[dict]:
         epoch, start = self.position["epoch"], self.position["row"]
@@ -191,6 +217,11 @@ class MixedStream:
         """Unusable rows of all sources, by source and reason."""
         return Counter({f"of {s.dataset.name} {reason}": count for s in self.streams for reason, count in s.skipped.items()})
 
+    def account(self) -> str:
+        """As of an ExampleStream, by source."""
+        unread = Counter({f"{part} (of {s.dataset.name})": count for s in self.streams for part, count in s.unread.items()})
+        return describe_skipped(self.skipped) + describe_unread(unread)
+
     def source_of(self, number: int) -> int:
         """Index of the stream that example `number` (0-based) comes from."""
         digest = hashlib.sha256(f"{self.seed}/{number}".encode()).digest()
@@ -222,12 +253,37 @@ def _texts_of(example: dict) -> Iterator[str]:
     yield from (message["content"] for message in example.get("messages", ()))
 
 
+def used(items: Iterable[Item], use: Callable[[Item], Used], skipped: Counter[str]) -> Iterator[tuple[Item, Used]]:
+    """Each of `items` with what `use` makes of it; one that it raises SkipRow for is left out, and counted in `skipped`."""
+    for item in items:
+        try:
+            made = use(item)
+        except SkipRow as reason:
+            skipped[str(reason)] += 1
+        else:
+            yield item, made
+
+
 def describe_skipped(skipped: Counter[str]) -> str:
     """"3 rows skipped (2 without a text, 1 ...)", or "no rows skipped"."""
     if not skipped:
         return "no rows skipped"
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
     return f"{sum(skipped.values())} rows skipped ({reasons})"
+
+
+def describe_unread(unread: Counter[str]) -> str:
+    """"; 3 rows used without their tool calls", or nothing."""
+    return "".join(f"; {count} rows used without {part}" for part, count in unread.most_common())
+
+
+def _unread(row: dict) -> Iterator[str]:
+    """The parts of UNREAD that a row of a chat, or one of its turns, holds."""
+    columns = [row[name] for name in TURN_COLUMNS if isinstance(row.get(name), list)]
+    holders = [row, *(turn for column in columns for turn in column if isinstance(turn, dict))]
+    for part, keys in UNREAD.items():
+        if any(holder.get(key) not in EMPTY for holder in holders for key in keys):
+            yield part
 
 
 # ---- forms that several data sets share ----
@@ -262,18 +318,32 @@ def text_in(row: dict, name: str) -> str:
 def clean_messages(turns: object, role_key: str, content_key: str, roles: dict[str, str]) -> list[dict]:
     """The turns of a chat as `role`/`content` messages that start with the user and alternate; else SkipRow.
 
-    `roles` maps the data set's names of the roles to ROLES. Leading turns before the first user turn (a system prompt
+    `roles` maps the data set's names of the roles to ROLES. A content may be a list of parts, whose texts are joined. Leading turns before the first user turn (a system prompt
     excepted) and a trailing unanswered user turn are cut, as templates want a user first and an answer is what is
     learned from.
     """
     messages = []
     for turn in _turn_list(turns, role_key, content_key):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in (role_key, content_key)):
+        if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str):
             raise SkipRow("with a broken turn")
         if turn[role_key] not in roles:
             raise SkipRow(f"with a turn of role {turn[role_key][:20]!r}")
-        messages.append({"role": roles[turn[role_key]], "content": turn[content_key].strip()})
+        messages.append({"role": roles[turn[role_key]], "content": content_of(turn, content_key).strip()})
     return _user_first(messages)
+
+
+def content_of(turn: dict, key: str) -> str:
+    """The text under `key`: a string, or a list of OpenAI's parts `{"type": "text", "text": ...}`, joined. Raises SkipRow."""
+    content = turn.get(key)
+    if content is None and any(turn.get(call) not in EMPTY for call in UNREAD["their tool calls"]):
+        raise SkipRow("with a turn that only calls a tool")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    for part in parts:
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise SkipRow(f"with a part of type {str(part['type'])[:20]!r}")
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise SkipRow("with a broken turn")
+    return "".join(part["text"] for part in parts)
 
 
 def _turn_list(turns: object, role_key: str, content_key: str) -> list:
@@ -358,7 +428,7 @@ def _hub_errors(dataset: TextDataset) -> Iterator[None]:
     """Turns what `datasets` raises for an unreachable, closed, missing or changed data set into a UserError."""
     from datasets.exceptions import DatasetsError
 
-    with hub_errors(f"--dataset {dataset.name}: {dataset.hub_id}", dataset.hub_id, "give local files of the same form with --dataset_path", "dataset"):
+    with hub_errors(f"--dataset {dataset.name}: {dataset.hub_id}", dataset.hub_id, f"give local files of the same form with {dataset.path_flag}", "dataset"):
         try:
             yield
         except DatasetsError as error:
@@ -368,29 +438,33 @@ def _hub_errors(dataset: TextDataset) -> Iterator[None]:
 class LocalRows(list):
     """Rows of local files, without those `left_out`, which are counted by reason."""
 
-    left_out: Counter[str]
+    def __init__(self, rows: Iterable[dict], left_out: Mapping[str, int] = MappingProxyType({})) -> None:
+        super().__init__(rows)
+        self.left_out: Counter[str] = Counter(left_out)
 
 
 def _split_of_files(dataset: TextDataset, split: str, path: str) -> LocalRows:
-    files = _data_files(path)
+    flag = f"{dataset.path_flag} {path}"
+    files = _data_files(path, flag)
     if not dataset.cut:
         rows = LocalRows(_read_all(dataset, files))
     else:
-        rows = _without_held_out(dataset, split, _rows_by_split(dataset, files, path))
+        rows = _without_held_out(dataset, split, _rows_by_split(dataset, files, flag))
     if not rows:
         others = tuple(prefix for name in SPLITS if name != split for prefix in FILE_PREFIXES[name])
         elsewhere = all(file.name.startswith(others) for file in files)
         remedy = f"its files are named as another split's; rename them, or put {split}.jsonl beside them" if elsewhere else f"give more rows, or put {split}.jsonl beside them"
-        raise UserError(f"--dataset_path {path}: no rows for the {split} split; {remedy}")
+        dropped = f" ({describe_skipped(rows.left_out)})" if rows.left_out else ""
+        raise UserError(f"{flag}: no rows for the {split} split{dropped}; {remedy}")
     return rows
 
 
-def _rows_by_split(dataset: TextDataset, files: list[DataFile], path: str) -> Callable[[str], list]:
+def _rows_by_split(dataset: TextDataset, files: list[DataFile], flag: str) -> Callable[[str], list]:
     """split → its rows, which may stand in other splits, too. A file is read once."""
     named = {name: [file for file in files if file.name.startswith(FILE_PREFIXES[name])] for name in SPLITS}
     unnamed = [file for file in files if not any(file in group for group in named.values())]
     if unnamed and len(unnamed) < len(files):
-        raise UserError(f"--dataset_path {path}: some files are named by split, but {unnamed[0].path.name} is not; rename it, or give a glob without it")
+        raise UserError(f"{flag}: some files are named by split, but {unnamed[0].path.name} is not; rename it, or give a glob without it")
     whole = cache(lambda: _read_all(dataset, unnamed or named["train"]))
     cut = [name for name in SPLITS if name == "train" or not named[name]]
 
@@ -407,9 +481,8 @@ def _without_held_out(dataset: TextDataset, split: str, rows_of: Callable[[str],
     earlier = KEPT_IN[: KEPT_IN.index(split)]
     held_out = {_identity(dataset, row) for name in earlier for row in rows_of(name)} - {None}
     rows = rows_of(split)
-    kept = LocalRows(row for row in rows if not held_out or _identity(dataset, row) not in held_out)
-    kept.left_out = +Counter({f"that stand in the {' or '.join(earlier)} split, too": len(rows) - len(kept)})
-    return kept
+    kept = [row for row in rows if not held_out or _identity(dataset, row) not in held_out]
+    return LocalRows(kept, +Counter({f"that stand in the {' or '.join(earlier)} split, too": len(rows) - len(kept)}))
 
 
 def _identity(dataset: TextDataset, row: object) -> bytes | None:
@@ -435,13 +508,13 @@ class DataFile(NamedTuple):
     path: Path
 
 
-def _data_files(path: str) -> list[DataFile]:
-    """The data files that `path` (a file, a folder or a glob) names, sorted."""
+def _data_files(path: str, flag: str) -> list[DataFile]:
+    """The data files that `path` (a file, a folder or a glob, given by `flag`) names, sorted."""
     places = [Path(path)] if Path(path).exists() else [Path(match) for match in sorted(glob.glob(path))]
     found = [file for place in places for file in (_files_in(place) if place.is_dir() else [DataFile(place.stem, place)])]
     files = [file for file in found if file.path.suffix in READERS and file.path.name not in NOT_DATA]
     if not files:
-        raise UserError(f"--dataset_path {path}: no data there; give a file, folder or glob of {', '.join(READERS)} files")
+        raise UserError(f"{flag}: no data there; give a file, folder or glob of {', '.join(READERS)} files")
     return files
 
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from numbers import Integral
 from threading import Lock
 from typing import Literal
 from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -29,6 +31,7 @@ from decoding.chain import chain_round
 from decoding.common_sense import CommonSense
 from decoding.draft_length import DraftLength, FixedLength
 from decoding.dynamic_tree import DynamicTree, dynamic_tree_round
+from decoding.exactness import changes_within, sees_later_tokens, why_no_cache, why_no_trees
 from decoding.hf_peers import generation_config, hf_decode
 from decoding.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy
@@ -41,6 +44,7 @@ from decoding.static_tree import StaticTree, static_tree_round
 from decoding.vanilla import vanilla_round
 from decoding.verify import TREE_RULES, VERIFICATIONS, TreeRule, Verification
 from decoding.vlm import AnyPrompt, ImageEmbeddings, ImagePrompt, Shifted, View, view_of
+from generation_settings import note_unapplied
 from plain_llama import as_llama, constant_drafting
 from truncated_llama import TruncatedLlama
 
@@ -76,6 +80,7 @@ class DecodeOptions:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
         if self.verification not in VERIFICATIONS:
             raise ValueError(f"unknown verification {self.verification!r}: choose one of {', '.join(VERIFICATIONS)}")
+        self._check_kinds()
         if not 1 <= self.length().longest < KEPT_WIDTHS:
             raise ValueError(f"gamma {self.gamma} must lie between 1 and {KEPT_WIDTHS - 1}")
         self._check_tree()
@@ -84,6 +89,16 @@ class DecodeOptions:
             raise ValueError(f"method {self.method!r} {'has no judge: leave out judge=' if judge is None else f'needs a {judge.__name__} as judge='}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+
+    def _check_kinds(self) -> None:
+        """Raise ValueError for numbers and tokens that are none."""
+        if not isinstance(self.gamma, int) and not callable(getattr(self.gamma, "goes_on", None)):
+            raise ValueError(f"gamma {self.gamma!r} must be a whole number, or a rule such as AdaptiveLength")
+        for name in ("max_new_tokens", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number")
+        if not isinstance(self.eos_ids, Collection) or not all(isinstance(token, Integral) for token in self.eos_ids):
+            raise ValueError(f"eos_ids {self.eos_ids!r} must be a set of token ids, such as frozenset({{2}})")
 
     def _check_tree(self) -> None:
         plan = METHODS[self.method].plan
@@ -233,7 +248,7 @@ def generate(
 
     `target` and `draft` are called as transformers' causal models are (a TruncatedLlama is too) and must share their
     token ids; `prompt_id` keys the noise beside `options.seed`. `on_tokens` gets each round's tokens as they are
-    committed. Raises ValueError for an empty prompt, a missing or unfit draft, or a prompt that does not fit the context.
+    committed. Raises ValueError for a prompt that is no list of the models' token ids, is empty or does not fit the context, and for a missing or unfit draft.
     """
     report = None if on_tokens is None else lambda row, tokens: on_tokens(tokens)
     return generate_batch(target, [prompt], options, draft, prompt_ids=[prompt_id], on_tokens=report)[0]
@@ -254,6 +269,7 @@ def generate_batch(
     Texts may be of any length, accept different numbers of drafted tokens and end at different times; one that has
     ended takes part in the passes, unused, until the last ends. `on_tokens(row, tokens)` gets what is committed.
     """
+    note_unapplied(target)
     method = METHODS[options.method]
     drafting = target if method.draft == "none" else draft
     asked = [Views.of(prompt, target, drafting) for prompt in prompts]
@@ -286,6 +302,8 @@ class Views:
 
     @classmethod
     def of(cls, prompt: AnyPrompt, target: nn.Module, draft: nn.Module | None) -> Views:
+        if not isinstance(prompt, ImagePrompt):
+            _check_ids(prompt)
         own = view_of(prompt, target)
         return cls(own, view_of(prompt, draft) if isinstance(prompt, ImagePrompt) and draft is not None else own)
 
@@ -344,6 +362,23 @@ def _finish(state: DecodeState, row: int, stats: DecodeStats, wall_s: float) -> 
     return Generation(tokens, stats)
 
 
+def _check_ids(prompt: object) -> None:
+    """Raise ValueError for a prompt that is no list of whole numbers."""
+    if isinstance(prompt, list | tuple) and all(isinstance(token, Integral) for token in prompt):
+        return
+    shape = f" of shape {tuple(prompt.shape)}" if isinstance(prompt, torch.Tensor | np.ndarray) else ""
+    kind = f"{type(prompt).__name__}{shape}" if not isinstance(prompt, list | tuple) else f"{type(prompt).__name__} of {type(prompt[0]).__name__}s"
+    raise ValueError(f"a prompt is a list of token ids, not a {kind}: give one text's ids, of a tokenizer's output encoding['input_ids'], of a tensor ids[0].tolist()")
+
+
+def _check_known(model: nn.Module, view: View) -> None:
+    """Raise ValueError for tokens that the model has no embedding of; those of images get theirs otherwise."""
+    size = model.get_input_embeddings().num_embeddings if isinstance(model, PreTrainedModel | TruncatedLlama) else model.config.vocab_size
+    unknown = [token for token in view.ids if not 0 <= token < size and (view.encode_images is None or token != view.placeholder)]
+    if unknown:
+        raise ValueError(f"the prompt has token {unknown[0]}, but {type(model).__name__} knows tokens 0 to {size - 1}: encode it with the model's own tokenizer")
+
+
 def _check(target: nn.Module, asked: Views, options: DecodeOptions, draft: nn.Module | None) -> None:
     if not asked.target.ids:
         raise ValueError("the prompt is empty; give at least the BOS token")
@@ -354,13 +389,30 @@ def _check(target: nn.Module, asked: Views, options: DecodeOptions, draft: nn.Mo
     if options.method == "self_speculative":
         _check_exit(target, draft, options)
     for model, view in ((target, asked.target), (draft, asked.draft)):
+        _check_known(model, view)
         _check_room(context_length(model.config), len(view.ids), options)
+    _check_rotary(target, len(asked.target.ids), options)
+
+
+def _check_rotary(target: nn.Module, prompt: int, options: DecodeOptions) -> None:
+    """Raise ValueError where transformers' forward pass would give another text in passes of other widths. StaticLlama has a table of its own."""
+    reason = changes_within(target.config, prompt, prompt + options.max_new_tokens + options.ahead)
+    if reason is None or options.method == "hf_generate":
+        return
+    if METHODS[options.method].whole is not None or options.engine == "transformers" or why_unsupported(target) is not None:
+        raise ValueError(f"{reason}, within this text, so that what transformers makes of it depends on how it is cut into passes: end it before, or begin it behind")
 
 
 def _check_room(context: int, prompt: int, options: DecodeOptions) -> None:
     if prompt + options.max_new_tokens + options.ahead > context:
         raise ValueError(
             f"prompt ({prompt}), new tokens ({options.max_new_tokens}) and gamma or tree depth ({options.ahead}) exceed the context of {context}")
+
+
+def room_behind(target: nn.Module, draft: nn.Module, prompt: AnyPrompt, options: DecodeOptions) -> int:
+    """Most new tokens that the contexts of both models have room for behind `prompt`, beside what a round drafts ahead."""
+    views = Views.of(prompt, target, draft)
+    return min(context_length(model.config) - len(view.ids) for model, view in ((target, views.target), (draft, views.draft))) - options.ahead
 
 
 def _check_exit(target: nn.Module, draft: nn.Module, options: DecodeOptions) -> None:
@@ -382,9 +434,10 @@ def _check_states(judge: Judge, target: Model, draft: Model | SharedExit) -> Non
 
 
 def context_length(config: object) -> int:
-    """Positions that a model can have: without a limit where dynamic NTK scaling stretches them."""
+    """Positions that a model can have: without a limit where dynamic NTK scaling stretches them, or where there are none (ALiBi)."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return sys.maxsize if rope.get("rope_type") == "dynamic" else config.max_position_embeddings
+    limit = None if rope.get("rope_type") == "dynamic" else getattr(config, "max_position_embeddings", None)
+    return sys.maxsize if limit is None else limit
 
 
 # ---- the models in the form that decoding runs them: made once, kept with the target ----
@@ -400,6 +453,7 @@ class Engines:
 
 _engines: WeakKeyDictionary[nn.Module, Engines] = WeakKeyDictionary()
 _noted: WeakSet[nn.Module] = WeakSet()
+_causal: WeakSet[nn.Module] = WeakSet()
 _making = Lock()  # weights are joined by one thread at a time
 
 
@@ -414,6 +468,8 @@ def _prepare(engines: Engines, asked: list[Views], options: DecodeOptions, draft
     drafter = None if kind == "none" else _draft_for(engines, draft, kind, _slots([views.draft for views in asked], options), options.engine)
     if options.judge is not None and options.judge.reads_states:
         _check_states(options.judge, engines.target, drafter)
+    if options.plan is not None:
+        _check_trees(engines.target, drafter)
     engines.target.start([len(views.target.ids) for views in asked], options.slots_ahead)
     if drafter is not None:
         drafter.start([len(views.draft.ids) for views in asked], options.slots_ahead)
@@ -482,12 +538,31 @@ def _new_engine(model: nn.Module, capacity: int, batch: int, engine: str) -> Mod
     reason = why_unsupported(target, parts)
     if engine == "static" and reason is None:
         return StaticLlama(target, capacity, batch, parts)
+    _check_cached(target)
     if batch > 1:
         raise ValueError(f"only StaticLlama decodes several texts together, and it cannot run {reason or 'engine=transformers'}")
     if engine == "static" and isinstance(target, PreTrainedModel) and target not in _noted:
         _noted.add(target)
         print(f"decoding with transformers' own forward pass, which is slower: StaticLlama cannot run {reason}", file=sys.stderr)
     return CachedModel(model)
+
+
+def _check_trees(*models: Model | SharedExit | None) -> None:
+    """Raise ValueError where transformers' forward pass cannot run the nodes of a tree."""
+    for model in models:
+        reason = why_no_trees(_parts(model.model)[0]) if isinstance(model, CachedModel) else None
+        if reason is not None:
+            raise ValueError(f"no trees can be drafted or verified: {reason}; choose a chain method, such as 'speculative'")
+
+
+def _check_cached(model: nn.Module) -> None:
+    """Raise ValueError where CachedModel cannot run `model`."""
+    if model in _causal or not isinstance(model, PreTrainedModel):
+        return
+    reason = why_no_cache(type(model), model.config) or ("attention to later tokens" if sees_later_tokens(model) else None)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot be decoded here: it has {reason}")
+    _causal.add(model)
 
 
 def _shifted(drafter: Model | SharedExit | None, asked: list[Views]) -> Model | SharedExit | Shifted | None:

@@ -3,7 +3,7 @@
 #
 # A step shows its output and appends it to $OUTPUT_DIR/logs/<step>.log. When it ends well, its command is kept in
 # $OUTPUT_DIR/logs/<step>.finished: a later start skips the step without starting Python as long as the command is
-# the same and no file that it names is newer. Otherwise the script starts and decides: it continues, skips what it
+# the same and no file that it names, nor any in the target's and the data's folders, is newer. Otherwise the script starts and decides: it continues, skips what it
 # has, or refuses settings that differ from those that its results were made with.
 # shellcheck shell=bash
 
@@ -95,6 +95,8 @@ begin_sweep() {
   fi
   (($# == 0)) || user_error "unknown argument $1: a sweep is set by environment variables; --help lists them"
   check_setting_names
+  check_once LAYERS KL_TEMPS LR_SCHEDULES DRAFTS TEMPERATURES
+  check_numbers
   [[ ${TORCH_COMPILE:=0} == [01] ]] || user_error "TORCH_COMPILE=$TORCH_COMPILE: give 0 or 1"
   [[ $DRY_RUN != 0 ]] || DRY_RUN=
   [[ -z $DRY_RUN ]] || return 0
@@ -128,6 +130,29 @@ check_setting_names() {
   while read -r name; do
     [[ ! $name =~ $SETTING_LIKE || $known_settings == *" $name "* ]] || user_error "unknown setting $name; known:$known_settings"
   done < <(compgen -e)
+}
+
+# check_once NAME...: refuse settings that a sweep goes through one by one and that name a value twice; Python refuses the other lists.
+check_once() {
+  local name twice
+  for name; do
+    words_of "${!name:-}"
+    twice=$(printf '%s\n' "${WORDS[@]}" | sort | uniq -d | head -n 1)
+    [[ -z $twice ]] || user_error "$name=${!name}: $twice stands twice; give each once"
+  done
+}
+
+# check_numbers: refuse nan and infinities before the first step, though only a later one would be given them; names of files and folders are left alone.
+check_numbers() {
+  local i name word
+  for ((i = 0; i < ${#SETTINGS[@]}; i += 3)); do
+    name=${SETTINGS[i]}
+    [[ $name != *PATH && $name != *DIR && $name != PYTHON && $name != DRAFTS && $name != GROWMAP ]] || continue
+    words_of "${!name:-}"
+    for word in "${WORDS[@]}"; do
+      [[ ! ${word,,} =~ ^[+-]?(nan|inf|infinity)$ ]] || user_error "$name=${!name}: must be finite"
+    done
+  done
 }
 
 # train_exits RUN STAGE LAYERS FLAG...: train all exits of a stage in one pass into $OUTPUT_DIR/RUN, with the settings of
@@ -210,7 +235,7 @@ find_checkpoints() {
   fi
   while IFS= read -r name; do
     TRAINED+=("$1/$name")
-    [[ -f $1/$name ]] || user_error "$marker names $1/$name, which is not there; delete $1 to train it again"
+    [[ -n $DRY_RUN || -f $1/$name ]] || user_error "$marker names $1/$name, which is not there; delete $1 to train it again"
   done <"$marker"
 }
 
@@ -240,11 +265,19 @@ run_step() {
 
 # is_finished PRODUCT MARK COMMAND ARGUMENT...
 is_finished() {
-  local product=$1 mark=$2 command=$3 argument
+  local product=$1 mark=$2 command=$3 argument folder
   [[ -f $product && -f $mark && $(<"$mark") == "$command" ]] || return 1
+  if [[ ${product##*/} == final_checkpoint.txt ]]; then # train.py writes one that is gone again
+    while IFS= read -r argument; do
+      [[ -f ${product%/*}/$argument ]] || return 1
+    done <"$product"
+  fi
   shift 3
   for argument; do
     [[ ! -f $argument || ! $argument -nt $mark ]] || return 1
+  done
+  for folder in "$MODEL_PATH" "$DATASET_PATH"; do
+    [[ ! -d $folder || -z $(find -L "$folder" -type f -newer "$mark" -print -quit) ]] || return 1
   done
 }
 

@@ -316,12 +316,12 @@ def result_rows(found: dict[Entry, Measured], subject: Subject, bandwidth: float
     for entry, measured in found.items():
         batches = measured.batches
         own = paces(batches, args)
-        row = {**entry.columns(), **with_interval("tokens_per_s", *own, args.seed)}
+        row = {**entry.columns(), **(with_interval("tokens_per_s", *own, args.seed) if own[0].any() else {})}  # transformers' first tokens come with the prefill
         row |= speedup_interval("speedup", paces(vanilla[entry.batch], args), own, args.seed)
         if peer is not None and entry.batch == 1:
             row |= speedup_interval("over_hf_generate", paces(peer, args), own, args.seed)
         rounds = sum(len(batch[0].rounds) for batch in batches)
-        row |= {"ms_per_round": 1000 * own[1].sum() / rounds, "weights_bytes": weights}
+        row |= {"weights_bytes": weights, **({"ms_per_round": 1000 * own[1].sum() / rounds} if rounds else {})}
         row |= {"peak_bytes": measured.peak_bytes - held_before} if counts_memory(subject.model.device) else {}
         if METHODS[entry.options.method].whole is None:
             row |= {**phase_columns(batches, rounds), "roofline_share": bytes_read(entry, batches, subject) / bandwidth / own[1].sum()}

@@ -6,10 +6,11 @@ import hashlib
 import importlib.util
 import json
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from command_line import UserError, first_line, import_optional
 
@@ -26,13 +27,27 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from decoding.exactness import ropes, why_no_cache
+from generation_settings import check_generation_config
 from hub import model_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Quant = Literal["8bit", "4bit"]
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_TARGET, CONFIGS = ASSETS / "pydoc-llama-7m", ASSETS / "configs"
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$")  # what older checkpoints hold and models compute
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+NOT_COMPUTED = {  # settings that the shape or the names of the tensors show, and those that change no logits
+    *SHAPE, "rope_parameters", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings", "max_position_embeddings", "pad_token_id", "bos_token_id",
+    "eos_token_id", "use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "dtype", "architectures", "transformers_version", "id2label",
+    "label2id", "problem_type", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder",
+}
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(kw_only=True)
@@ -93,12 +108,26 @@ def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> Pre
     """The configuration of the model at `path`, of one of `families` (None: of any). Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(model_folder(path))
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
+    wrong = next(filter(None, map(_what_is_wrong, (config, getattr(config, "text_config", None)))), None)
+    if wrong is not None:
+        raise UserError(f"{path}: its config.json has {wrong}; mend it, or fetch the model again")
     if families is not None and config.model_type not in families:
         sees = "; train.py distils LLaVAs, and benchmark_llava.py decodes with them" if config.model_type == "llava" else ""
         raise UserError(f"{path} is a {config.model_type} model; a {' or '.join(families)} model is needed here{sees}")
     return config
+
+
+def _what_is_wrong(config: PretrainedConfig | None) -> str | None:
+    """A setting with which no model can be made, where there is one."""
+    sizes = {name: value for name in SHAPE if isinstance(value := getattr(config, name, None), int)}
+    found = [f"{name} {value}" for name, value in sizes.items() if value < 1]
+    if isinstance(activation := getattr(config, "hidden_act", None), str) and activation not in ACT2FN:
+        found.append(f"hidden_act {activation!r}, which is none of transformers'")
+    kinds = {rope.get("rope_type", "default") for rope in ropes(config)}
+    found += [f"rope_type {kind!r}, which is none of transformers'" for kind in sorted(kinds - {"default", *ROPE_INIT_FUNCTIONS})]
+    return found[0] if found else None
 
 
 def named_config(name: str, families: tuple[str, ...] = ("llama",)) -> PretrainedConfig:
@@ -127,15 +156,52 @@ def load_target(
 ) -> Target:
     """The model at `path` in evaluation mode with frozen weights, and its tokenizer; `quant`: see check_quant, products then run in `compute_dtype`."""
     device, dtype, attention = args.resolve()
-    load_config(path, families)
-    tokenizer = load_tokenizer(path)
+    config, tokenizer = load_config(path, families), load_tokenizer(path)
+    _check_decodable(path, config)
+    check_generation_config(path)
+    _check_ids(path, tokenizer, config)
     stored = {"quantization_config": _quantization(quant, compute_dtype), "device_map": {"": device}} if quant is not None else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_folder(path, weights=True), dtype=dtype, attn_implementation=attention, **stored)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
+    model = read_weights(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention, **stored)
     placed = model if quant is not None else model.to(device)
     return Target(placed.eval().requires_grad_(False), tokenizer, path)
+
+
+def read_weights(model_class: type[Model], path: str, *, all_blocks: bool = True, **settings: object) -> Model:
+    """The model at `path`, by model_class.from_pretrained. Raises UserError unless its tensors are those of its configuration: what is missing would be drawn anew.
+
+    Without `all_blocks` there may be tensors of blocks that the configuration in `settings` leaves out.
+    """
+    try:
+        model, found = model_class.from_pretrained(model_folder(path, weights=True), output_loading_info=True, ignore_mismatched_sizes=True, **settings)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} tensors of its configuration, such as {missing[0]}; give a whole checkpoint, or mend config.json (num_hidden_layers, tie_word_embeddings)")
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise UserError(f"{path}: {name} is {tuple(stored)}, its configuration asks for {tuple(wanted)}; mend config.json")
+    unused = sorted(name for name in found["unexpected_keys"] if not COMPUTED.search(name) and (all_blocks or not re.search(r"\.layers\.\d+\.", name)))
+    if unused:
+        raise UserError(f"{path} has {len(unused)} tensors that its configuration has no place for, such as {unused[0]}; mend config.json (num_hidden_layers), or remove them")
+    return model
+
+
+def _check_decodable(path: str, config: PretrainedConfig) -> None:
+    """Raise UserError for models that write no text, or that cannot be decoded with a cache that forgets single tokens."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path} is a {config.model_type} model, which is no causal language model; give one that is, such as a Llama")
+    reason = why_no_cache(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+    if reason is not None:
+        raise UserError(f"{path} is a {config.model_type} model with {reason}; drafted tokens could not be taken back: give a model of attention alone")
+
+
+def _check_ids(path: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raise UserError for tokens that the model has no embedding for. The padding token needs none, as nothing looks at it."""
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size and token != tokenizer.pad_token}
+    if beyond:
+        token = min(beyond, key=beyond.get)
+        raise UserError(f"{path}: {token!r} is token {beyond[token]} of its tokenizer, but its embedding has {config.vocab_size} rows; "
+                        "give the tokenizer that belongs to the model, or resize the model's embedding")
 
 
 def check_quant(flag: str, quant: Quant | None, args: DeviceArgs) -> None:
@@ -156,15 +222,40 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
+def encoding_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identifies all that turns texts and chats into token ids: the tokenizer whole, its special tokens and its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    asked_for = ("truncation", "padding")  # by the last call: no part of the tokenizer
+    content = [{name: value for name, value in whole.items() if name not in asked_for}, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def weights_hash(model: PreTrainedModel) -> str:
-    """Identifies the target's architecture and weights by its shape-giving settings and a few values of every tensor.
+    """Identifies the target's architecture and weights by its shape-giving settings, those that it computes with, and a few values of every tensor.
 
     A bf16 checkpoint has one hash in bf16, fp16 and fp32: values too small for fp16's normal range count as 0.
     """
     config = model.config
-    shape = [config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
-             config.num_key_value_heads, config.vocab_size, str(config.rope_parameters)]
-    return values_hash(json.dumps(shape), model)
+    shape = [*(getattr(config, name, None) for name in SHAPE), str(getattr(config, "rope_parameters", None))]
+    computed = computed_otherwise(config)
+    return values_hash(json.dumps([*shape, computed] if computed else shape, default=str), model)
+
+
+def computed_otherwise(config: PretrainedConfig) -> dict:
+    """The settings with which a model computes something else from the same weights, where they are not what they are in Llama 3 or, in other families, by default."""
+    usual = {one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(config)} | {"rms_norm_eps": 1e-5}
+    found = {name: getattr(config, name, default) for name, default in usual.items() if name not in NOT_COMPUTED}
+    return {name: value for name, value in sorted(found.items()) if value != usual[name]}
+
+
+def text_facts(target: Target) -> dict:
+    """What identifies the texts that a target writes, beside the prompts and how they are decoded. The numbers are rounded as `dtype` has it."""
+    config, tokenizer = target.model.config, target.tokenizer
+    return {
+        "target_hash": weights_hash(target.model), "encoding_hash": None if tokenizer is None else encoding_hash(tokenizer),
+        "eos_ids": [] if tokenizer is None else sorted(eos_token_ids(target)), "context": config.max_position_embeddings, "dtype": str(target.model.dtype),
+    }
 
 
 def values_hash(shape: str, *modules: nn.Module) -> str:

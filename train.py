@@ -40,8 +40,8 @@ from losses import LOSS_TYPES
 from metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
 from processes import SHARDS_ON_CPU, Processes, shards_target
 from results import file_hash, make_output_dir, read_config, record_run
-from row_files import ExampleStream, MixedStream, describe_skipped
-from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, tokenizer_hash, weights_hash
+from row_files import ExampleStream, MixedStream
+from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, text_facts, tokenizer_hash, weights_hash
 from teacher_cache import TeacherCache
 from text_datasets import check_mixture, fingerprint, open_mixture, open_stream
 from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
@@ -217,9 +217,12 @@ class Distillation:
     def _frequent_tokens(self, count: int) -> torch.Tensor:
         """The tokens that a trimmed head will know."""
         streams = [open_stream(name, "train", self.args.dataset_path, self.args.seed) for name in self.args.dataset]
-        examples = (example for stream in streams for example in islice(stream.rest_of_epoch(), FREQUENCY_EXAMPLES))
         num_images = 0 if isinstance(self.target, LlavaTarget) else None  # their placeholders are never drafted
-        texts = (encode_example(self.target.tokenizer, example, num_images=num_images).input_ids for example in examples)
+
+        def ids_of(example: dict) -> list[int]:
+            return encode_example(self.target.tokenizer, example, num_images=num_images).input_ids
+
+        texts = (ids for stream in streams for ids in islice(stream.usable(ids_of), FREQUENCY_EXAMPLES))
         return frequent_tokens(texts, count, self.target.model.config.vocab_size).to(self.target.model.device)
 
     def _learner(self, name: str, variant: Variant, exit_: Exit, kind: ExitKind, folder: Path) -> Learner:
@@ -228,6 +231,8 @@ class Distillation:
         own_folder = make_output_dir(str(folder / name))
         if name and read_config(own_folder) is not None:
             raise UserError(f"{own_folder} holds a run of its own; choose another --output_dir")
+        if name and read_config(folder) is None:
+            check_same_run(own_folder, self.args, {})
         flags = {**asdict(self.args), "target_layers": [variant.layer], "kinds": [str(variant.kind)], "loss_type": variant.objective.loss_type,
                  "learning_rate": variant.learning_rate}
 
@@ -336,6 +341,12 @@ def main() -> int:
         return train(args, folder, processes)
 
 
+def facts_of(target: Target, streams: dict[str, ExampleStream | MixedStream]) -> dict:
+    """What the exits depend on beside the flags and the checkpoints that they start from."""
+    seen = {"sees_as": target.sees_as} if isinstance(target, LlavaTarget) else {}
+    return {"data": fingerprint(streams["train"]), "validation_data": fingerprint(streams["validation"]), **text_facts(target), **seen}
+
+
 def train(args: Args, folder: Path, processes: Processes) -> int:
     """The run in `folder`: begun, continued, or finished already."""
     start = {"checkpoint_hashes": [file_hash(path) for path in args.checkpoint_path]}
@@ -344,7 +355,7 @@ def train(args: Args, folder: Path, processes: Processes) -> int:
         return 0
     streams = {split: open_mixture(args.dataset, args.mix, split, args.dataset_path, args.seed) for split in ("train", "validation")}
     target = load_llama_or_llava(args.model_path, on_the_cpu(args) if shards_target() else args, args.image_dir and Path(args.image_dir))
-    facts = {**start, "data": fingerprint(streams["train"]), "target_hash": weights_hash(target.model)}
+    facts = {**start, **facts_of(target, streams)}
     check_same_run(folder, args, facts)
     distillation = Distillation(args, target, streams, folder, processes)
     processes.wait()  # all have checked what the folder holds
@@ -355,7 +366,7 @@ def train(args: Args, folder: Path, processes: Processes) -> int:
     if processes.is_main and status == 0:
         print(f"forecast, if a pass takes what reading its weights takes:\n{distillation.forecast()}", file=sys.stderr)
     if processes.is_main:
-        print(f"{streams['train'].dataset.name}: {describe_skipped(streams['train'].skipped)}", file=sys.stderr)
+        print(f"{streams['train'].dataset.name}: {streams['train'].account()}", file=sys.stderr)
     processes.leave()
     return status
 

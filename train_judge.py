@@ -38,9 +38,9 @@ from decoding.static_llama import KEPT_WIDTHS
 from evaluation import DraftArgs, load_draft
 from judge_mining import TOO_LONG, Drafted, Miner, Question, Reader, Search, draft_labels, longest_prompt
 from judges import C_GRID, Fitted, JudgeInfo, Labelled, fit_draft_judge, fit_paper_judge, load_judge, save_judge
-from results import make_output_dir
+from results import make_output_dir, naming
 from row_files import describe_skipped, read_rows
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target
+from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
 from text_datasets import find_dataset, fingerprint, open_stream
 from training_loop import StopRequest
 
@@ -95,7 +95,8 @@ class Args(DraftArgs, DeviceArgs):
 
     def settings(self, target: Target, data: dict) -> dict:
         """All that the judge depends on beside target, draft and tokenizer; flags of the other mode are left out."""
-        settings = {"mode": self.autojudge_mode, "data": data, "dtype": str(target.model.dtype), "num_prompts": self.num_prompts, "max_new_tokens": self.max_new_tokens,
+        text = {name: value for name, value in text_facts(target).items() if name != "target_hash"}
+        settings = {"mode": self.autojudge_mode, "data": data, **text, "num_prompts": self.num_prompts, "max_new_tokens": self.max_new_tokens,
                     "seed": self.seed}
         return settings | ({name: getattr(self, name) for name in NOT_MINED} if self.autojudge_mode == "paper" else {"gamma": self.gamma})
 
@@ -123,6 +124,11 @@ def open_mined(path: Path, settings: dict) -> list[dict]:
     if not path.exists() or path.stat().st_size == 0:
         append(path, [{"settings": settings}])
     head, *rows = read_rows(path)
+    if not isinstance(head, dict) or not isinstance(head.get("settings"), dict):
+        raise UserError(f"{path}: its first line has no settings, so it is no file of mined prompts; mend it, or choose another --mined")
+    broken = [number for number, row in enumerate(rows) if not isinstance(row, dict) or row.get("index") != number]
+    if broken:
+        raise UserError(f"{path}: line {broken[0] + 2} is not that of prompt {broken[0]}; mend it, or delete it and the lines below, which are then mined again")
     changed = [f"{name} {head['settings'].get(name)} -> {value}" for name, value in settings.items() if head["settings"].get(name) != value]
     if changed:
         raise UserError(f"{path} was mined with other settings ({', '.join(changed)}); use those, or another --out")
@@ -130,7 +136,7 @@ def open_mined(path: Path, settings: dict) -> list[dict]:
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -185,8 +191,9 @@ def features_of(row: dict, count: int, args: Args) -> torch.Tensor:
 def questions(args: Args, target: Target) -> Iterator[Question]:
     """The data set's first prompts in the order of --seed."""
     stream = open_stream(args.dataset, "train", args.dataset_path, args.seed)
-    for index, example in enumerate(islice(stream.rest_of_epoch(), args.num_prompts)):
-        yield Question(index, encode_prompt(target.tokenizer, example))
+    prompts = stream.usable(lambda example: encode_prompt(target.tokenizer, example))
+    for index, ids in enumerate(islice(prompts, args.num_prompts)):
+        yield Question(index, ids)
 
 
 def mined_rows(args: Args, target: Target, draft: nn.Module, asked: Iterator[Question]) -> Iterator[dict]:

@@ -30,9 +30,10 @@ from torch import nn
 from tqdm import tqdm
 
 from processes import Processes
-from results import append_csv, drop_later_rows, read_config, write_json, write_text
+from results import append_csv, drop_later_rows, in_one_step, read_config, write_json, write_text
 
 LOG_NAME, STATE_NAME, FINAL_NAME, LOCK_NAME = "train_log.csv", "state.pt", "final_checkpoint.txt", ".lock"
+CHECKPOINTS = "model_*"
 LOG_COLUMNS = ("step", "learning_rate", "loss", "tokens", "grad_norm", "tokens_per_s")  # and those of the task
 FREE_ON_RESUME = {"resume", "output_dir", "run_name", "notes", "eval_every_steps", "save_every_steps", "tracker", "num_threads", "teacher_cache"}
 LOG_EVERY_STEPS = 10
@@ -204,6 +205,9 @@ def check_same_run(folder: Path, args: TrainingArgs, facts: dict) -> None:
     if previous is None:
         if (folder / LOG_NAME).exists():
             raise UserError(f"{folder} holds an exit of the run in {folder.parent}; choose another --output_dir")
+        others = sorted(path.name for path in folder.glob(CHECKPOINTS))
+        if others:
+            raise UserError(f"{folder} holds {others[0]}, and does not say which run made it; choose another --output_dir, which a run may write to as it likes")
         return
     if not args.resume:
         raise UserError(f"{folder} holds a run already; choose another --output_dir, or continue it with --resume")
@@ -214,11 +218,21 @@ def check_same_run(folder: Path, args: TrainingArgs, facts: dict) -> None:
 
 
 def print_if_finished(folder: Path) -> bool:
-    """Whether the run in `folder` needs no more work; then its final checkpoints are printed, as a fresh run would."""
+    """Whether the run in `folder` needs no more work; then its final checkpoints are printed, as a fresh run would.
+
+    Checkpoints that are gone are written again by the run, from its last saved state. Raises UserError where that is gone, too.
+    """
     marker = folder / FINAL_NAME
-    if marker.exists():
-        print("\n".join(["finished already", *(str(folder / line) for line in marker.read_text().splitlines())]))
-    return marker.exists()
+    if not marker.exists():
+        return False
+    paths = [folder / line for line in marker.read_text(encoding="utf-8").splitlines()]
+    gone = [path for path in paths if not path.is_file() and not (path / "config.json").is_file()]  # an exit, or the folder of a model
+    if paths and not gone:
+        print("\n".join(["finished already", *map(str, paths)]))
+        return True
+    if not (folder / STATE_NAME).exists():
+        raise UserError(f"{marker} names {gone[0] if gone else 'no checkpoint'}, which is not there, and {STATE_NAME} is gone, too; delete {folder} to train it again")
+    return False
 
 
 @contextmanager
@@ -227,19 +241,15 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot save {path} ({first_line(error)}); make room, and continue from the last save with the same command and --resume") from error
+        reason = OSError(error.errno, error.strerror) if isinstance(error, OSError) and error.strerror else error  # without its file, which stands before it
+        raise UserError(f"cannot save {path} ({first_line(reason)}); make room, and continue from the last save with the same command and --resume") from error
 
 
 def save_state(folder: Path, progress: dict, task: TrainingTask) -> None:
     """Everything that resuming needs: `progress`, which is "step", "batches" (their state) and "processes" (how many), and the learners; replaced atomically."""
-    partial = folder / f"{STATE_NAME}.partial"  # of the one writer: what a killed one left is written over
     state = {**progress, "rng": torch.get_rng_state(), "learners": {learner.name: learner.state_dict() for learner in task.learners}}
-    try:
-        with saving(folder / STATE_NAME):
-            torch.save(state, partial)
-            partial.replace(folder / STATE_NAME)
-    finally:
-        partial.unlink(missing_ok=True)
+    with saving(folder / STATE_NAME), in_one_step(folder / STATE_NAME) as partial:
+        torch.save(state, partial)
 
 
 def load_state(folder: Path, task: TrainingTask, num_processes: int) -> int:

@@ -6,8 +6,9 @@ The weights of coupled values are kept beside the exit (or in the draft's folder
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from decoding.vlm import AnyPrompt
 from followers import load_followers
 from results import file_hash, write_json
 from speculative import METHODS, DecodeOptions, TreePlan
-from target_model import Target, weights_hash
+from target_model import Target, text_facts, weights_hash
 from tree_tuning import acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed, tree_costs
 
 TREE_METHODS = tuple(name for name, method in METHODS.items() if method.plan is not None)
@@ -97,8 +98,8 @@ class TreeArgs:
             cost = float(self.tree_level_cost)
         except ValueError as error:
             raise UserError(f"--tree_level_cost {self.tree_level_cost}: must be auto or a number") from error
-        if not cost >= 0:
-            raise UserError(f"--tree_level_cost {self.tree_level_cost}: must not be negative")
+        if not 0 <= cost < math.inf:
+            raise UserError(f"--tree_level_cost {self.tree_level_cost}: must be a finite number, and not negative")
         return cost
 
     def plan(self, method: str, verification: str | None) -> TreePlan:
@@ -192,19 +193,24 @@ def coupling_for(target: Target, draft: nn.Module, options: DecodeOptions, fitte
     """The weights kept beside the draft for this target, data set and policy, or fitted now and kept there."""
     path = None if fitted.path is None or not Path(fitted.path).exists() else Path(fitted.path)
     kept = None if path is None else _beside(path)
-    identity = {"fit": FIT, "target": weights_hash(target.model), "data": fitted.data, **asdict(options.policy)}
-    if path is not None:
-        identity["draft"] = file_hash(path) if path.is_file() else weights_hash(draft)
-        for entry in _entries(kept):
-            if entry["made_for"] == identity:
-                return Coupling(**entry["coupling"])
     fitting = fitting_options(options)
+    identity = coupling_identity(target, draft, fitting, fitted)
+    for entry in [] if kept is None else kept_entries(kept):
+        if entry["made_for"] == identity:
+            return Coupling(**entry["coupling"])
     coupling = fit_coupling(draft, own_texts(target.model, fitted.prompts(), fitting), options.policy.temperature)
     coupling = fit_trust(target.model, draft, fitted.prompts(), fitting, coupling)
     print(f"weights of coupled values: draft {coupling.draft:.3f}, noise {coupling.noise:.3f}, trust {coupling.trust:.3f}", flush=True)
     if kept is not None:
-        _keep(kept, [*_entries(kept), {"made_for": identity, "coupling": asdict(coupling)}])
+        _keep(kept, [*kept_entries(kept), {"made_for": identity, "coupling": asdict(coupling)}])
     return coupling
+
+
+def coupling_identity(target: Target, draft: nn.Module, fitting: DecodeOptions, fitted: Fitted) -> dict:
+    """All that the weights depend on, of texts decoded with `fitting` behind the prompts of `fitted`."""
+    is_file = fitted.path is not None and Path(fitted.path).is_file()
+    return {"fit": FIT, **text_facts(target), "eos_ids": sorted(fitting.eos_ids), "max_new_tokens": fitting.max_new_tokens, "seed": fitting.seed, "data": fitted.data,
+            **asdict(fitting.policy), "draft": file_hash(fitted.path) if is_file else weights_hash(draft)}
 
 
 def _beside(path: Path) -> Path:
@@ -212,12 +218,20 @@ def _beside(path: Path) -> Path:
     return path / "coupling.json" if path.is_dir() else path.with_name(f"{path.name}.coupling.json")
 
 
-def _entries(path: Path) -> list[dict]:
-    """What is kept at `path`; nothing where there is no readable file."""
+def kept_entries(path: Path) -> list[dict]:
+    """What is kept at `path`; nothing where there is no readable file, or one of another form."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return []
+    return [entry for entry in found if _is_entry(entry)] if isinstance(found, list) else []
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether it has the form that `coupling_for` writes."""
+    weights = entry.get("coupling") if isinstance(entry, dict) else None
+    named = {one.name for one in fields(Coupling)}
+    return isinstance(weights, dict) and weights.keys() == named and all(isinstance(value, float) for value in weights.values()) and "made_for" in entry
 
 
 def _keep(path: Path, entries: list[dict]) -> None:

@@ -50,7 +50,7 @@ from plots import (
     settle,
     write_figure,
 )
-from results import read_config
+from results import read_config, read_manifest
 
 RESULTS_NAME, GROWMAP_NAME = "results.csv", "growmap.json"
 GROWMAP_FORMAT = "growmap-1"  # decoding.growmap's, which needs torch
@@ -122,8 +122,7 @@ def run_line(folder: Path) -> str:
 
 def machine(folder: Path, config: dict) -> str | None:
     """The GPU, or the CPU with its threads, that the run in `folder` decoded on; None where that is not recorded."""
-    manifest = folder / "manifest.json"
-    start = json.loads(manifest.read_text(encoding="utf-8"))[-1] if manifest.exists() else {}
+    start = next(reversed(read_manifest(folder)), {})
     if config.get("device") != "cpu" and "gpu" in start:
         return start["gpu"]
     return f"CPU, threads: {config['threads']}" if "threads" in config else None

@@ -21,6 +21,7 @@ from decoding.children import Chooser, Coupling, Nodes
 from decoding.dynamic_tree import DynamicTree
 from decoding.growmap import Growmap
 from decoding.sampling import Noise, Purpose, policy_probs
+from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, check_logits
 from decoding.static_tree import StaticTree
 from decoding.verify import residual, without
 from decoding.vlm import AnyPrompt, forced_logits, view_of
@@ -68,10 +69,12 @@ class Positions:
 
 @torch.inference_mode()
 def positions_of(texts: Sequence[OwnText], *models: nn.Module) -> Iterator[Positions]:
-    """The positions behind the prompts, with what each of `models` says there, teacher-forced."""
+    """The positions behind the prompts, with what each of `models`, the draft and if need be the target, says there, teacher-forced."""
     for text in texts:
         new = torch.tensor(text.tokens[text.prompt :], device=models[0].device)
         logits = [forced_logits(model, text.given, new.tolist()) for model in models]
+        for said, fault in zip(logits, (NO_DRAFT_LAW, NO_TARGET_LAW), strict=False):
+            check_logits(said, fault)
         at = torch.arange(text.prompt, len(text.tokens), device=new.device)
         for rows in zip(*(tensor.split(CHUNK_ROWS) for tensor in (*logits, at, new)), strict=True):
             yield Positions(rows[:-2], *rows[-2:], text.noise)
@@ -88,11 +91,17 @@ def fit_coupling(draft: nn.Module, texts: Sequence[OwnText], temperature: float)
     weights = torch.ones(len(chunks[0][0]), dtype=torch.float64)
     for _ in range(NEWTON_STEPS):
         gradients, information = zip(*(_gradient(weights, *chunk) for chunk in chunks), strict=True)
-        step = torch.linalg.solve(sum(information), sum(gradients))
+        step = _newton_step(sum(information), sum(gradients))
         weights = (weights + step.clamp(-1, 1)).clamp(min=LEAST_WEIGHT)
         if step.abs().max() < CONVERGED:
             break
     return Coupling(*weights.tolist())
+
+
+def _newton_step(information: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """information⁻¹·gradient (F,); the shortest step where a few tokens do not tell the weights apart."""
+    step, singular = torch.linalg.solve_ex(information, gradient)
+    return torch.linalg.pinv(information) @ gradient if singular else step
 
 
 def _features(positions: Positions, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

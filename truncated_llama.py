@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import glob
 import json
+import os
 import re
 import struct
 import warnings
@@ -29,6 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from decoding.static_llama import Parts
+from results import in_one_step
 from target_model import Target, tokenizer_hash, weights_hash
 
 FORMAT, FIRST_FORMAT = "early-exit-2", "early-exit-1"
@@ -361,20 +363,19 @@ def save_exit(path: Path, exit_: Exit, info: ExitInfo) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exit_.own_parameters().items()}
     if exit_.token_ids is not None:
         tensors["token_ids"] = exit_.token_ids.cpu()
-    partial = path.with_suffix(".partial")
-    try:
+    with in_one_step(path) as partial:
         save_file(tensors, partial, metadata={"format": FORMAT, "info": json.dumps(asdict(info))})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def find_checkpoints(patterns: list[str]) -> list[str]:
-    """The paths that match globs, sorted. Raises UserError for none."""
-    paths = sorted({path for pattern in patterns for path in glob.glob(pattern)})
-    if not paths:
+    """The paths that are named, as they are or by globs: each file once, sorted. Raises UserError for none."""
+    named = sorted({path for pattern in patterns for path in ([pattern] if Path(pattern).exists() else glob.glob(pattern))})
+    if not named:
         raise UserError(f"no checkpoint matches {' '.join(patterns)}; train.py prints each checkpoint's path")
-    return paths
+    found: dict[str, str] = {}
+    for path in named:
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
 def read_exit_info(path: str | Path) -> ExitInfo:

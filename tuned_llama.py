@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from decoding.state import NO_TARGET_LAW, check_logits
 from frozen_linear import fast_linears
 from losses import LOSS_TYPES, LossType, grade, learned_rows, learned_tokens
 from teacher_cache import TeacherCache, text_keys
@@ -93,10 +94,14 @@ class TunedLlama(nn.Module):
 
     @torch.no_grad()
     def compare(self, batch: dict[str, torch.Tensor], look: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]) -> None:
-        """look(number of an exit, teacher's logits (N, V), its logits (N, V_d), tokens to predict (N,)) at all learned positions, some at a time."""
+        """look(number of an exit, teacher's logits (N, V), its logits (N, V_d), tokens to predict (N,)) at all learned positions, some at a time.
+
+        Raises FloatingPointError where the teacher's logits are not finite: nothing could be learned from them.
+        """
         with self._autocast():
             states, hidden = self._hidden(batch)
             for chunk in self._chunks(batch, states, [rows.split(self._rows) for rows in hidden]):
+                check_logits(chunk.teacher, NO_TARGET_LAW)
                 for number, (exit_, rows) in enumerate(zip(self.exits, chunk.hidden, strict=True)):
                     look(number, chunk.teacher, exit_.logits(rows), chunk.tokens)
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from decoding.sampling import policy_probs
-from decoding.state import RoundResult
+from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, RoundResult, check_logits
 from decoding.verify import expected_acceptance
 from decoding.vlm import AnyPrompt
-from speculative import DecodeOptions, generate
+from speculative import DecodeOptions, generate, room_behind
 from truncated_llama import TruncatedLlama
 
 LONGEST = 8  # most tokens that an adaptive round drafts
@@ -46,19 +46,21 @@ class TimedLength:
         return len(self.seconds) > FEWEST and sum(self.seconds) > SETTLE_S + TIMED_S
 
     def settled(self) -> list[float]:
-        """The seconds of all rounds but the first and those that follow it too soon."""
+        """The seconds of all rounds but the first and those that follow it too soon; of the first where it is the only one."""
         late = [seconds for begin, seconds in zip(accumulate(self.seconds), self.seconds[1:], strict=False) if begin > SETTLE_S]
-        return late or self.seconds[1:]
+        return late or self.seconds[1:] or self.seconds
 
 
 def round_costs(target: nn.Module, draft: nn.Module, prompt: AnyPrompt, options: DecodeOptions, longest: int = LONGEST) -> list[float]:
     """Median seconds of a round of `options` that drafts 0, 1, … `longest` tokens behind `prompt`; never falling.
 
     A length is measured in generations of its own: a vanilla step that follows others is faster than one that follows drafting,
-    and whether drafting pays is a question of the former.
+    and whether drafting pays is a question of the former. They are as long as it takes, not as `options` are, where the context has room.
     """
     found: dict[int, list[float]] = {length: [] for length in range(longest + 1)}
-    plain = replace(options, eos_ids=frozenset(), record_overlap=False)
+    room = room_behind(target, draft, prompt, replace(options, gamma=TimedLength(longest)))
+    wanted = min(room, (FEWEST + 2) * (longest + 1))
+    plain = replace(options, eos_ids=frozenset(), record_overlap=False, max_new_tokens=max(options.max_new_tokens, wanted))
     for _ in range(REPEATS):
         for length, seconds in found.items():
             rule = TimedLength(length)
@@ -104,7 +106,12 @@ def acceptance_along(target: nn.Module, draft: TruncatedLlama, texts: list[tuple
     found = []
     for tokens, start in texts:
         ids = torch.tensor([tokens[:-1]], device=target.device)
-        p, q = (policy_probs(model(ids, use_cache=False).logits[0, start - 1 :], options.policy) for model in (target, draft))
+        laws = []
+        for model, fault in ((target, NO_TARGET_LAW), (draft, NO_DRAFT_LAW)):
+            logits = model(ids, use_cache=False).logits[0, start - 1 :]
+            check_logits(logits, fault)
+            laws.append(policy_probs(logits, options.policy))
+        p, q = laws
         found.append(expected_acceptance(p, q, options.verification).cpu())
     return found
 

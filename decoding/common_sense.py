@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from decoding.sampling import Noise, SamplingPolicy, draw, policy_probs
+from decoding.sampling import Noise, SamplingPolicy, draw, no_law, policy_probs
 from decoding.tree import Tree, last_of
 
 
@@ -62,9 +62,10 @@ def verify_overwriting(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The lossy walk: emitted tokens (N,) of the nodes, which of them are reached, bool (N,), and the last draw. The first `trunk` nodes are text, and the next is the root.
 
-    Arguments as verify.verify_match's.
+    Arguments, and what is drawn from logits that are not finite, as verify.verify_match's.
     """
-    drawn = draw(policy_probs(logits, policy)[None], noise, (starts + 1 + tree.depths)[None])[0]
+    p = policy_probs(logits, policy)
+    drawn = draw(p[None], noise, (starts + 1 + tree.depths)[None])[0].masked_fill(no_law(p), -1)
     above = tree.parents.clamp(min=0)
     emitted = torch.where(torch.arange(len(tree), device=above.device) > trunk, drawn[above], tree.tokens)  # where a walk comes by
     equal = (drawn[above] == tree.tokens) & (tree.parents >= 0)

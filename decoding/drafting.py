@@ -9,8 +9,8 @@ import torch
 
 from decoding.autojudge import AnyJudge, judge_chain, law_features
 from decoding.draft_length import DraftLength
-from decoding.sampling import Noise, Purpose, draw, draw_with_margin, policy_probs
-from decoding.state import DecodeState, Forward, RoundResult
+from decoding.sampling import Noise, Purpose, draw, draw_with_margin, no_law, policy_probs
+from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, DecodeState, Forward, RoundResult
 from decoding.vanilla import vanilla_round
 from decoding.verify import Verification, chain_choices, expected_acceptance, over_vocabulary, overlap, verify_chain
 
@@ -108,6 +108,7 @@ class ChainRound:
             positions = starts[:, None] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
             chain = self.verification, p, q, tokens[:, 1:], noise, positions, self.token_ids
             decision = torch.stack(verify_chain(*chain), 1) if self.judge is None else self._judge(tokens[:, 1:], logits, *chain_choices(*chain), *seen)
+            decision[:, 0].masked_fill_(no_law(q).any(-1), NO_DRAFT_LAW).masked_fill_(no_law(p).any(-1), NO_TARGET_LAW)
             return (decision, p, q) if self.state.record_overlap else (decision,)
 
         tokens, q = torch.cat(self.tokens, 1), torch.cat(self.rows, 1)

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from decoding.sampling import SamplingPolicy
-from decoding.state import DecodeStats, RoundResult, synchronize
+from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, DecodeStats, RoundResult, check_logits, synchronize
 from decoding.vlm import View
 
 
@@ -71,14 +71,25 @@ def _inputs(target: PreTrainedModel, prompt: View, ids: torch.Tensor) -> dict[st
     return {**given, "attention_mask": torch.ones_like(ids)}
 
 
+def _check_laws(text: torch.Tensor, target: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
+    """Raise FloatingPointError where a model's logits behind `text` (1, T) are not finite: transformers would choose some token, or fail in torch."""
+    for model, fault in ((target, NO_TARGET_LAW), (assistant, NO_DRAFT_LAW)):
+        if model is not None:
+            check_logits(model(input_ids=text, use_cache=False).logits[:, -1], fault)
+
+
 def hf_decode(
     target: PreTrainedModel, prompt: View, config: GenerationConfig, seed: int,
     drafting: GenerationConfig | None = None, assistant: PreTrainedModel | None = None,
 ) -> tuple[list[int], DecodeStats]:
-    """New tokens and counts of `target.generate` behind `prompt`; `drafting` says how much the assistant, or the early exit, drafts, which see no images."""
+    """New tokens and counts of `target.generate` behind `prompt`; `drafting` says how much the assistant, or the early exit, drafts, which see no images.
+
+    The first and the last pass, outside of the measured time, see that the logits are finite.
+    """
     if prompt.encode_images is not None and drafting is not None:
         raise ValueError("transformers' assisted generation drafts behind text only: use method 'speculative'")
     ids, marks = torch.tensor([prompt.ids], device=target.device), Marks()
+    _check_laws(ids, target, assistant)
     synchronize(target.device)
     start = time.perf_counter()
     devices = [target.device] if target.device.type == "cuda" else []
@@ -88,6 +99,7 @@ def hf_decode(
         out = target.generate(**_inputs(target, prompt, ids), generation_config=config, assistant_model=assistant, streamer=marks)
     synchronize(target.device)
     wall_s = time.perf_counter() - start
+    _check_laws(out, target, None)
     tokens = out[0, 0 if prompt.encode_images is not None else len(prompt.ids) :].tolist()  # behind embeddings it returns the new ones only
     with_prefill, *counts = marks.counts[1:]
     rounds = [RoundResult([0] * count) for count in counts]

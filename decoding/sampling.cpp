@@ -10,6 +10,30 @@
 
 constexpr float LEAST = std::numeric_limits<float>::lowest();  // without infinities, which -ffast-math does not know
 
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+constexpr uint32_t INFINITE = 0x7f800000u, MINUS = 0x80000000u;
+
+// Whether n logits hold no NaN and no +inf, and something above -inf. By their bits: -ffast-math takes every number for finite.
+static bool is_law(const float* logits, int64_t n) {
+    uint32_t wrong = 0, some = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = bits_of(logits[i]);
+        const uint32_t finite = (bits & INFINITE) != INFINITE, low = bits == (INFINITE | MINUS);
+        wrong |= !(finite | low);
+        some |= finite;
+    }
+    return some && !wrong;
+}
+
+template <typename Real> static void fill_nan(Real* values, int64_t n) {
+    std::fill_n(values, n, std::numeric_limits<Real>::quiet_NaN());
+}
+
 // 0 for what is less likely than the k-th likeliest of n logits.
 static void keep_top_k(std::vector<float>& scaled, int64_t k) {
     std::vector<float> sorted(scaled);
@@ -23,9 +47,7 @@ constexpr uint32_t LEVELS = (0x3f800000u >> 20) + 1;  // that of 1 is the highes
 
 // The upper bits of a probability: orders them coarsely.
 static inline uint32_t level(float prob) {
-    uint32_t bits;
-    std::memcpy(&bits, &prob, sizeof bits);
-    return std::min(bits >> 20, LEVELS - 1);  // also for what is no number
+    return std::min(bits_of(prob) >> 20, LEVELS - 1);
 }
 
 // Leaves the smallest head of `probs` whose mass reaches top_p, ties by id: whole levels from the top, and of the level that crosses, sorted, what is needed.
@@ -47,12 +69,17 @@ static void keep_nucleus(float* probs, int64_t n, float top_p) {
     for (int64_t i = 0; i < n; i++) probs[i] = level(probs[i]) >= crossing ? probs[i] / float(kept) : 0.0f;
 }
 
-static void row_probs(const float* logits, float* probs, int64_t n, float temperature, int64_t top_k, float top_p) {
+// Whether there is a distribution; of logits that are not finite there is none, and `probs` becomes NaN.
+static bool row_probs(const float* logits, float* probs, int64_t n, float temperature, int64_t top_k, float top_p) {
     static thread_local std::vector<float> scaled;
+    if (!is_law(logits, n)) {
+        fill_nan(probs, n);
+        return false;
+    }
     if (temperature == 0) {
         std::fill(probs, probs + n, 0.0f);
         probs[std::max_element(logits, logits + n) - logits] = 1;
-        return;
+        return true;
     }
     scaled.assign(logits, logits + n);
     for (float& value : scaled) value /= temperature;
@@ -67,6 +94,7 @@ static void row_probs(const float* logits, float* probs, int64_t n, float temper
     for (float& value : scaled) value /= total;
     std::copy(scaled.begin(), scaled.begin() + n, probs);
     if (top_p < 1) keep_nucleus(probs, n, top_p);
+    return true;
 }
 
 extern "C" void policy_probs(
@@ -183,7 +211,8 @@ extern "C" void verify_rejection(
 
 // ---- trees ----
 
-// Walks from node 0 to the child that equals the target's draw, while there is one, through n nodes of which parents come first.
+// Walks from node 0 to the child that equals the target's draw, while there is one, through n nodes of which parents come first. Where there is no
+// distribution to draw from it ends with the token -1.
 extern "C" void verify_match(
     const float* logits, const int64_t* tokens, const int64_t* parents, const int64_t* depths, int64_t nodes, int64_t n,
     float temperature, int64_t top_k, float top_p, const Noise* noise, const Places* places, const uint64_t* start, uint8_t* reached, int64_t* drawn) {
@@ -192,7 +221,8 @@ extern "C" void verify_match(
     int64_t node = 0;
     for (int64_t next = 0; next < nodes; node = next) {
         reached[node] = 1;
-        row_probs(logits + node * n, probs.data(), n, temperature, top_k, top_p);
+        *drawn = -1;
+        if (!row_probs(logits + node * n, probs.data(), n, temperature, top_k, top_p)) return;
         *drawn = draw_row(probs.data(), places->key(noise->of(0), *start + 1 + depths[node]), nullptr, n).token;
         for (next = node + 1; next < nodes && !(parents[next] == node && tokens[next] == *drawn);) next++;
     }
@@ -207,7 +237,7 @@ struct Candidate {
 constexpr float LEAST_EXPONENTIAL = 3e-8f;  // what −log(u) is where u rounds to 1
 
 // For each row of logits (rows, n) the `count` tokens with the largest score = sharpness * logit + weight * g, g the Gumbel noise of the row's position,
-// best first, and the log of their shares of softmax(scores).
+// best first, and the log of their shares of softmax(scores); NaN where logits are not finite.
 extern "C" void gumbel_children(
     const float* logits, int64_t rows, int64_t n, float sharpness, float weight, const Noise* noise, const Places* places, const uint64_t* positions,
     const int64_t* ids, int64_t count, int64_t* tokens, double* values) {
@@ -239,5 +269,6 @@ extern "C" void gumbel_children(
             tokens[row * count + k] = ids ? ids[best[k].column] : best[k].column;
             values[row * count + k] = best[k].score - most - std::log(total);
         }
+        if (!is_law(logits + row * n, n)) fill_nan(values + row * count, count);
     }
 }

@@ -14,29 +14,32 @@ import torch
 
 from decoding import native
 
+LEAST = 1e-10  # temperatures and top-p below it are 0 in fp32 arithmetic, or overflow it
+
 
 @dataclass(frozen=True)
 class SamplingPolicy:
-    """How tokens are drawn: temperature 0 is greedy; `top_k` 0 and `top_p` 1 keep everything."""
+    """How tokens are drawn: temperature 0 is greedy; `top_k` 0 and `top_p` 1 keep everything. Raises ValueError for values outside these ranges."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} must be >= 0")
+        if not (self.temperature == 0 or LEAST <= self.temperature < float("inf")):
+            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or a finite number of at least {LEAST:g}")
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} must be >= 0 (0 keeps all tokens)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must lie in (0, 1]")
+        if not LEAST <= self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must lie between {LEAST:g} and 1; temperature 0 keeps the likeliest token alone")
 
 
 def policy_probs(logits: torch.Tensor, policy: SamplingPolicy) -> torch.Tensor:
     """Distributions (..., V) that `policy` draws from, given logits (..., V); fp32, or fp64 for fp64 logits.
 
     Temperature, then top-k, then top-p (the token that crosses p is kept), then softmax, as transformers' processors.
-    At temperature 0 each row is one-hot at the lowest-index argmax, so exact accept rules need no greedy case.
+    At temperature 0 each row is one-hot at the lowest-index argmax, so exact accept rules need no greedy case. A row of logits with
+    a NaN or +inf, or of nothing but -inf, becomes a row of NaN (see `no_law`).
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if native.samples(logits):
@@ -47,13 +50,19 @@ def policy_probs(logits: torch.Tensor, policy: SamplingPolicy) -> torch.Tensor:
             torch.get_num_threads())
         return probs
     if policy.temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        greedy = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return greedy.masked_fill(~logits.amax(-1, keepdim=True).isfinite(), torch.nan)
     logits = logits / policy.temperature
     if 0 < policy.top_k < logits.shape[-1]:
         kth = logits.topk(policy.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs = logits.softmax(-1)
     return _nucleus(probs, policy.top_p) if policy.top_p < 1 else probs
+
+
+def no_law(probs: torch.Tensor) -> torch.Tensor:
+    """Which rows (...) of what `policy_probs` made (..., V) come from logits that are not finite, bool."""
+    return probs[..., 0].isnan()
 
 
 def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:

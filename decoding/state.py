@@ -16,6 +16,7 @@ from decoding.sampling import Noise, SamplingPolicy
 from decoding.static_llama import StaticLlama
 
 Model = StaticLlama | CachedModel
+NO_TARGET_LAW, NO_DRAFT_LAW = -1, -2  # what a round's decision says in place of a count or token where a model's logits are not finite
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens (B, T) fed at starts (B,) -> logits (B, T, V)
 PHASES = ("prefill", "draft", "verify", "record")
 
@@ -202,9 +203,24 @@ class DecodeState:
         return [self._result(row[:gamma], *row[gamma:]) for row in torch.cat([drafted, decision], 1).tolist()]
 
     def _result(self, drafted: list[int], accepted: int, next_token: int, judged: int = 0, overridden: int = 0) -> RoundResult:
+        check_finite(accepted)
         proposed = next((i + 1 for i, token in enumerate(drafted) if token in self.eos_ids), len(drafted))
         accepted = min(accepted, proposed)
         return RoundResult([*drafted[:accepted], next_token], proposed, accepted, judged=judged, overridden=overridden)
+
+
+def check_finite(decided: int) -> None:
+    """Raise FloatingPointError where a round's decision is NO_TARGET_LAW or NO_DRAFT_LAW."""
+    if decided < 0:
+        whose = "draft" if decided == NO_DRAFT_LAW else "target"
+        raise FloatingPointError(
+            f"the {whose}'s logits are not finite (NaN or infinite): check its weights, or choose a number format of wider range (fp32, bf16)")
+
+
+def check_logits(logits: torch.Tensor, fault: int) -> None:
+    """`check_finite` of `fault` where a row of `logits` (..., V) is not finite. Waits for the device."""
+    if not logits.amax(-1).isfinite().all():
+        check_finite(fault)
 
 
 def synchronize(device: torch.device) -> None:

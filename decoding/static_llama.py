@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from decoding import native
+from decoding.exactness import rotary_limit
 from decoding.matmul import Product, Projection
 from decoding.programs import Programs
 from decoding.vlm import ImageEmbeddings
@@ -40,7 +41,7 @@ PLAIN = frozenset({  # what a Llama is made of
     LlamaForCausalLM, LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding,
     nn.Embedding, nn.Linear, nn.ModuleList, type(ACT2FN["silu"]),
 })
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "longrope", "llama3", "yarn")
 PREFILL_CHUNK = 512  # rows of a prefill pass: bounds the memory of its activations
 KEPT_WIDTHS = 64  # buffers of passes with up to so many rows are kept for the next pass
 REACH_STEP = 256  # where positions lie on the device, attention reads this many slots or a multiple of it
@@ -172,17 +173,17 @@ class Block:
 class Rotary:
     """Cosines (B, S, 1, head_dim) and sines (B, S, 1, head_dim/2) of every text's positions, in the model's dtype.
 
-    Dynamic NTK scaling makes them depend on the length that is reached: transformers rotates a prompt with the
+    Dynamic NTK scaling and longrope make them depend on the length that is reached: transformers rotates a prompt with the
     frequencies of its length and each later token with those of its own. `start` gives the same here, whatever the passes. Else
     all texts share one table.
     """
 
     def __init__(self, rotary_emb: LlamaRotaryEmbedding, like: torch.Tensor, capacity: int, batch: int) -> None:
         self._config, self._positions = rotary_emb.config, torch.arange(capacity, device=like.device)
-        self._dynamic = self._config.rope_parameters.get("rope_type") == "dynamic"
-        cos, sin = (table[0] for table in rotary_emb(like, position_ids=self._positions.clamp(max=0)[None])) if self._dynamic else (
-            table[0] for table in rotary_emb(like, position_ids=self._positions[None]))
-        texts = batch if self._dynamic else 1
+        self._limit = rotary_limit(self._config, self._config.rope_parameters)
+        by_length = self._limit is not None
+        cos, sin = (table[0] for table in rotary_emb(like, position_ids=(self._positions.clamp(max=0) if by_length else self._positions)[None]))
+        texts = batch if by_length else 1
         self.capacity = capacity
         self.cos = cos[None, :, None].repeat(texts, 1, 1, 1)
         self.sin = sin[None, :, None, : sin.shape[-1] // 2].repeat(texts, 1, 1, 1)
@@ -190,8 +191,8 @@ class Rotary:
 
     def start(self, prompt_lengths: list[int]) -> None:
         """Fill the tables for texts with these prompts, in place: a captured program reads them where they are."""
-        for text, length in enumerate(prompt_lengths if self._dynamic else []):
-            cos, sin = _dynamic_rotary(self._config, self._positions, length, self.cos.dtype)
+        for text, length in enumerate([] if self._limit is None else prompt_lengths):
+            cos, sin = _rotary_by_length(self._config, self._limit, self._positions, length, self.cos.dtype)
             self.cos[text], self.sin[text] = cos[:, None], sin[:, None, : sin.shape[-1] // 2]
 
     def span(self, text: int, where: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,13 +206,16 @@ class Rotary:
         return self.cos[texts, positions].flatten(0, 1), self.sin[texts, positions].flatten(0, 1)
 
 
-def _dynamic_rotary(config: PretrainedConfig, positions: torch.Tensor, prompt_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (S, head_dim) where position i has the frequencies of length max(prompt_length, i + 1)."""
-    lengths = (positions + 1).clamp(min=max(prompt_length, config.max_position_embeddings))
-    frequencies = {length: ROPE_INIT_FUNCTIONS["dynamic"](config, positions.device, seq_len=length)[0] for length in set(lengths.tolist())}
-    angles = positions[:, None].float() * torch.stack([frequencies[length] for length in lengths.tolist()])
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def _rotary_by_length(
+    config: PretrainedConfig, limit: int, positions: torch.Tensor, prompt_length: int, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (S, head_dim) where position i has the frequencies of length max(prompt_length, i + 1). Up to `limit` they are those of `limit`."""
+    rope_type = config.rope_parameters["rope_type"]
+    lengths = (positions + 1).clamp(min=max(prompt_length, limit), max=limit + 1 if rope_type == "longrope" else None).tolist()  # longrope has two sets
+    found = {length: ROPE_INIT_FUNCTIONS[rope_type](config, positions.device, seq_len=length) for length in set(lengths)}
+    angles = positions[:, None].float() * torch.stack([found[length][0] for length in lengths])
+    angles, (_, scale) = torch.cat([angles, angles], -1), found[lengths[0]]
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 # ---- where a pass's rows go ----

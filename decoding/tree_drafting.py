@@ -15,7 +15,7 @@ from decoding.children import Children, Chooser, Nodes
 from decoding.common_sense import verify_overwriting
 from decoding.sampling import Noise, policy_probs
 from decoding.shared_exit import SharedExit
-from decoding.state import DecodeState, RoundResult, TreeCounts
+from decoding.state import NO_DRAFT_LAW, DecodeState, RoundResult, TreeCounts, check_finite
 from decoding.static_llama import KEPT_WIDTHS
 from decoding.tree import Tree
 from decoding.verify import verify_match, verify_swor
@@ -91,7 +91,9 @@ class TreeRound:
         with self.state.clock("draft"):
             children = self.program(("root", count, self.draft.key), run, self.state.last(self.draft.pending), self.starts)
         self.draft.count_root()
-        return Children(*children)
+        children = Children(*children)
+        self._no_law = children.values[0, :1].isnan()
+        return children
 
     def level_pass(
         self, key: object, work: Callable[..., tuple[torch.Tensor, ...]], inputs: tuple[torch.Tensor, ...], fixed: bool = True,
@@ -124,14 +126,15 @@ class TreeRound:
             tree, starts = tree.behind(torch.tensor(text, device=starts.device)), state.target.starts()
 
         def decide(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
-            *tensors, expected, q, starts, noise = inputs
+            *tensors, expected, q, no_law, starts, noise = inputs
             tree = Tree(*tensors)
             logits = self.draft.verify(tree.tokens, starts, tree.depths, tree.visible)
             emitted, reached, drawn = self._walk(logits, tree, q, noise, starts, len(text))
-            return (torch.cat([*(each.double() for each in (tree.tokens, emitted, tree.parents, reached)), drawn[None].double(), expected[None]]),)
+            drawn = drawn.masked_fill(no_law & (drawn >= 0), NO_DRAFT_LAW)
+            return (torch.cat([*(each.double() for each in (tree.tokens, emitted, tree.parents, reached)), drawn.double(), expected[None]]),)
 
         with state.clock("verify"):
-            decision, = self.program(("verify", len(text)), decide, *tree.tensors(), expected, q, starts)
+            decision, = self.program(("verify", len(text)), decide, *tree.tensors(), expected, q, self._no_law, starts)
             return [self._result(decision.tolist(), len(text), counts)]
 
     def _walk(
@@ -147,6 +150,7 @@ class TreeRound:
 
     def _result(self, decision: list[float], trunk: int, counts: TreeCounts) -> RoundResult:
         """The round's result; keeps the accepted nodes in the caches."""
+        check_finite(int(decision[-2]))
         nodes = (len(decision) - 2) // 4
         tokens, emitted, parents, reached = ([int(value) for value in decision[i * nodes : (i + 1) * nodes]] for i in range(4))
         path = [node for node in range(nodes) if reached[node]]

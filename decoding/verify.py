@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from decoding import native
-from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, noise_places, policy_probs
+from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, no_law, noise_places, policy_probs
 from decoding.tree import Tree, last_of
 
 Verification = Literal["rejection", "coupled"]
@@ -203,10 +203,12 @@ def verify_match(logits: torch.Tensor, policy: SamplingPolicy, tree: Tree, noise
 
     `logits` (N, V) are the target's after each node, the root being the token at `starts` (1,). The draws have their position's TOKEN noise, so the
     output is vanilla sampling's, token for token, whatever the tree (§3 of SpecExec 2406.02532; coupled children: Daliri et al. 2408.07978).
+    Where the walk comes to logits that are not finite it ends, and the last draw is -1.
     """
     if native.samples(logits):
         return _verify_match_natively(logits, policy, tree, noise, starts)
-    drawn = draw(policy_probs(logits, policy)[None], noise, (starts + 1 + tree.depths)[None])[0]
+    p = policy_probs(logits, policy)
+    drawn = draw(p[None], noise, (starts + 1 + tree.depths)[None])[0].masked_fill(no_law(p), -1)
     agrees = (drawn[tree.parents.clamp(min=0)] == tree.tokens) & (tree.parents >= 0)
     agrees[0] = True
     reached = (agrees | ~tree.visible).all(-1)
@@ -218,7 +220,7 @@ def verify_swor(p: torch.Tensor, q: torch.Tensor, tree: Tree, noise: Noise, star
 
     q (N, V) are the laws that each node's children were drawn from (any rows for leaves). At a node, R starts as p and D as q; child x in draw order is accepted if
     u·D(x) < R(x), else R becomes (R − D)₊ and D loses x, both normalised. The last token is drawn from the R of where the walk ends.
-    A child of probability 0, as there is none left to be drawn, is not tried.
+    A child of probability 0, as there is none left to be drawn, is not tried. The last draw is -1 where there was no law to draw from.
     """
     noise, nodes = noise.of_round(starts), torch.arange(len(tree), device=p.device)
     uniforms = noise.uniform(nodes[None], Purpose.ACCEPT)[0]
@@ -239,7 +241,8 @@ def verify_swor(p: torch.Tensor, q: torch.Tensor, tree: Tree, noise: Noise, star
         rest.index_copy_(0, parent, torch.where(rejected, residual(r, d), r))
         left.index_copy_(0, parent, torch.where(rejected, without(d, token), d))
     last = last_of(reached)
-    return reached, draw(rest.index_select(0, last)[None], noise, last[None], Purpose.RESIDUAL)[0, 0]
+    rest = rest.index_select(0, last)
+    return reached, draw(rest[None], noise, last[None], Purpose.RESIDUAL)[0].masked_fill(no_law(rest), -1)[0]
 
 
 def without(law: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

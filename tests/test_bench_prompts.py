@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from command_line import UserError
@@ -107,6 +108,18 @@ def test_files_that_are_not_what_their_names_say_are_refused(tmp_path):
             read_questions(str(tmp_path / name), 0)
 
 
+@pytest.mark.parametrize("content", [{"content": "Hello"}, {"content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}], "role": "user"}])
+def test_turns_may_be_objects(tmp_path, content):
+    found, = read_questions(write(tmp_path / "arena.jsonl", [{"question_id": "a", "turns": [content, "Why?"]}]), 1)
+    assert asked(found) == ["Hello"] and found.follow_ups == ("Why?",)
+
+
+def test_messages_about_files_name_the_flag_of_the_command(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=f"^--dataset {tmp_path / 'a.txt'}: no data there"):
+        read_questions(str(tmp_path / "a.txt"), 0)
+
+
 # ---- as the target reads them ----
 
 def test_prompts_go_through_the_chat_template(tokenizer):
@@ -117,6 +130,20 @@ def test_prompts_go_through_the_chat_template(tokenizer):
     assert "<|system|>" in tokenizer.decode(system.input_ids) and "Be brief." in tokenizer.decode(system.input_ids)
     own = Question({"messages": [{"role": "system", "content": "Be long."}, *question.example["messages"]]})
     assert encode(own, tokenizer, "Be brief.", True).input_ids == system.input_ids, "the given one replaces a conversation's own"
+
+
+def test_questions_that_the_template_refuses_are_left_out(tokenizer, capsys):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = "{% for message in messages %}{{ raise_exception('No system prompts') if message['role'] == 'system' else message['content'] }}{% endfor %}"
+    questions = [Question({"messages": [*system, {"role": "user", "content": "Hello"}]}) for system in ([], [{"role": "system", "content": "Be brief."}])]
+
+    def as_prompt(system_prompt: str | None) -> Callable[[Question], Prompt]:
+        return lambda question: encode(question, bare, system_prompt, True)
+
+    assert [question for question, _ in fitting(questions, as_prompt(None), 100)] == questions[:1]
+    assert "questions: 1 rows skipped (1 whose chat the template refuses (No system prompts))" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no question can be asked: 2 rows skipped \(2 whose chat .*; choose other prompts, or another --system_prompt or model"):
+        fitting(questions, as_prompt("Be brief."), 100)
 
 
 def test_plain_text_without_a_template(tokenizer):

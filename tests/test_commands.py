@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
 import command_line
@@ -11,15 +12,22 @@ import command_line
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import build_growmap
 import decoding.drafting as drafting
 import evaluate
 import evaluate_checkpoints
+import evaluate_judge
+import generate_dataset
 import plots
 import pretrain_draft_model
 import prove
+import sweep_settings
 import train
+from data_utils import encode_prompt
 from results import environment, read_csv_log
+from text_datasets import open_stream
 from toy_models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +179,33 @@ def test_a_run_is_never_written_over(tiny_target_path, exit_path, monkeypatch, c
     assert capsys.readouterr().out.splitlines() == ["finished already", str(exit_path)]
 
 
+@pytest.fixture
+def finished_run(exit_path, tmp_path):
+    """A copy of the finished run of `exit_path`."""
+    return shutil.copytree(exit_path.parent, tmp_path / "copy")
+
+
+def test_a_finished_run_writes_a_checkpoint_that_is_gone_again(tiny_target_path, exit_path, finished_run, monkeypatch, capsys):
+    """It used to say that it had finished already."""
+    command = [*train_arguments(tiny_target_path, finished_run), "--resume"]
+    (finished_run / exit_path.name).unlink()
+    assert run_main(train, command, monkeypatch) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(finished_run / exit_path.name)
+    rebuilt, exact = (load_file(path) for path in (finished_run / exit_path.name, exit_path))
+    assert rebuilt.keys() == exact.keys() and all(torch.equal(rebuilt[name], exact[name]) for name in exact)
+    assert read_csv_log(finished_run / "train_log.csv").equals(read_csv_log(exit_path.parent / "train_log.csv"))
+    (finished_run / "final_checkpoint.txt").write_text("")
+    assert run_main(train, command, monkeypatch) == 0 and (finished_run / "final_checkpoint.txt").read_text() == f"{exit_path.name}\n"
+
+
+def test_a_finished_run_without_checkpoint_and_state_says_so(tiny_target_path, exit_path, finished_run, monkeypatch, capsys):
+    (finished_run / exit_path.name).unlink()
+    (finished_run / "state.pt").unlink()
+    assert run_main(train, [*train_arguments(tiny_target_path, finished_run), "--resume"], monkeypatch) == 2
+    check_one_line(capsys, f"final_checkpoint.txt names .*{exit_path.name}, which is not there, and state.pt is gone, too; delete .* to train it again")
+    assert (finished_run / "train_log.csv").exists()
+
+
 def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys, tokenizer):
     other = tmp_path / "other"
     tiny_llama(seed=5, vocab_size=len(tokenizer)).float().save_pretrained(other)
@@ -191,7 +226,7 @@ def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path,
         (tiny_target_path, ["--checkpoint", corrupt], "is broken"),
         (tiny_target_path, [*checkpoint, "--draft_model_path", other], "give either --checkpoint"),
         (tiny_target_path, [*checkpoint, "--spec_prompt_length", 510], "context of .* is 512 tokens"),
-        (tiny_target_path, [*checkpoint, "--spec_top_p", 0], "--spec_top_p 0.0 must lie in"),
+        (tiny_target_path, [*checkpoint, "--spec_top_p", 0], "--spec_top_p 0.0 must lie between"),
         (tiny_target_path, [*checkpoint, "--spec_num_prompts", 5000], "only .* prompts of 8 tokens"),
         (tiny_target_path, [*checkpoint, "--dataset_path", empty], "no rows"),
         (tiny_target_path, [*checkpoint, "--spec_prompt_length", -5], "--spec_prompt_length -5: must not be negative"),
@@ -202,6 +237,23 @@ def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path,
     command = ["--model_path", tiny_target_path, "--checkpoint_glob", "/no/such/*", "--out_dir", tmp_path / "out", *EVALUATION]
     assert run_main(evaluate_checkpoints, command, monkeypatch) == 2
     check_one_line(capsys, "no checkpoint matches")
+
+
+@pytest.mark.parametrize("command", [evaluate, evaluate_judge, sweep_settings])
+def test_whole_prompts_fit_a_draft_of_shorter_context(tiny_target_path, tokenizer, tmp_path, monkeypatch, command):
+    """Only those that leave room in both contexts are decoded; others stand in between."""
+    lengths = sorted(len(encode_prompt(tokenizer, example)) for example in islice(open_stream("arithmetic", "test", shuffle=False).rest_of_epoch(), 200))
+    draft, context = tmp_path / "draft", lengths[100] + 12 + 2
+    tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=context).float().save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    flags = ["--model_path", tiny_target_path, "--draft_model_path", draft, "--num_threads", 1, "--out_dir", tmp_path / "out"]
+    if command is evaluate_judge:
+        flags += ["--dataset", "arithmetic", "--num_problems", 20, "--max_new_tokens", 12, "--gamma", 2, "--ranks", 2]
+    else:
+        flags += ["--spec_prompt_dataset", "arithmetic", "--spec_num_prompts", 20, "--spec_prompt_length", 0, "--spec_max_new_tokens", 12]
+        flags += ["--methods", "speculative", "--gammas", 2, "--counts_only"] if command is sweep_settings else [
+            "--quality_datasets", "arithmetic", "--quality_max_batches", 1, "--max_length", 64, "--gamma", 2]
+    assert lengths[100] < lengths[-1] and run_main(command, flags, monkeypatch) == 0
 
 
 def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys):
@@ -216,6 +268,33 @@ def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, 
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="no checkout")
+def broken_copy(path: Path, folder: Path) -> Path:
+    """The target at `path` with one weight that is no number."""
+    shutil.copytree(path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_target_whose_logits_are_not_finite_gets_one_line_from_every_command(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys):
+    """It proved exact, learned with "kl 0.0000", and wrote token 0 for ever."""
+    broken = broken_copy(tiny_target_path, tmp_path / "broken")
+    prompts = ["--spec_prompt_dataset", "arithmetic", "--spec_num_prompts", 2, "--spec_prompt_length", 8, "--spec_max_new_tokens", 8]
+    trees = [*prompts, "--fit_prompts", 2, "--draft_model_path", tiny_target_path]
+    for module, arguments in [
+        (train, train_arguments(broken, tmp_path / "trained")),
+        (prove, ["--model_path", broken, *prompts, "--out_dir", tmp_path / "proof"]),
+        (evaluate, ["--model_path", broken, "--draft_model_path", tiny_target_path, *EVALUATION, "--out_dir", tmp_path / "evaluation"]),
+        (build_growmap, ["--model_path", broken, *trees, "--out_dir", tmp_path / "growmap"]),
+        (generate_dataset, ["--model_path", broken, "--dataset", "arithmetic", "--num_examples", 2, "--max_new_tokens", 8, "--out_dir", tmp_path / "dataset"]),
+    ]:
+        capsys.readouterr()
+        assert run_main(module, arguments, monkeypatch) == 2
+        assert [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))] == [
+            "error: the target's logits are not finite (NaN or infinite): check its weights, or choose a number format of wider range (fp32, bf16)"]
+
+
 def test_revision_is_found_in_somebody_elses_folder(monkeypatch):
     """As root's container finds a user's: git refuses to look into it unless told."""
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")

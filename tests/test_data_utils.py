@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from itertools import islice
 
 from command_line import UserError
@@ -10,8 +11,8 @@ from command_line import UserError
 import pytest
 import torch
 
-from data_utils import DATE_STRING, EncodeOptions, PackedBatches, PaddedBatches, collate, encode_example, encode_prompt, render_chat
-from row_files import ExampleStream, one_turn
+from data_utils import DATE_STRING, EncodeOptions, PackedBatches, PaddedBatches, collate, encode_example, encode_prompt, held_out_batches, render_chat
+from row_files import ExampleStream, SkipRow, one_turn
 from text_datasets import DATASETS
 
 CHAT = {"messages": [
@@ -43,7 +44,42 @@ def question_stream(count: int = 7) -> ExampleStream:
     return ExampleStream(DATASETS["gsm8k"], [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(count)], seed=1)
 
 
+NO_SYSTEM_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+BROKEN_TEMPLATES = {"{% for message in messages %}": "Unexpected end of template", "{{ today_as_text() }}": "'today_as_text' is undefined",
+                    "{{ messages[0]['content'] + 1 }}": "can only concatenate str", "{{ messages[0]['content'] | shout }}": "No filter named 'shout'"}
+
+
 # ---- chat and masks ----
+
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+def test_chats_that_the_template_refuses_are_rows_to_skip(tokenizer, loss_on):
+    tokenizer = with_template(tokenizer, NO_SYSTEM_TEMPLATE)
+    for encode in (encode_prompt, lambda tokenizer, example: encode_example(tokenizer, example, loss_on)):
+        with pytest.raises(SkipRow, match=r"^whose chat the template refuses \(System role not supported\)$"):
+            encode(tokenizer, CHAT)
+        assert encode(tokenizer, {"messages": CHAT["messages"][1:]})
+
+
+@pytest.mark.parametrize(("template", "reason"), BROKEN_TEMPLATES.items())
+def test_a_template_that_fails_on_any_chat_is_one_line(tokenizer, template, reason):
+    tokenizer = with_template(tokenizer, template)
+    for encode in (encode_prompt, encode_example):
+        with pytest.raises(UserError, match=rf"^the chat template of .* is broken \({re.escape(reason)}.*\); mend it, or use another model$"):
+            encode(tokenizer, CHAT)
+
+
+def test_refused_chats_are_counted_where_batches_are_made(tokenizer):
+    rows = [{"messages": CHAT["messages"][i % 2 :]} for i in range(6)]
+    options = EncodeOptions(with_template(tokenizer, NO_SYSTEM_TEMPLATE), batch_size=1)
+    held_out, endless = (ExampleStream(DATASETS["ultrachat"], rows, 0, shuffle=False) for _ in range(2))
+    assert len(held_out_batches(held_out, options, 10)) == 3
+    assert next(iter(PaddedBatches(endless, options)))["input_ids"].shape[0] == 1
+    for stream in (held_out, endless):
+        assert stream.skipped.keys() == {"whose chat the template refuses (System role not supported)"}
+
 
 def test_all_but_the_first_token_are_learned(tokenizer):
     for example in (CHAT, {"text": "The quick brown fox."}):

@@ -20,7 +20,7 @@ import pytest
 import arithmetic_dataset
 import pydoc_dataset
 from data_utils import encode_example
-from row_files import SPLITS, ExampleStream, TextDataset, describe_skipped, open_rows, parse_text, split_of
+from row_files import SPLITS, ExampleStream, MixedStream, TextDataset, describe_skipped, open_rows, parse_text, split_of
 from text_datasets import DATASETS, fingerprint, open_stream
 from xsum_dataset import MAX_DOCUMENT_CHARS
 
@@ -152,11 +152,14 @@ def test_dirty_share_gpt_rows_are_counted_by_reason(tmp_path):
         [{"from": "system", "value": "Be kind."}, human, gpt, human],
         [{"from": "system", "value": " "}, human, {"from": "bing", "value": "Hello."}],
         {"from": ["human", "gpt"], "value": ["Hi", "Hello."]},
+        [{"from": "human", "value": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, gpt],
     ]
     unusable = {
         "without a list of turns": [None, "human: Hi", [], 7],
         "with a broken turn": [["Hi"], [{"from": "human", "value": None}, gpt], [{"from": ["human"], "value": "Hi"}, gpt],
-                               {"from": ["human"], "value": []}, {"from": ["human"]}],
+                               {"from": ["human"], "value": []}, {"from": ["human"]}, [{**human, "value": [{"type": "text", "text": 1}]}, gpt]],
+        "with a part of type 'image_url'": [[{**human, "value": [{"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": "a.png"}}]}, gpt]],
+        "with a turn that only calls a tool": [[human, {"from": "gpt", "value": None, "tool_calls": [{"function": {"name": "add"}}]}]],
         "with a turn of role 'tool'": [[human, {"from": "tool", "value": "{}"}, gpt]],
         "whose turns do not alternate": [[human, human, gpt], [human, gpt, gpt], [human, gpt, {"from": "system", "value": "Be kind."}, gpt]],
         "with an empty turn": [[{"from": "human", "value": " \n"}, gpt], [human, {"from": "gpt", "value": ""}]],
@@ -170,11 +173,34 @@ def test_dirty_share_gpt_rows_are_counted_by_reason(tmp_path):
     stream = open_stream("share_gpt", "train", str(tmp_path), shuffle=False)
     chats = [[(m["role"], m["content"]) for m in example["messages"]] for example in stream.rest_of_epoch()]
     exchange = [("user", "Hi"), ("assistant", "Hello.")]
-    assert chats == [exchange, [("system", "Be kind."), *exchange], exchange, exchange]
+    assert chats == [exchange, [("system", "Be kind."), *exchange], exchange, exchange, exchange]
     expected = {reason: len(group) for reason, group in unusable.items()}
     expected["without a list of turns"] += 1
     assert stream.skipped == {**expected, "that are not objects": 3}
-    assert describe_skipped(stream.skipped).startswith("22 rows skipped (5 ")
+    assert describe_skipped(stream.skipped).startswith("25 rows skipped (6 ")
+
+
+def test_parts_of_rows_that_are_not_read_are_told(capsys):
+    """Tool definitions, as in glaive's rows, were left out without a word."""
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    calling = [*turns, {**turns[0]}, {**turns[1], "tool_calls": [{"function": {"name": "add"}}]}]
+    rows = [{"conversations": turns, "tools": tools} for tools in ("[]", "", None, [], '[{"name": "add"}]', [{"name": "add"}])]
+    rows += [{"conversations": turns, "system": "Be brief.", "messages": 7}, {"conversations": calling, "system": ""}, {"conversations": [], "tools": "[1]"}]
+    stream = ExampleStream(DATASETS["share_gpt"], rows, 0)
+    assert len(list(stream.rest_of_epoch())) == 8
+    assert stream.unread == {"their tool definitions": 2, "their system prompt": 1, "their tool calls": 1}
+    stream.tell_losses()
+    assert ("share_gpt: 1 rows skipped (1 without a list of turns); 2 rows used without their tool definitions; 1 rows used without"
+            in capsys.readouterr().err)
+    mixed = MixedStream([stream, ExampleStream(DATASETS["gsm8k"], [], 0)], [1, 1], 0)
+    assert "; 2 rows used without their tool definitions (of share_gpt); " in mixed.account()
+
+
+def test_a_train_split_of_nothing_but_held_out_rows_says_so(tmp_path):
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": "What is held out."}])
+    with pytest.raises(UserError, match=r"no rows for the train split \(1 rows skipped \(1 that stand in the test or validation split, too\)\); give more rows"):
+        open_rows(DATASETS["slim_pj"], "train", str(tmp_path))
 
 
 def test_lmsys_skips_what_is_flagged_or_redacted_and_keeps_every_language():

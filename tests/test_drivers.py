@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,29 @@ def test_new_checkpoint_is_evaluated_though_the_command_is_the_same(shell: Shell
     assert [call[0] for call in shell.calls()] == ["evaluate_checkpoints.py"]
 
 
+@pytest.mark.parametrize(
+    ("script", "setting", "text"),
+    [(LAYER_SWEEP, "LAYERS", "1 2 3 4 1"), (KL_SWEEP, "KL_TEMPS", "1\n2\n1"), (LR_SWEEP, "LR_SCHEDULES", "cosine linear cosine"),
+     (TREE_STUDY, "TEMPERATURES", "0 0.7 0"), (TREE_STUDY, "DRAFTS", "a/b/c.safetensors a/b/c.safetensors")])
+def test_a_value_that_stands_twice_gets_one_line(shell: Shell, script: str, setting: str, text: str):
+    status, output = shell.run(script, **{"DRAFTS": "a/b/exit.safetensors", setting: text})
+    assert status == 2 and shell.calls() == []
+    assert output.startswith("error: ") and output.endswith(f"{text.split()[-1]} stands twice; give each once\n")
+
+
+@pytest.mark.parametrize("setting", ["MODEL_PATH", "DATASET_PATH"])
+def test_a_changed_target_or_data_set_is_never_skipped_silently(shell: Shell, setting: str):
+    folder = shell.folder / "given"
+    folder.mkdir()
+    (folder / "generation_config.json").write_text("{}")
+    shell.run(CHAT_LAYERS, LAYERS="3", **{setting: str(folder)})
+    shell.calls()
+    later = time.time() + 5
+    os.utime(folder / "generation_config.json", (later, later))
+    shell.run(CHAT_LAYERS, LAYERS="3", **{setting: str(folder)})
+    assert [call[0] for call in shell.calls()] == ["train.py", "evaluate_checkpoints.py"]
+
+
 def test_environment_overrides_arrive_as_flags(shell: Shell):
     training = {"MODEL_PATH": "--model_path", "DATASET_PATH": "--dataset_path", "MAX_STEPS_HEAD": "--max_steps", "BATCH_SIZE_HEAD": "--batch_size",
                 "GRAD_ACCUM_HEAD": "--grad_accumulate_steps", "LR_HEAD": "--learning_rate", "LR_SCHEDULE_HEAD": "--lr_schedule",
@@ -412,3 +436,37 @@ def test_launch_refuses_bad_names_and_commands(shell: Shell):
     for arguments in (["job"], ["a.b", "true"], ["job", "no_such_command"]):
         status, output = shell.run("launch_train_bg.sh", *arguments)
         assert status == 2 and output.startswith("error: "), output
+
+
+@pytest.mark.parametrize(("script", "name", "value"), [
+    (TWO_STAGE, "LR_FTLAST", "1e-4 nan"), (CHAT_LAYERS, "SPEC_T", "inf"), (KL_SWEEP, "KL_TEMPS", "1 NaN"), (LAYER_SWEEP, "WARMUP_RATIO", "-Infinity"),
+    (CAPACITY, "MIX", "nan"), (TREE_STUDY, "TEMPERATURES", "0\ninf")])
+def test_numbers_are_finite_before_the_first_step(shell: Shell, script: str, name: str, value: str):
+    status, output = shell.run(script, **{"DRAFTS": "a/exit.safetensors", name: value})
+    assert (status, shell.calls()) == (2, []) and output == f"error: {name}={value}: must be finite\n"
+
+
+def test_a_finished_run_whose_checkpoint_is_gone_is_started_again(shell: Shell):
+    shell.run(CHAT_LAYERS, LAYERS="3")
+    shell.calls()
+    (shell.out / "head/model_000005.safetensors").unlink()
+    status, output = shell.run(CHAT_LAYERS, LAYERS="3")
+    assert status == 0 and [call[0] for call in shell.calls()] == ["train.py", "evaluate_checkpoints.py"], output
+
+
+TOOLS = ("bash", "cat", "date", "dirname", "flock", "mkdir", "mktemp", "nohup", "rm", "setsid", "sleep", "tee", "true")  # of the launcher, without tmux
+
+
+@pytest.mark.parametrize(("tmux", "message"), [(None, "LAUNCHER=tmux: there is no tmux here; install it, or give LAUNCHER=nohup"), ("exit 1", "tmux does not start; see what it says above")])
+def test_no_environment_is_left_behind_where_tmux_does_not_start(shell: Shell, tmux: str | None, message: str):
+    """The job's file has all of it, secrets included."""
+    for name in ("bin", "tmp"):
+        (shell.folder / name).mkdir()
+    for tool in TOOLS:
+        (shell.folder / "bin" / tool).symlink_to(shutil.which(tool))
+    if tmux is not None:
+        (shell.folder / "bin" / "tmux").write_text(f"#!/bin/bash\n{tmux}\n")
+        (shell.folder / "bin" / "tmux").chmod(0o755)
+    status, output = shell.run("launch_train_bg.sh", "job", "bash", "-c", "true", LAUNCHER="tmux", PATH=str(shell.folder / "bin"), TMPDIR=str(shell.folder / "tmp"), HF_TOKEN="secret")
+    assert status == 2 and f"error: {message}" in output
+    assert list((shell.folder / "tmp").iterdir()) == []

@@ -279,6 +279,13 @@ def test_planted_exit_is_refused_on_the_command_line(export, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_partial_results_that_is_not_its_own_stays(export, tmp_path, monkeypatch):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("mine")
+    assert run_main(export_draft, export_arguments(export.target, export.checkpoint, tmp_path / "out"), monkeypatch) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"] and (tmp_path / "out.partial" / "thesis.tex").exists()
+
+
 def test_usage_is_printed_for_both_engines(export, tmp_path, monkeypatch, capsys):
     assert run_main(export_draft, export_arguments(export.target, export.checkpoint, tmp_path / "out", gamma=2), monkeypatch) == 0
     printed = capsys.readouterr().out

@@ -81,7 +81,7 @@ def count_whole_passes(target) -> list[int]:
 def test_every_target_call_is_counted(target, method, policy):
     passes = count_whole_passes(target)
     tokens, stats = hf(target, method, noisy_exit(target, 1, scale=0.02), policy=policy)
-    assert stats.target_calls == len(passes) - 1 and stats.emitted == len(tokens)  # the first pass is the prefill's
+    assert stats.target_calls == len(passes) - 3 and stats.emitted == len(tokens)  # a pass is the prefill's, and two see that logits are finite
     assert stats.prompt_tokens == 3 and stats.wall_s > stats.decode_s > 0 and stats.seconds["prefill"] > 0
 
 

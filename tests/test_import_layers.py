@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 # The tens are the tiers, from what everything stands on to what a user starts; the ones order a tier within itself.
 LEVELS = {
     -1: "command_line",
-    0: "answers hub machine_speed processes decoding.native decoding.matmul decoding.programs decoding.tree decoding.growmap decoding.vlm frozen_linear",
-    1: "row_files results presets record_file records decoding.sampling decoding.kv_cache decoding.static_llama",
+    0: "answers hub machine_speed processes decoding.native decoding.matmul decoding.programs decoding.tree decoding.exactness decoding.growmap decoding.vlm frozen_linear",
+    1: "generation_settings row_files results presets record_file records decoding.sampling decoding.kv_cache decoding.static_llama",
     2: "image_inputs decoding.verify decoding.shared_exit decoding.common_sense",
     3: "data_utils decoding.state decoding.children decoding.autojudge",
     4: "decoding.draft_length decoding.vanilla",

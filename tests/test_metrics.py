@@ -99,3 +99,12 @@ def test_cost_model_has_the_known_optimum(alpha, cost, best, speedup):
     found = {gamma: metrics.predicted_speedup(alpha, gamma, cost) for gamma in range(1, 20)}
     assert max(found, key=found.get) == best
     assert found[best] == pytest.approx(speedup, abs=0.005)
+
+
+def test_what_was_not_timed_has_no_pace():
+    """All tokens of a prompt may come with the prefill: then there is no speed, not one of 0 or infinity."""
+    some, none, seconds = np.array([3, 4]), np.array([0, 0]), np.array([1.0, 1.0])
+    assert set(metrics.speedup_interval("x", (some, seconds), (some, seconds))) == {"x", "x_ci_low", "x_ci_high"}
+    assert metrics.speedup_interval("x", (none, seconds), (some, seconds)) == metrics.speedup_interval("x", (some, seconds), (none, seconds)) == {}
+    assert metrics.with_interval("x", some, none) == metrics.with_interval("x", none, none) == {}
+    assert metrics.with_interval("x", none, some) == {"x": 0, "x_ci_low": 0, "x_ci_high": 0}

@@ -8,7 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import benchmark
 import plot_results
+import validate_results
 from bench_records import needed_summaries
 from plot_results import latest_summaries, way_names
 from test_commands import check_one_line, run_main
@@ -41,6 +43,28 @@ def test_every_figure_is_written(tmp_path, monkeypatch, capsys):
     names = ("speedup", "acceptance_speedup", "accuracy_speedup", "accuracy_tokens_per_call")
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "plots" / f"{name}.{kind}") for name in names for kind in ("png", "pdf")]
+
+
+@pytest.mark.parametrize("changes", [{"method": "of next year"}, {"method": "$\\frac$ 100 %"}, {"dataset": "a$b_{", "draft_model": "$", "judge_rule": "^$"}, {"dataset": "", "speedup_baseline": None}])
+def test_what_the_validator_takes_is_drawn(tmp_path, monkeypatch, changes):
+    path = write(tmp_path / "out.jsonl", [run_record("vanilla", **CHECKED), chain(4, **CHECKED)])
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**record, **(changes if record["method"] == "speculative" else {})}) + "\n" for record in records))
+    assert run_main(validate_results, ["--path", path, "--strict"], monkeypatch) == 0
+    assert run_main(plot_results, [path], monkeypatch) == 0 and (tmp_path / "plots" / "accuracy_speedup.png").exists()
+
+
+@pytest.mark.parametrize("changes", [{"inputs": {}}, {"steps": 10**400}, {"speedup": -3}, {"tokens_per_call_mean": 10**30}])
+def test_what_cannot_be_is_neither_drawn_nor_gone_on_from(tmp_path, monkeypatch, capsys, changes):
+    path = write(tmp_path / "out.jsonl", [run_record("vanilla"), chain(4)])
+    with path.open("a") as file:
+        file.write(json.dumps({**json.loads(path.read_text().splitlines()[-1]), **changes}) + "\n")
+    name = next(iter(changes))
+    assert run_main(validate_results, ["--path", path], monkeypatch) == 1 and f"line 5: {name}" in capsys.readouterr().out
+    assert run_main(plot_results, [path], monkeypatch) == 2
+    check_one_line(capsys, f"line 5: {name}")
+    assert run_main(benchmark, ["--toy", "--method", "vanilla", "--max_samples", 1, "--max_new_tokens", 4, "--out", path], monkeypatch) == 2
+    check_one_line(capsys, f"line 5: {name}")
 
 
 def test_figures_without_numbers_are_left_out_with_a_line(tmp_path, monkeypatch, capsys):

@@ -182,7 +182,7 @@ def test_samples_keep_the_order_of_the_data_and_unusable_rows_have_no_number(tmp
         (["--potential_length", 4], "--potential_length 4: must lie between --gamma \\+ 1 = 5 and"),
         (["--potential_length", 10**6], "--potential_length 1000000: must lie between"),
         (["--kl_temperature", 0], "--kl_temperature 0.0: must be positive"),
-        (["--spec_top_p", 0], "--spec_top_p 0.0 must lie in"),
+        (["--spec_top_p", 0], "--spec_top_p 0.0 must lie between"),
         (["--potential", "false", "--end", 5], "--end 5 belongs to the potential test; add --potential"),
         (["--potential", "false", "--potential_length", 5], "--potential_length 5 belongs to the potential test"),
     ],

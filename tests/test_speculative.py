@@ -2,8 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from transformers import BatchEncoding
 
 import metrics
 from decoding.common_sense import CommonSense
@@ -168,6 +170,21 @@ def test_callback_gets_every_token_in_order(target):
         ([], {}, "prompt is empty"),
         ([1], {"method": "speculative"}, "pass draft="),
         ([1] * 500, {}, "exceed the context of 512"),
+        ([[1, 2]], {}, r"not a list of lists: give one text's ids"),
+        (torch.tensor([1, 2]), {}, r"not a Tensor of shape \(2,\): give"),
+        (torch.tensor([[1, 2]]), {}, r"not a Tensor of shape \(1, 2\): give"),
+        (np.array([1, 2]), {}, r"not a ndarray of shape \(2,\): give"),
+        (BatchEncoding({"input_ids": [1, 2]}), {}, r"not a BatchEncoding: give one text's ids, of a tokenizer's output encoding\['input_ids'\]"),
+        ("text", {}, "not a str: give"),
+        ([1.0], {}, "not a list of floats: give"),
+        ([1, 64], {}, "has token 64, but LlamaForCausalLM knows tokens 0 to 63"),
+        ([-1, 1], {}, "has token -1, but"),
+        ([1], {"gamma": 2.0}, "gamma 2.0 must be a whole number"),
+        ([1], {"gamma": "auto"}, "gamma 'auto' must be a whole number"),
+        ([1], {"eos_ids": 6}, r"eos_ids 6 must be a set of token ids"),
+        ([1], {"eos_ids": "6"}, r"eos_ids '6' must be a set of token ids"),
+        ([1], {"max_new_tokens": 8.0}, "max_new_tokens 8.0 must be a whole number"),
+        ([1], {"seed": 0.5}, "seed 0.5 must be a whole number"),
         ([1], {"method": "tree"}, "unknown method 'tree'"),
         ([1], {"verification": "hope"}, "unknown verification 'hope'"),
         ([1], {"gamma": 0}, "gamma 0"),
@@ -181,6 +198,16 @@ def test_callback_gets_every_token_in_order(target):
 def test_bad_calls_name_the_mistake(target, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         generate(target, prompt, DecodeOptions(**options))
+
+
+@pytest.mark.parametrize("prompts", [torch.tensor([[1, 2]]), [torch.tensor([1, 2])], [1, 2], BatchEncoding({"input_ids": [[1, 2]]})])
+def test_bad_batches_name_the_mistake(target, prompts):
+    with pytest.raises(ValueError, match="a prompt is a list of token ids, not a "):
+        generate_batch(target, prompts, DecodeOptions())
+
+
+def test_ids_of_a_numpy_array_are_ids(target):
+    assert decode(target, None, list(np.array([1, 2])), max_new_tokens=5)[0] == decode(target, None, [1, 2], max_new_tokens=5)[0]
 
 
 def test_trees_of_a_batch_and_pruned_trees_by_rejection_are_refused(target):

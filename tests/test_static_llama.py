@@ -584,8 +584,6 @@ def mistral() -> MistralForCausalLM:
 UNSUPPORTED = {
     "MistralForCausalLM is no LlamaForCausalLM": mistral,
     "the activation 'gelu'": lambda: llama(hidden_act="gelu"),
-    "rotary embeddings of type 'longrope'": lambda: llama(max_position_embeddings=512, **rope(
-        "longrope", factor=4.0, short_factor=[1.0] * 8, long_factor=[2.0] * 8, original_max_position_embeddings=128)),
     "quantised or adapted": lambda: with_layer("lora on q"),
 }
 

@@ -69,6 +69,15 @@ def check_figures(table: pd.DataFrame) -> None:
             assert row.speedup == row.speedup_ci_low == row.speedup_ci_high == 1
 
 
+def test_texts_of_one_token(subject, tmp_path, monkeypatch):
+    """Rounds are timed all the same, and transformers' decoders, whose only token comes with the prefill, have no pace rather than one of 0."""
+    table = results(monkeypatch, tmp_path, model_path=subject.model, checkpoint=subject.noisy, methods=[*SUITE, "hf_generate"], gammas=[2, "auto"], spec_max_new_tokens=1)
+    peer = table[table["method"] == "hf_generate"]
+    assert peer[["tokens_per_s", "speedup", "ms_per_round"]].isna().all(axis=None) and len(peer) == 1 and "over_hf_generate" not in table
+    check_figures(table.drop(peer.index))
+    assert (table.loc[table["gamma"] == "auto", "predicted"] > 0).all()
+
+
 # ---- a trained exit ----
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import evaluate
 import evaluate_checkpoints
 import prove
 import sweep_settings
+import tree_args
 from decoding.growmap import Growmap, chain, save_growmap
 from test_commands import EVALUATION, check_one_line, exit_path, run_main  # noqa: F401
 from test_tuning import time_little
@@ -87,6 +88,16 @@ def test_weights_are_fitted_once_for_each_policy_and_draft(tiny_target_path, dra
     assert evaluated("e", 0.7)
     kept.write_text("broken")
     assert evaluated("f", 0.7)
+
+
+@pytest.mark.parametrize("content", ["", "null", "3", "{}", "[null]", '[{"made_for": {}}]', '[{"made_for": {}, "coupling": null}]', '[{"made_for": {}, "coupling": {"draft": "1"}}]', b"\xff"])
+def test_a_file_of_weights_that_holds_something_else_counts_as_none(tmp_path, content):
+    path = tmp_path / "exit.safetensors.coupling.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert tree_args.kept_entries(path) == []
+    whole = {"made_for": {"fit": "this"}, "coupling": {"draft": 0.5, "noise": 1.0, "trust": 0.9}}
+    path.write_text(json.dumps([None, whole]))
+    assert tree_args.kept_entries(path) == [whole]
 
 
 def test_a_growmap_in_two_commands(tiny_target_path, drafts, tmp_path, monkeypatch, capsys):

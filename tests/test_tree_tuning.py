@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from decoding.verify import TREE_RULES
 from speculative import DecodeOptions, generate
 from toy_models import bigram_pair, native_llama, noisy_exit, some_prompts, tiny_llama
 from tree_tuning import OwnText, acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed
+from truncated_llama import TruncatedLlama
 
 POLICY = SamplingPolicy(0.8)
 OPTIONS = DecodeOptions(policy=POLICY, max_new_tokens=40, seed=3)
@@ -110,3 +112,15 @@ def test_a_perfect_draft_has_children_that_are_all_accepted():
         assert mean_acceptance(chances_of(verification, target, target, texts)) == pytest.approx([1, 0, 0, 0], abs=1e-9)
     weights = fit_coupling(target, texts, POLICY.temperature)
     assert min(weights.draft, weights.noise) > 5 > max(vars(fit_coupling(noisy_exit(target, 0, scale=0.05), texts, POLICY.temperature)).values())
+
+
+@pytest.mark.parametrize("policy", [POLICY, SamplingPolicy(0.0)])
+def test_weights_of_a_few_tokens_are_finite(policy):
+    """One token says nothing of two weights: what it does not tell apart stays as it begins."""
+    target = tiny_llama()
+    texts = own_texts(target, [[1, 2]], replace(OPTIONS, policy=policy, max_new_tokens=1))
+    weights = fit_coupling(noisy_exit(target, 1), texts, policy.temperature)
+    assert all(math.isfinite(value) for value in vars(weights).values())
+    unknown = noisy_exit(target, 1)
+    unknown = TruncatedLlama(target, unknown.exit.trimmed(torch.tensor([token for token in range(64) if token != texts[0].tokens[-1]])))
+    assert fit_coupling(unknown, texts, policy.temperature) == Coupling()

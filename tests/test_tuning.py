@@ -53,6 +53,23 @@ def test_rounds_that_begin_too_soon_are_not_counted(monkeypatch):
     assert timed(1, [4.0, 3.0, 1.0]).settled() == [3.0, 1.0], "without any that is late enough, all but the first"
 
 
+def test_of_one_round_that_one_counts():
+    assert timed(8, [0.5]).settled() == [0.5]
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 8])
+@pytest.mark.parametrize("context", [12, 13, 30, 512])
+def test_texts_of_few_tokens_have_round_costs(monkeypatch, max_new_tokens, context):
+    """Several rounds are timed where the context has room for them, and one where it has not."""
+    seconds: list[list[float]] = []
+    monkeypatch.setattr(TimedLength, "settled", lambda rule, settled=TimedLength.settled: seconds.append(rule.seconds) or settled(rule))
+    target = tiny_llama(max_position_embeddings=context)
+    longest = context - max_new_tokens - 2
+    costs = round_costs(target, noisy_exit(target, 1), [1, 2], DecodeOptions("speculative", max_new_tokens=max_new_tokens), min(longest, 8))
+    assert len(costs) == min(longest, 8) + 1 and min(costs) > 0
+    assert min(map(len, seconds)) > 1 or context < 30
+
+
 def test_enough_is_both_rounds_and_seconds(monkeypatch):
     for name, value in (("SETTLE_S", 1.0), ("TIMED_S", 10.0), ("FEWEST", 3)):
         monkeypatch.setattr(tuning, name, value)
@@ -315,7 +332,7 @@ def test_tune_never_writes_over_a_recommendation(subject, short, tmp_path, monke
         ({"draft_vocab_sizes": [-16]}, "--draft_vocab_sizes -16: "),
         ({"checkpoint_glob": ["/no/such/*"]}, "no checkpoint matches"),
         ({"checkpoint_glob": [__file__]}, "is broken or no .safetensors file"),
-        ({"spec_top_p": 0}, "--spec_top_p 0.0 must lie in"),
+        ({"spec_top_p": 0}, "--spec_top_p 0.0 must lie between"),
         ({"spec_num_prompts": 0}, "--spec_num_prompts 0: must be at least 1"),
         ({"spec_max_new_tokens": 497}, "the context of the target is 512 tokens"),
         ({"model_path": "/no/such/model"}, "no model at /no/such/model"),
