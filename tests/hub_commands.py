@@ -1,8 +1,7 @@
 """Runs commands of the suite with the hub's environment, each in a process of its own that has imported everything already.
 
 `python hub_commands.py` reads jobs as lines of JSON, {"command": "train", "argv": [...], "folder": where stdout and stderr go, "token": ..., "offline": ...,
-"patience": ...}, and
-answers each with its exit status. The libraries' retries stay what they are; the time between them is cut.
+"patience": ...}, and answers each with its exit status. The libraries' retries stay what they are; the time between them is cut.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ PROBLEMS = {"missing": (404, "RepoNotFound", "Repository not found"), "limited":
 
 @dataclass
 class Repository:
-    """Files of a model ("models") or data set ("datasets"), and what is wrong: "gated", a key of PROBLEMS, "slow" (no answer at all) or "broken" (half of each large file)."""
+    """Files of a model ("models") or data set ("datasets"), and what is wrong: "gated", a key of PROBLEMS, "slow" (no answer at all), or with each large file "broken" or
+    "stalled" (after half of it the connection ends, or nothing more comes)."""
 
     kind: str
     name: str
@@ -46,7 +47,7 @@ class Repository:
         answers = len(self.served) if self.only is None else self.served.count(self.only)
         if self.only not in (None, file) or not self.good_answers <= answers < self.good_answers + self.bad_answers:
             return None
-        return None if self.problem == "broken" and not (file or "").endswith(LARGE if self.only is None else "") else self.problem
+        return None if self.problem in ("broken", "stalled") and not (file or "").endswith(LARGE if self.only is None else "") else self.problem
 
     def info(self) -> dict:
         """What the API says of the repository."""
@@ -74,11 +75,10 @@ def _digest(content: bytes) -> str:
 
 
 class Hub:
-    """The endpoint: `url` is HF_ENDPOINT. `asked` has every request as "METHOD path"."""
+    """The endpoint: `url` is HF_ENDPOINT."""
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str, str], Repository] = {}
-        self.asked: list[str] = []
         self.tokens_at_storage: list[str] = []
         self.closing = threading.Event()
         self._servers = [_server(self, handler) for handler in (_Api, _Storage)]
@@ -114,10 +114,9 @@ class _Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Nothing: `Hub.asked` keeps what was asked."""
+        """Nothing."""
 
     def do_GET(self) -> None:
-        self.hub.asked.append(f"{self.command} {self.path}")
         with suppress(ConnectionError):  # a client that gave up
             self.answer()
 
@@ -126,15 +125,15 @@ class _Answer(BaseHTTPRequestHandler):
     def answer(self) -> None:
         raise NotImplementedError
 
-    def send(self, status: int, content: bytes = b"", half: bool = False, **headers: str) -> None:
-        """An answer, or, with `half`, its beginning, after which the connection breaks."""
+    def send(self, status: int, content: bytes = b"", sent: int | None = None, **headers: str) -> None:
+        """An answer, or the first bytes that are `sent` of it, after which the connection breaks."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if half else content)
-        self.close_connection = self.close_connection or half
+            self.wfile.write(content[:sent])
+        self.close_connection = self.close_connection or sent is not None
 
     def send_json(self, value: object, **headers: str) -> None:
         self.send(200, json.dumps(value).encode(), Content_Type="application/json", **headers)
@@ -150,11 +149,15 @@ class _Answer(BaseHTTPRequestHandler):
         first, last = (0, len(content) - 1) if wanted is None else (int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1))
         if first > last and content:
             return self.send(416, Content_Range=f"bytes */{len(content)}")
-        half = self.command == "GET" and repository.problem_of(name) == "broken"
+        problem = repository.problem_of(name) if self.command == "GET" else None
         if self.command == "GET":
             repository.served.append(name)
         where = {} if wanted is None else {"Content_Range": f"bytes {first}-{last}/{len(content)}"}
-        return self.send(200 if wanted is None else 206, content[first : last + 1], half, Accept_Ranges="bytes", **where, **headers)
+        sent = None if problem not in ("broken", "stalled") else len(content) // 2 if wanted is None else 0
+        self.send(200 if wanted is None else 206, content[first : last + 1], sent, Accept_Ranges="bytes", **where, **headers)
+        if problem == "stalled":
+            self.hub.closing.wait(60)
+        return None
 
 
 class _Storage(_Answer):
