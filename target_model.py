@@ -118,7 +118,7 @@ def _what_is_wrong(config: PretrainedConfig | None) -> str | None:
     found = [f"{name} {value}" for name, value in sizes.items() if value < 1]
     if isinstance(activation := getattr(config, "hidden_act", None), str) and activation not in ACT2FN:
         found.append(f"hidden_act {activation!r}, which is none of transformers'")
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = config.rope_parameters or {} if getattr(config, "model_type", None) == "llama" else {}  # other families may have kinds of their own
     kinds = {one.get("rope_type", "default") for one in (rope, *rope.values()) if isinstance(one, dict)}  # of all layers, or of each kind of layer
     found += [f"rope_type {kind!r}, which is none of transformers'" for kind in sorted(kinds - {"default", *ROPE_INIT_FUNCTIONS})]
     return found[0] if found else None
