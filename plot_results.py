@@ -14,7 +14,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import UserError, run
+from command_line import UserError, check_value, run
 
 import matplotlib as mpl
 import numpy as np
@@ -37,6 +37,7 @@ from plot_parts import (
 )
 from record_file import read_records
 from records import first_complaint
+from results import make_output_dir
 
 LOOKS = {  # colours of Okabe and Ito by family: plain, chains, trees, lossy, transformers' own
     "vanilla": new_look("#000000", "*"), "speculative": new_look("#0072B2", "o"), "self_speculative": new_look("#0072B2", "D"),
@@ -171,7 +172,7 @@ def head(rows: pd.DataFrame, note: str) -> str:
 def plot_all(path: Path, folder: Path) -> list[Path]:
     """All figures of the file that can be drawn."""
     table = latest_summaries(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output_dir(str(folder))
     with mpl.rc_context({**STYLE, "text.parse_math": False}):  # a $ in a name is a $
         written = write_figure(speedup_bars(table), folder / "speedup")
         for what in SCATTERS:
@@ -182,9 +183,10 @@ def plot_all(path: Path, folder: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("path", type=Path, help="benchmark.py's JSONL")
-    parser.add_argument("--out_dir", type=Path, help="where the figures go (default: plots/ beside the file)")
+    parser.add_argument("--out_dir", help="where the figures go (default: plots/ beside the file)")
     args = parser.parse_args()
-    for path in plot_all(args.path, args.out_dir or args.path.parent / "plots"):
+    check_value("out_dir", args.out_dir)
+    for path in plot_all(args.path, Path(args.out_dir or args.path.parent / "plots")):
         print(path)
 
 

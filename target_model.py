@@ -125,7 +125,7 @@ def _what_is_wrong(config: PretrainedConfig | None) -> str | None:
     found = [f"{name} {value}" for name, value in sizes.items() if value < 1]
     if isinstance(activation := getattr(config, "hidden_act", None), str) and activation not in ACT2FN:
         found.append(f"hidden_act {activation!r}, which is none of transformers'")
-    kinds = {rope.get("rope_type", "default") for rope in ropes(config)}
+    kinds = {rope.get("rope_type", "default") for rope in ropes(config)} if getattr(config, "model_type", None) == "llama" else set()  # other families may have kinds of their own
     found += [f"rope_type {kind!r}, which is none of transformers'" for kind in sorted(kinds - {"default", *ROPE_INIT_FUNCTIONS})]
     return found[0] if found else None
 
