@@ -307,7 +307,8 @@ def measure_quality(target: Target, draft: Draft, stream: ExampleStream, args: E
 # ---- speculation ----
 
 def prompts_of(target: Target, args: PromptArgs, stream: ExampleStream) -> Iterator[list[int]]:
-    """From `stream`, prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0 whole prompts, up to where the assistant speaks."""
+    """From `stream`, prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0
+    whole prompts, up to where the assistant speaks."""
     longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.longest
     if args.spec_prompt_length == 0:
         whole = stream.usable(lambda example: encode_prompt(target.tokenizer, example))
