@@ -170,6 +170,8 @@ def hash_of(prompts: list[Prompt] | list[Question]) -> str:
 def fitting(questions: list[Question], as_prompt: Callable[[Question], Prompt], longest: int) -> list[tuple[Question, Prompt]]:
     """Questions with their prompts, where these leave room in the context: of at most `longest` tokens. How many do not, or cannot
     be asked, is told on stderr. Raises UserError where none is left."""
+    if longest < 1:
+        raise UserError(f"the context has no room for a prompt: --max_new_tokens, and what is drafted ahead, are {1 - longest} tokens too many; lower --max_new_tokens")
     pairs = _asked(questions, as_prompt)
     found = [(question, prompt) for question, prompt in pairs if 0 < prompt.longest() <= longest]
     if not found:

@@ -44,7 +44,7 @@ def finished_rows(path: Path, settings_hash: str) -> list[dict]:
         return []
     try:
         table = pd.read_csv(path, dtype={"settings_hash": str, "checkpoint_hash": str})
-    except ValueError as error:  # pandas' errors for an empty or broken file are ValueErrors
+    except (OSError, ValueError) as error:  # pandas' errors for an empty or broken file are ValueErrors
         raise UserError(f"{path} is no table ({first_line(error)}); delete it, or choose another --out_dir") from error
     if set(table.get("settings_hash", [])) != {settings_hash}:
         raise UserError(f"{path} was measured with other settings, or another target or data; choose another --out_dir, or delete it")

@@ -29,7 +29,7 @@ from data_utils import encode_prompt
 from decoding.autojudge import TopK
 from decoding.state import DecodeStats
 from decoding.verify import Verification
-from evaluation import DraftArgs, PolicyArgs, chain_method, drafted_at_most, load_draft
+from evaluation import DraftArgs, PolicyArgs, chain_method, drafted_at_most, load_draft, shortest_context
 from judges import JudgeInfo, load_judge, read_judge_info
 from metrics import mcnemar_p, wilson_interval, with_interval
 from results import file_hash, new_output_dir, record_run, write_csv
@@ -117,7 +117,7 @@ class Way:
 def read_problems(args: Args, target: Target) -> tuple[list[Problem], dict]:
     """The problems that have a number for an answer and fit the context, and what identifies the data. Raises UserError where there are none."""
     stream = open_stream(args.dataset, "test", args.dataset_path, shuffle=False)
-    longest = context_length(target.model.config) - args.max_new_tokens - args.gamma
+    longest = min(context_length(target.model.config), shortest_context(target, args)) - args.max_new_tokens - args.gamma
 
     def as_problem(example: dict) -> Problem:
         return Problem(encode_prompt(target.tokenizer, example), final_answer(example["messages"][-1]["content"]))

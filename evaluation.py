@@ -306,10 +306,16 @@ def measure_quality(target: Target, draft: Draft, stream: ExampleStream, args: E
 
 # ---- speculation ----
 
+def shortest_context(target: Target, args: object) -> int:
+    """Positions that the target has, and the independent draft, if `args` name one."""
+    own, draft = target.model.config.max_position_embeddings, args.draft_model_path if isinstance(args, DraftArgs) else None
+    return own if draft is None else min(own, load_config(draft).max_position_embeddings)
+
+
 def prompts_of(target: Target, args: PromptArgs, stream: ExampleStream) -> Iterator[list[int]]:
     """From `stream`, prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0
     whole prompts, up to where the assistant speaks."""
-    longest = target.model.config.max_position_embeddings - args.spec_max_new_tokens - args.longest
+    longest = shortest_context(target, args) - args.spec_max_new_tokens - args.longest
     if args.spec_prompt_length == 0:
         whole = stream.usable(lambda example: encode_prompt(target.tokenizer, example))
         return (ids for ids in whole if len(ids) <= longest)
@@ -323,7 +329,9 @@ def choose_prompts(target: Target, args: PromptArgs, data: EvaluationData) -> li
     found = list(islice(prompts_of(target, args, stream), args.spec_num_prompts))
     stream.tell_losses()
     if len(found) < args.spec_num_prompts:
-        raise UserError(f"only {len(found)} prompts of {args.spec_prompt_length} tokens in {args.dataset_names()[0]}: lower --spec_num_prompts or --spec_prompt_length")
+        what = (f"of {args.spec_prompt_length} tokens in {args.dataset_names()[0]}: lower --spec_num_prompts or --spec_prompt_length" if args.spec_prompt_length else
+                f"in {args.dataset_names()[0]} leave room for {args.spec_max_new_tokens} new tokens: lower --spec_num_prompts or --spec_max_new_tokens")
+        raise UserError(f"only {len(found)} prompts {what}")
     return found
 
 

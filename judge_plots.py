@@ -34,6 +34,7 @@ from plot_parts import (
     settle,
     write_figure,
 )
+from results import make_output_dir
 
 RESULTS_NAME, FIGURE_NAME = "results.csv", "accuracy_by_tokens_per_call"
 HEIGHT = 3.4  # inches
@@ -107,7 +108,7 @@ def annotate(axis: Axes, table: pd.DataFrame) -> None:
 def plot_judges(folder: Path) -> list[Path]:
     """Draw the folder's figure; the files that were written."""
     table = read_ways(folder / RESULTS_NAME)
-    (folder / "plots").mkdir(exist_ok=True)
+    make_output_dir(str(folder / "plots"))
     with mpl.rc_context(STYLE):
         return write_figure(accuracy_by_tokens_per_call(table), folder / "plots" / FIGURE_NAME)
 

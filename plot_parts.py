@@ -317,7 +317,7 @@ def row_counts(count: int, most: int) -> list[int]:
 def head_line(figure: Figure, text: str) -> None:
     """A grey line at the head of a figure that is not laid out yet."""
     characters = int(20 * figure.get_figwidth())
-    figure.suptitle(textwrap.fill(text, characters, break_on_hyphens=False), x=0.01, ha="left", fontsize=7, color=GREY)
+    figure.suptitle(textwrap.fill(text, characters, break_on_hyphens=False), x=0.01, ha="left", fontsize=7, color=GREY, parse_math=False)
 
 
 def layer_axis(axis: Axes, layers: pd.Series) -> None:

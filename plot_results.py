@@ -14,7 +14,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import UserError, run
+from command_line import UserError, check_value, run
 
 import matplotlib as mpl
 import numpy as np
@@ -37,6 +37,7 @@ from plot_parts import (
 )
 from record_file import read_records
 from records import first_complaint
+from results import make_output_dir
 
 LOOKS = {  # colours of Okabe and Ito by family: plain, chains, trees, lossy, transformers' own
     "vanilla": new_look("#000000", "*"), "speculative": new_look("#0072B2", "o"), "self_speculative": new_look("#0072B2", "D"),
@@ -44,6 +45,7 @@ LOOKS = {  # colours of Okabe and Ito by family: plain, chains, trees, lossy, tr
     "autojudge": new_look("#D55E00", "o"), "topk": new_look("#D55E00", "s", fill="none"),
     "hf_generate": new_look("#777777", "*"), "hf_assisted": new_look("#777777", "o"),
 }
+OTHER_LOOK = new_look("#777777", "x")  # of methods that this version does not know
 BAR_INCHES = 0.22
 DETAILS = {"k": "γ = {}", "tree_budget": "{} nodes", "judge_rule": "{}"}
 # Where these do not tell rows apart:
@@ -84,6 +86,11 @@ def latest_summaries(path: Path) -> pd.DataFrame:
     return table.sort_values("place", kind="stable").reset_index(drop=True)
 
 
+def look_of(method: str) -> Look:
+    """How a method is drawn."""
+    return LOOKS.get(method, OTHER_LOOK)
+
+
 def way_names(table: pd.DataFrame) -> list[str]:
     """What each row is called: its method, with what tells it from others of the same."""
     names = [_name(row, DETAILS) for _, row in table.iterrows()]
@@ -110,13 +117,14 @@ def speedup_bars(table: pd.DataFrame) -> Figure | None:
     places = np.arange(len(rows))[::-1]
     lengths = interval_lengths(rows, "speedup")
     lossless = [bool(value) for value in rows["lossless"]]
-    bars = axis.barh(places, rows["speedup"], height=0.7, color=[LOOKS[method].color for method in rows["method"]], xerr=np.nan_to_num(lengths), ecolor=GREY,
+    bars = axis.barh(places, rows["speedup"], height=0.7, color=[look_of(method).color for method in rows["method"]], xerr=np.nan_to_num(lengths), ecolor=GREY,
                      error_kw={"elinewidth": 0.8, "capsize": 1.5})
     for bar, exact in zip(bars, lossless, strict=True):
         bar.set_alpha(1 if exact else 0.45)
     axis.axvline(1, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
     axis.set_yticks(places, way_names(rows))
-    axis.set_xlabel(f"tokens per second, × {rows['speedup_baseline'].iloc[0]}")
+    baselines = rows["speedup_baseline"].dropna() if "speedup_baseline" in rows else ()
+    axis.set_xlabel(f"tokens per second, × {baselines.iloc[0] if len(baselines) else 'the baseline'}")
     axis.grid(visible=False, axis="y")
     note = [interval_note(rows, "speedup", "speedup"), "" if all(lossless) else "pale: lossy"]
     head_line(figure, head(rows, "; ".join(filter(None, note))))
@@ -132,9 +140,8 @@ def scatter(table: pd.DataFrame, what: Scatter) -> Figure | None:
     axis = figure.subplots()
     for name, (_, row) in zip(way_names(rows), rows.iterrows(), strict=True):
         own = pd.DataFrame([row])
-        look: Look = LOOKS[row["method"]]
         axis.errorbar(own[what.x], own[what.y], xerr=interval_lengths(own, what.x), yerr=interval_lengths(own, what.y), linestyle="none", elinewidth=0.6, capsize=1.2,
-                      label=name, **look.marks)
+                      label=name, **look_of(row["method"]).marks)
     if what.front:
         front = pareto_front(rows.assign(cost=-rows[what.x]), "cost", what.y)
         draw_steps_up(axis, [-cost for cost in front["cost"]], front[what.y].tolist())
@@ -165,8 +172,8 @@ def head(rows: pd.DataFrame, note: str) -> str:
 def plot_all(path: Path, folder: Path) -> list[Path]:
     """All figures of the file that can be drawn."""
     table = latest_summaries(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
+    make_output_dir(str(folder))
+    with mpl.rc_context({**STYLE, "text.parse_math": False}):  # a $ in a name is a $
         written = write_figure(speedup_bars(table), folder / "speedup")
         for what in SCATTERS:
             written += write_figure(scatter(table, what), folder / what.name)
@@ -176,9 +183,10 @@ def plot_all(path: Path, folder: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("path", type=Path, help="benchmark.py's JSONL")
-    parser.add_argument("--out_dir", type=Path, help="where the figures go (default: plots/ beside the file)")
+    parser.add_argument("--out_dir", help="where the figures go (default: plots/ beside the file)")
     args = parser.parse_args()
-    for path in plot_all(args.path, args.out_dir or args.path.parent / "plots"):
+    check_value("out_dir", args.out_dir)
+    for path in plot_all(args.path, Path(args.out_dir or args.path.parent / "plots")):
         print(path)
 
 

@@ -76,7 +76,7 @@ from plot_parts import (
     words_of,
     write_figure,
 )
-from results import read_csv_log
+from results import make_output_dir, read_csv_log
 
 MAX_LABELS_WITH_SERIES = 9  # with more points than this, the series moves from the labels to a legend
 MAX_POINTS_IN_COLUMN, MAX_POINTS_IN_WIDE = 5, 24  # a figure of more labelled points is wider
@@ -660,7 +660,7 @@ def plot_results(folder: Path, train_logs: list[Path] | None = None) -> list[Pat
     """
     table = read_results(folder / "results.csv")
     logs = train_logs_of(table) if train_logs is None else train_logs
-    (folder / "plots").mkdir(exist_ok=True)
+    make_output_dir(str(folder / "plots"))
     written = []
     with mpl.rc_context(STYLE):
         for name, draw in FIGURES.items():
@@ -672,7 +672,7 @@ def plot_results(folder: Path, train_logs: list[Path] | None = None) -> list[Pat
 def plot_step_times(folder: Path) -> list[Path]:
     """Draw `folder`/step_times.json into `folder`/plots and return the paths of the files. Raises UserError where it cannot be read."""
     rows = read_step_times(folder / STEP_TIMES)
-    (folder / "plots").mkdir(exist_ok=True)
+    make_output_dir(str(folder / "plots"))
     with mpl.rc_context(STYLE):
         return write_figure(step_times(rows), folder / "plots" / "step_times")
 

@@ -159,6 +159,23 @@ _HINTS = get_type_hints(Record)
 TYPES = {**_HINTS, **{f"{name}{end}": float | None for name, found in FIELDS.items() if found.metadata["interval"] for end in INTERVALS}}
 
 
+NO_LIMIT, SHOWN_LETTERS = math.inf, 80
+LARGEST_INT = 2**63 - 1
+ROUNDING = 1e-6  # of sums of probabilities
+BOUNDS = {  # of numbers, those in lists included; of all others 0 and no limit
+    **dict.fromkeys((
+        "top_p", "branch_prune_threshold", "autojudge_threshold", "acceptance_rate", "acceptance_rate_median", "spec_overlap", "spec_overlap_median", "branch_prune_rate",
+        "cache_hit_rate", "cache_hit_rate_median", "judge_accept_rate", "judge_accept_rate_median", "target_fallback_rate", "target_fallback_rate_median", "exact_match",
+        "exact_match_mean", "exact_match_mean_ci_low", "exact_match_mean_ci_high", "mcnemar_p", "turn_index"), (0, 1)),
+    **dict.fromkeys(("run", "k", "tree_budget", "parallel_branches", "max_samples", "max_new_tokens", "num_threads", "prompts", "steps", "runs"), (1, NO_LIMIT)),
+}
+NOT_MORE_THAN = {  # a part, and what it is of
+    "accepted": "proposed", "judge_accepted": "judge_total", "judge_rejected": "judge_total", "runs_successful": "runs", "runs_failed": "runs", "runs_skipped": "runs",
+    **{f"{name}_ci_low": f"{name}_ci_high" for name, found in FIELDS.items() if found.metadata["interval"]},
+}
+BY_PROMPT = ("tokens_by_prompt", "decode_sec_by_prompt", "target_calls_by_prompt")  # a number for each prompt
+
+
 def kinds_of(record: dict) -> set[str]:
     """Which of the kinds that Record's fields name a record is."""
     if record.get("summary"):
@@ -174,13 +191,44 @@ def complaints(record: object, strict: bool = True) -> list[str]:
     missing = [name for name, found in FIELDS.items() if kinds & found.metadata["in"] and record.get(name) is None]
     found = [f"lacks {name}" for name in missing]
     for name, value in record.items():
-        if name not in TYPES:
-            found += [f"has an unknown field {name}"] if strict else []
-        elif name not in missing and not _fits(value, TYPES[name]):
-            found.append(f"{name} is {value!r}, not {_named(TYPES[name])}")
+        if name in TYPES and name not in missing and not _fits(value, TYPES[name]):
+            found.append(f"{name} is {_shown(value)}, not {_named(TYPES[name])}")
+    found = found or _impossible(record)
+    found += [f"has an unknown field {name}" for name in unknown_fields(record)] if strict else []
     if record.get("schema_version") not in (None, SCHEMA_VERSION):
         found.append(f"schema_version {record['schema_version']} is not {SCHEMA_VERSION}")
     return found
+
+
+def _impossible(record: dict) -> list[str]:
+    """What is wrong with the values of a record whose fields are there and of the right types."""
+    found = [f"{name} is {_shown(value)}, not {_said_bounds(name)}" for name, value in record.items()
+             if name in TYPES and not all(_within(name, one) for one in (value if isinstance(value, list) else [value]))]
+    given = {name for name, value in record.items() if value is not None}
+    found += [f"{part} is {record[part]}, more than {whole}, {record[whole]}" for part, whole in NOT_MORE_THAN.items()
+              if {part, whole} <= given and record[part] > record[whole]]
+    found += [f"{name} has {len(record[name])} values for {record['prompts']} prompts" for name in BY_PROMPT
+              if {name, "prompts"} <= given and len(record[name]) != record["prompts"]]
+    return found + [f"inputs lacks {part}" for part in ("shared", "method") if not isinstance(record["inputs"].get(part), dict)]
+
+
+def _within(name: str, value: object) -> bool:
+    """Whether a value is a number within the field's bounds, or none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True
+    low, high = BOUNDS.get(name, (0, NO_LIMIT))
+    return low <= value <= high + ROUNDING
+
+
+def _said_bounds(name: str) -> str:
+    low, high = BOUNDS.get(name, (0, NO_LIMIT))
+    return f"at least {low}" if high == NO_LIMIT else f"from {low} to {high}"
+
+
+def _shown(value: object) -> str:
+    """A value as messages quote it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]} …"
 
 
 def first_complaint(records: list) -> str | None:
@@ -202,6 +250,8 @@ def _fits(value: object, hint: object) -> bool:
         return value in parts
     if origin is list:
         return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        return False
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from generation_settings import check_generation_config
 
@@ -99,12 +101,27 @@ def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> Pre
     """The configuration of the model at `path`, of one of `families` (None: of any). Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"no model at {path} ({first_line(error)}); give a Hugging Face id or a folder with config.json") from error
+    wrong = next(filter(None, map(_what_is_wrong, (config, getattr(config, "text_config", None)))), None)
+    if wrong is not None:
+        raise UserError(f"{path}: its config.json has {wrong}; mend it, or fetch the model again")
     if families is not None and config.model_type not in families:
         sees = "; train.py distils LLaVAs, and benchmark_llava.py decodes with them" if config.model_type == "llava" else ""
         raise UserError(f"{path} is a {config.model_type} model; a {' or '.join(families)} model is needed here{sees}")
     return config
+
+
+def _what_is_wrong(config: PretrainedConfig | None) -> str | None:
+    """A setting with which no model can be made, where there is one."""
+    sizes = {name: value for name in SHAPE if isinstance(value := getattr(config, name, None), int)}
+    found = [f"{name} {value}" for name, value in sizes.items() if value < 1]
+    if isinstance(activation := getattr(config, "hidden_act", None), str) and activation not in ACT2FN:
+        found.append(f"hidden_act {activation!r}, which is none of transformers'")
+    rope = config.rope_parameters or {} if getattr(config, "model_type", None) == "llama" else {}  # other families may have kinds of their own
+    kinds = {one.get("rope_type", "default") for one in (rope, *rope.values()) if isinstance(one, dict)}  # of all layers, or of each kind of layer
+    found += [f"rope_type {kind!r}, which is none of transformers'" for kind in sorted(kinds - {"default", *ROPE_INIT_FUNCTIONS})]
+    return found[0] if found else None
 
 
 def named_config(name: str, families: tuple[str, ...] = ("llama",)) -> PretrainedConfig:
@@ -139,6 +156,11 @@ def load_target(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **stored)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # transformers has printed which tensors have which shapes
+        raise UserError(f"the weights of {path} do not fit its config.json: tensors of other shapes, as listed above; mend the sizes there, such as intermediate_size "
+                        "or num_key_value_heads, or fetch the model again") from error
     placed = model if quant is not None else model.to(device)
     return Target(placed.eval().requires_grad_(False), tokenizer, path)
 

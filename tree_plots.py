@@ -50,7 +50,7 @@ from plots import (
     settle,
     write_figure,
 )
-from results import read_config, read_manifest
+from results import make_output_dir, read_config, read_manifest
 
 RESULTS_NAME, GROWMAP_NAME = "results.csv", "growmap.json"
 GROWMAP_FORMAT = "growmap-1"  # decoding.growmap's, which needs torch
@@ -401,7 +401,7 @@ def plot_trees(folder: Path) -> list[Path]:
     A figure of an earlier call that is left out now is removed.
     """
     table, about = read_benchmark(folder / RESULTS_NAME), run_line(folder)
-    (folder / "plots").mkdir(exist_ok=True)
+    make_output_dir(str(folder / "plots"))
     written = []
     with mpl.rc_context(STYLE):
         for draw in (trees_by_size, promised_tokens):

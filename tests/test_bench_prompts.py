@@ -165,8 +165,11 @@ def test_prompts_that_do_not_fit_are_left_out(capsys):
     questions = [Question({"messages": [{"role": "user", "content": text}]}) for text in ("one two", "one two three four", "", "one")]
     assert fitting(questions, as_prompt, 3) == [(questions[0], as_prompt(questions[0])), (questions[3], as_prompt(questions[3]))]
     assert "2 prompts are left out: more than 3 tokens" in capsys.readouterr().err
-    with pytest.raises(UserError, match="at most 0 tokens, which is what the context leaves: lower --max_new_tokens"):
-        fitting(questions, as_prompt, 0)
+    with pytest.raises(UserError, match="at most 1 tokens, which is what the context leaves: lower --max_new_tokens"):
+        fitting(questions[:2], as_prompt, 1)
+    for longest in (0, -95921):
+        with pytest.raises(UserError, match=f"the context has no room for a prompt: .* are {1 - longest} tokens too many; lower --max_new_tokens"):
+            fitting(questions, as_prompt, longest)
 
 
 def test_second_turns_stand_behind_the_answers_to_the_first(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
 import command_line
@@ -18,12 +19,16 @@ import build_followers
 import decoding.drafting as drafting
 import evaluate
 import evaluate_checkpoints
+import evaluate_judge
 import generate_dataset
 import plots
 import pretrain_draft_model
 import prove
+import sweep_settings
 import train
+from data_utils import encode_prompt
 from results import environment, read_csv_log
+from text_datasets import open_stream
 from toy_models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -237,6 +242,23 @@ def test_evaluation_mistakes_get_one_line(tiny_target_path, exit_path, tmp_path,
     command = ["--model_path", tiny_target_path, "--checkpoint_glob", "/no/such/*", "--out_dir", tmp_path / "out", *EVALUATION]
     assert run_main(evaluate_checkpoints, command, monkeypatch) == 2
     check_one_line(capsys, "no checkpoint matches")
+
+
+@pytest.mark.parametrize("command", [evaluate, evaluate_judge, sweep_settings])
+def test_whole_prompts_fit_a_draft_of_shorter_context(tiny_target_path, tokenizer, tmp_path, monkeypatch, command):
+    """Only those that leave room in both contexts are decoded; others stand in between."""
+    lengths = sorted(len(encode_prompt(tokenizer, example)) for example in islice(open_stream("arithmetic", "test", shuffle=False).rest_of_epoch(), 200))
+    draft, context = tmp_path / "draft", lengths[100] + 12 + 2
+    tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=context).float().save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    flags = ["--model_path", tiny_target_path, "--draft_model_path", draft, "--num_threads", 1, "--out_dir", tmp_path / "out"]
+    if command is evaluate_judge:
+        flags += ["--dataset", "arithmetic", "--num_problems", 20, "--max_new_tokens", 12, "--gamma", 2, "--ranks", 2]
+    else:
+        flags += ["--spec_prompt_dataset", "arithmetic", "--spec_num_prompts", 20, "--spec_prompt_length", 0, "--spec_max_new_tokens", 12]
+        flags += ["--methods", "speculative", "--gammas", 2, "--counts_only"] if command is sweep_settings else [
+            "--quality_datasets", "arithmetic", "--quality_max_batches", 1, "--max_length", 64, "--gamma", 2]
+    assert lengths[100] < lengths[-1] and run_main(command, flags, monkeypatch) == 0
 
 
 def test_proof_holds_for_real_code_and_fails_on_a_planted_bug(tiny_target_path, exit_path, tmp_path, monkeypatch, capsys):

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+
+from command_line import UserError
 
 import pandas as pd
 import pytest
 
+import benchmark
+import judge_plots
 import plot_results
+import plots
+import tree_plots
+import validate_results
 from bench_records import needed_summaries
 from plot_results import latest_summaries, way_names
 from test_commands import check_one_line, run_main
@@ -41,6 +49,47 @@ def test_every_figure_is_written(tmp_path, monkeypatch, capsys):
     names = ("speedup", "acceptance_speedup", "accuracy_speedup", "accuracy_tokens_per_call")
     assert {file.name for file in (tmp_path / "plots").iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "plots" / f"{name}.{kind}") for name in names for kind in ("png", "pdf")]
+
+
+@pytest.mark.parametrize("changes", [{"method": "of next year"}, {"method": "$\\frac$ 100 %"}, {"dataset": "a$b_{", "draft_model": "$", "judge_rule": "^$"}, {"dataset": "", "speedup_baseline": None}])
+def test_what_the_validator_takes_is_drawn(tmp_path, monkeypatch, changes):
+    path = write(tmp_path / "out.jsonl", [run_record("vanilla", **CHECKED), chain(4, **CHECKED)])
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**record, **(changes if record["method"] == "speculative" else {})}) + "\n" for record in records))
+    assert run_main(validate_results, ["--path", path, "--strict"], monkeypatch) == 0
+    assert run_main(plot_results, [path], monkeypatch) == 0 and (tmp_path / "plots" / "accuracy_speedup.png").exists()
+
+
+@pytest.mark.parametrize("changes", [{"inputs": {}}, {"steps": 10**400}, {"speedup": -3}, {"tokens_per_call_mean": 10**30}])
+def test_what_cannot_be_is_neither_drawn_nor_gone_on_from(tmp_path, monkeypatch, capsys, changes):
+    path = write(tmp_path / "out.jsonl", [run_record("vanilla"), chain(4)])
+    with path.open("a") as file:
+        file.write(json.dumps({**json.loads(path.read_text().splitlines()[-1]), **changes}) + "\n")
+    name = next(iter(changes))
+    assert run_main(validate_results, ["--path", path], monkeypatch) == 1 and f"line 5: {name}" in capsys.readouterr().out
+    assert run_main(plot_results, [path], monkeypatch) == 2
+    check_one_line(capsys, f"line 5: {name}")
+    assert run_main(benchmark, ["--toy", "--method", "vanilla", "--max_samples", 1, "--max_new_tokens", 4, "--out", path], monkeypatch) == 2
+    check_one_line(capsys, f"line 5: {name}")
+
+
+@pytest.mark.parametrize(("out_dir", "message"), [("", '--out_dir "": is empty'), ("file", "cannot write to file"), ("file/plots", "cannot write to file/plots")])
+def test_a_place_for_figures_that_is_none_gets_one_line(tmp_path, monkeypatch, capsys, out_dir, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    path = write(tmp_path / "out.jsonl", [run_record("vanilla"), chain(4)])
+    assert run_main(plot_results, [path, "--out_dir", out_dir], monkeypatch) == 2
+    check_one_line(capsys, message)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "out.jsonl"]
+
+
+@pytest.mark.parametrize("redraw", [plots.plot_results, plots.plot_step_times, judge_plots.plot_judges, tree_plots.plot_trees])
+def test_a_file_where_the_plots_go_gets_one_line(tmp_path, monkeypatch, redraw):
+    source = {"plot_results": "results/demo", "plot_step_times": "results/step_times", "plot_judges": "results/autojudge/greedy", "plot_trees": "results/trees/counts/exit-layer1-t0"}
+    folder = Path(shutil.copytree(Path(plots.__file__).parent / source[redraw.__name__], tmp_path / "results", ignore=shutil.ignore_patterns("plots")))
+    (folder / "plots").touch()
+    with pytest.raises(UserError, match="cannot write to .*plots"):
+        redraw(folder)
 
 
 def test_figures_without_numbers_are_left_out_with_a_line(tmp_path, monkeypatch, capsys):

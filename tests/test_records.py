@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 from command_line import UserError
 
@@ -15,7 +16,7 @@ from bench_records import MethodRun, needed_summaries, run_fields, summary_key
 from decoding.state import DecodeStats, RoundResult
 from metrics import mcnemar_p, wilson_interval
 from record_file import RecordFile, read_records
-from records import FIELDS, SCHEMA_VERSION, TYPES, complaints, schema_table
+from records import BOUNDS, FIELDS, SCHEMA_VERSION, TYPES, complaints, schema_table
 from speculative import DecodeOptions
 from test_commands import check_one_line, run_main
 
@@ -83,6 +84,36 @@ def test_a_wrong_type_is_a_complaint(name):
 )
 def test_values_that_only_look_right(changes, complaint):
     assert [text for text in complaints({**KINDS["ok"], **changes}) if text.startswith(complaint)]
+
+
+NUMBERS = [name for name, hint in TYPES.items() if re.search("int|float", str(hint)) and name != "schema_version"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_cannot_be_is_a_complaint(name):
+    """Counts, seconds, speeds and shares: of the one table, and nothing is below 0."""
+    record, items = KINDS["ok"], "list" in str(TYPES[name])
+    low, high = BOUNDS.get(name, (0, math.inf))
+    for value in [-3, 10**400, *([] if high == math.inf else [1.7, 2] if "float" in str(TYPES[name]) else [2]), *([0] if low else [])]:
+        found = complaints({**record, name: [value, value] if items else value})
+        assert found[0].startswith(f"{name} is ") and len(found[0]) < 250 and (len(found) == 1 or name == "prompts"), value
+
+
+def test_rounding_is_no_complaint():
+    assert complaints({**KINDS["ok"], "spec_overlap": 1.0000001, "acceptance_rate": 1, "proposed": 0, "accepted": 0}) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "complaint"),
+    [("ok", {"accepted": 5, "proposed": 4}, "accepted is 5, more than proposed, 4"), ("summary", {"runs_successful": 3}, "runs_successful is 3, more than runs, 1"),
+     ("summary", {"speedup": 2.0, "speedup_ci_low": 3.0, "speedup_ci_high": 1.0}, "speedup_ci_low is 3.0, more than speedup_ci_high, 1.0"),
+     ("ok", {"tokens_by_prompt": [3]}, "tokens_by_prompt has 1 values for 2 prompts"), ("ok", {"inputs": {"shared": {}}}, "inputs lacks method"),
+     ("ok", {"inputs": {"shared": None, "method": {}}}, "inputs lacks shared"), ("ok", {"turn_index": 2}, "turn_index is 2, not from 0 to 1"),
+     ("ok", {"acceptance_rate": 1.7}, "acceptance_rate is 1.7, not from 0 to 1"), ("summary", {"speedup": -3}, "speedup is -3, not at least 0")],
+)
+def test_what_goes_with_what(kind, changes, complaint):
+    assert complaints({**KINDS[kind], **changes}) == [complaint]
+    assert complaints({**KINDS[kind], **changes, "mood": "good"}) == [complaint, "has an unknown field mood"]
 
 
 def test_numbers_and_words_where_both_are_meant():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from target_model import Target, tokenizer_hash, weights_hash
 from toy_models import noisy_exit, some_batch, tiny_llama
-from truncated_llama import Exit, ExitForm, ExitInfo, ExitKind, TruncatedLlama, load_exit, read_exit_info, save_exit
+from truncated_llama import Exit, ExitForm, ExitInfo, ExitKind, TruncatedLlama, find_checkpoints, load_exit, read_exit_info, save_exit
 from tuned_llama import Objective, TunedLlama
 
 
@@ -205,3 +205,18 @@ def test_checkpoints_of_the_first_format_are_read(target, tmp_path):
     assert str(found.kind) == "last_block" and found.step == 3
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), exit_.state_dict().values(), strict=True))
     assert torch.equal(target.model.lm_head.weight, before)  # the file's frozen head did not go there
+
+
+def test_checkpoints_are_found_by_name_and_by_glob_each_once(tmp_path, monkeypatch):
+    """A name with brackets is a name where such a file lies, and a pattern where none does."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run[1]/a.safetensors", "run1/b.safetensors", "run2/c.safetensors"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (tmp_path / "link.safetensors").symlink_to("run2/c.safetensors")
+    assert find_checkpoints(["run[1]/a.safetensors"]) == ["run[1]/a.safetensors"]
+    assert find_checkpoints(["run[12]/*"]) == ["run1/b.safetensors", "run2/c.safetensors"]
+    assert find_checkpoints(["run2/c.safetensors", "./run2/*", str(tmp_path / "run2/c.safetensors"), "link.safetensors"]) == ["./run2/c.safetensors"]
+    with pytest.raises(UserError, match=r"no checkpoint matches run\[3\]/\*"):
+        find_checkpoints(["run[3]/*"])
