@@ -168,8 +168,8 @@ def hash_of(prompts: list[Prompt] | list[Question]) -> str:
 
 
 def fitting(questions: list[Question], as_prompt: Callable[[Question], Prompt], longest: int) -> list[tuple[Question, Prompt]]:
-    """Questions with their prompts, where these leave room in the context: of at most `longest` tokens. How many do not, or cannot be asked, is told on
-    stderr. Raises UserError where none is left."""
+    """Questions with their prompts, where these leave room in the context: of at most `longest` tokens. How many do not, or cannot
+    be asked, is told on stderr. Raises UserError where none is left."""
     if longest < 1:
         raise UserError(f"the context has no room for a prompt: --max_new_tokens, and what is drafted ahead, are {1 - longest} tokens too many; lower --max_new_tokens")
     pairs = _asked(questions, as_prompt)
@@ -186,7 +186,7 @@ def _asked(questions: list[Question], as_prompt: Callable[[Question], Prompt]) -
     skipped: Counter[str] = Counter()
     pairs = list(used(questions, as_prompt, skipped))
     if not pairs:
-        raise UserError(f"no question can be asked: {describe_skipped(skipped)}; choose other prompts, or another --system_prompt or model")
+        raise UserError(f"no question can be asked: {describe_skipped(skipped)}; choose other prompts, another system prompt, or another model")
     if skipped:
         print(f"questions: {describe_skipped(skipped)}", file=sys.stderr)
     return pairs

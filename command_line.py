@@ -114,8 +114,8 @@ def parse_args(args_class: type[Args], argv: list[str] | None = None) -> Args:
 
 
 def check_value(name: str, value: object) -> None:
-    """Raise UserError for what no flag can be: an empty name, nan or an infinity, a number that int64 does not hold with what is added to it, and a list that
-    names something twice."""
+    """Raise UserError for what no flag can be: an empty name, nan or an infinity, a number that int64 does not hold with what is
+    added to it, and a list that names something twice."""
     values = value if isinstance(value, list) else [value]
     if "" in values and name not in MAY_BE_EMPTY:
         raise UserError(f'--{name} "": is empty; give a value, or leave the flag out')

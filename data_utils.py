@@ -46,7 +46,8 @@ class Encoded:
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
     """`messages` through the tokenizer's chat template, as text that already holds its BOS.
 
-    Raises SkipRow for a chat that the template refuses, as many do with a system prompt; UserError where there is no template, or it fails on any chat.
+    Raises SkipRow for a chat that the template refuses, as many do with a system prompt; UserError where there is no
+    template, or it fails on any chat.
     """
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path} has no chat template; use an instruct model or a plain-text data set")
@@ -262,7 +263,8 @@ class PaddedBatches:
             if self.fruitless[source] == MAX_FRUITLESS:
                 origin = self.stream.streams[source]
                 remedy = "raise --max_length or use --loss_on all" if origin.skipped[NOTHING_TO_LEARN] else "choose other data, or another model"
-                raise UserError(f"{MAX_FRUITLESS} examples of {origin.dataset.name} in a row have nothing to learn; {remedy} ({describe_skipped(origin.skipped)})")
+                raise UserError(f"{MAX_FRUITLESS} examples of {origin.dataset.name} in a row have nothing to learn; {remedy} "
+                                f"({describe_skipped(origin.skipped)})")
 
     def state_dict(self) -> dict:
         return {"position": self.bucket_start, "emitted": self.emitted}

@@ -313,7 +313,8 @@ def shortest_context(target: Target, args: object) -> int:
 
 
 def prompts_of(target: Target, args: PromptArgs, stream: ExampleStream) -> Iterator[list[int]]:
-    """From `stream`, prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0 whole prompts, up to where the assistant speaks."""
+    """From `stream`, prompts of `spec_prompt_length` tokens, the beginnings of held-out examples that are longer; with length 0
+    whole prompts, up to where the assistant speaks."""
     longest = shortest_context(target, args) - args.spec_max_new_tokens - args.longest
     if args.spec_prompt_length == 0:
         whole = stream.usable(lambda example: encode_prompt(target.tokenizer, example))

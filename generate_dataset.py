@@ -300,7 +300,8 @@ class Answering:
 
 
 def whole_rows(path: Path, needed: tuple[str, ...]) -> dict[int, dict]:
-    """Rows of a JSONL file by `index`; a torn last line (a killed process) is cut off, as more will be appended. Raises UserError for a row without the `needed`."""
+    """Rows of a JSONL file by `index`; a torn last line (a killed process) is cut off, as more will be appended. Raises UserError
+    for a row without the `needed`."""
     if not path.exists():
         return {}
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

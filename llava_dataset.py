@@ -25,8 +25,8 @@ def parse(row: dict) -> dict:
 
 def no_rows(split: str) -> list[dict]:
     """The hub's repository holds files of several forms that repeat each other, so that its splits would share rows. Raises UserError."""
-    raise UserError("--dataset llava_instruct is read from a file: get llava_instruct_150k.json from huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K, "
-                    "and name it with --dataset_path (benchmark.py: with --dataset)")
+    raise UserError("--dataset llava_instruct is read from a file: get llava_instruct_150k.json from "
+                    "huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K, and name it with --dataset_path (benchmark.py: with --dataset)")
 
 
 DATASET = TextDataset(name="llava_instruct", parse=parse, make_rows=no_rows)

@@ -45,9 +45,9 @@ SPECULATION_COLUMNS = {
     "spec_mean_accepted": "accepted tokens per round",
     "spec_mean_proposed": "drafted tokens per round (γ, but for rounds that end in a drafted end-of-text token, and for γ = auto; of a tree "
         "all nodes but the root)",
-    "spec_accept_rate": "accepted / proposed; of a tree's nodes at most one on each level can be accepted, so it says less there than acceptance_rate",
-    "spec_token_accept_rate": "α: accepted / drafted positions that verification reached; of a tree the levels, however many nodes were tried there; of lossy methods "
-        "accepted counts the mismatches that were kept, too",
+    "spec_accept_rate": "accepted / proposed; of a tree's nodes at most one on each level can be accepted: acceptance_rate says more there",
+    "spec_token_accept_rate": "α: accepted / drafted positions that verification reached; of a tree the levels, however many nodes were tried "
+        "there; of lossy methods accepted counts the mismatches that were kept, too",
     "spec_tokens_per_call": "τ: emitted tokens / target calls (correction or bonus included)",
     "spec_target_calls_per_token": "target calls / emitted tokens",
     "spec_overlap": "mean Σ min(p, q) over tested positions, under the sampling policy (chains)",

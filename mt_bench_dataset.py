@@ -4,7 +4,8 @@
     python evaluate.py --spec_prompt_dataset mt_bench ...
 
 Row: {"question_id": ..., "category": ..., "turns": [first question, follow-up], "reference": [answer, answer]} (FastChat's `question.jsonl`, some
-rows with a reference; Spec-Bench's file has the same form), or the turns under `prompt` (the hub's form). A turn may be an object, `{"content": question}` (Arena-Hard). The example is the first question, with
+rows with a reference; Spec-Bench's file has the same form), or the turns under `prompt` (the hub's form). A turn may be an
+object, `{"content": question}` (Arena-Hard). The example is the first question, with
 the further turns as `follow_ups` and, of a mathematical question, the `references` (None: a turn without). Every split holds all rows.
 """
 

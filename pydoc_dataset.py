@@ -28,6 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from results import write_text
 from row_files import SPLITS, TextDataset, parse_messages, split_of
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "datasets", "accelerate", "huggingface_hub")
@@ -203,9 +204,7 @@ def make_rows(split: str) -> list[dict]:
     if not path.exists():
         rows = build_rows(source_files())
         CACHE_DIR.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(rows))
-        partial.replace(path)
+        write_text(path, json.dumps(rows))
     return json.loads(path.read_text())[split]
 
 

@@ -34,7 +34,8 @@ from hub import check_reachable, hub_errors
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
 UNREAD = {  # what rows of chats carry that no example holds: the reason that is counted → its columns, and its keys in a turn
-    "their tool definitions": ("tools", "functions"), "their tool calls": ("tool_calls", "function_call"), "their system prompt": ("system", "system_prompt"),
+    "their tool definitions": ("tools", "functions"), "their tool calls": ("tool_calls", "function_call"),
+    "their system prompt": ("system", "system_prompt"),
 }
 EMPTY = (None, "", "[]", "{}", [], {})
 TURN_COLUMNS = ("messages", "conversations", "conversation")
@@ -318,9 +319,9 @@ def text_in(row: dict, name: str) -> str:
 def clean_messages(turns: object, role_key: str, content_key: str, roles: dict[str, str]) -> list[dict]:
     """The turns of a chat as `role`/`content` messages that start with the user and alternate; else SkipRow.
 
-    `roles` maps the data set's names of the roles to ROLES. A content may be a list of parts, whose texts are joined. Leading turns before the first user turn (a system prompt
-    excepted) and a trailing unanswered user turn are cut, as templates want a user first and an answer is what is
-    learned from.
+    `roles` maps the data set's names of the roles to ROLES. A content may be a list of parts, whose texts are joined.
+    Leading turns before the first user turn (a system prompt excepted) and a trailing unanswered user turn are cut, as
+    templates want a user first and an answer is what is learned from.
     """
     messages = []
     for turn in _turn_list(turns, role_key, content_key):

@@ -142,7 +142,8 @@ check_once() {
   done
 }
 
-# check_numbers: refuse nan and infinities before the first step, though only a later one would be given them; names of files and folders are left alone.
+# check_numbers: refuse nan and infinities before the first step, though only a later one would be given them; names of files
+# and folders are left alone.
 check_numbers() {
   local i name word
   for ((i = 0; i < ${#SETTINGS[@]}; i += 3)); do

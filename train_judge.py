@@ -128,7 +128,8 @@ def open_mined(path: Path, settings: dict) -> list[dict]:
         raise UserError(f"{path}: its first line has no settings, so it is no file of mined prompts; mend it, or choose another --mined")
     broken = [number for number, row in enumerate(rows) if not isinstance(row, dict) or row.get("index") != number]
     if broken:
-        raise UserError(f"{path}: line {broken[0] + 2} is not that of prompt {broken[0]}; mend it, or delete it and the lines below, which are then mined again")
+        raise UserError(f"{path}: line {broken[0] + 2} is not that of prompt {broken[0]}; mend it, or delete it and the lines below, "
+                        "which are then mined again")
     changed = [f"{name} {head['settings'].get(name)} -> {value}" for name, value in settings.items() if head["settings"].get(name) != value]
     if changed:
         raise UserError(f"{path} was mined with other settings ({', '.join(changed)}); use those, or another --out")

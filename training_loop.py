@@ -231,7 +231,8 @@ def print_if_finished(folder: Path) -> bool:
         print("\n".join(["finished already", *map(str, paths)]))
         return True
     if not (folder / STATE_NAME).exists():
-        raise UserError(f"{marker} names {gone[0] if gone else 'no checkpoint'}, which is not there, and {STATE_NAME} is gone, too; delete {folder} to train it again")
+        named = f"{gone[0]}, which is not there" if gone else "no checkpoint"
+        raise UserError(f"{marker} names {named}, and {STATE_NAME} is gone, too; delete {folder} to train it again")
     return False
 
 
@@ -241,7 +242,8 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = OSError(error.errno, error.strerror) if isinstance(error, OSError) and error.strerror else error  # without its file, which stands before it
+        known = isinstance(error, OSError) and error.strerror
+        reason = OSError(error.errno, error.strerror) if known else error  # without its file's name, which stands before it
         raise UserError(f"cannot save {path} ({first_line(reason)}); make room, and continue from the last save with the same command and --resume") from error
 
 

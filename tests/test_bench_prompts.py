@@ -142,7 +142,7 @@ def test_questions_that_the_template_refuses_are_left_out(tokenizer, capsys):
 
     assert [question for question, _ in fitting(questions, as_prompt(None), 100)] == questions[:1]
     assert "questions: 1 rows skipped (1 whose chat the template refuses (No system prompts))" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"no question can be asked: 2 rows skipped \(2 whose chat .*; choose other prompts, or another --system_prompt or model"):
+    with pytest.raises(UserError, match=r"no question can be asked: 2 rows skipped \(2 whose chat .*; choose other prompts, another system prompt, or another model"):
         fitting(questions, as_prompt("Be brief."), 100)
 
 

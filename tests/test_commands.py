@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import benchmark
+import build_followers
 import build_growmap
 import decoding.drafting as drafting
 import evaluate
@@ -114,6 +116,10 @@ def test_pretraining_makes_a_loadable_model(tmp_path, monkeypatch):
     assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 2
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len(model.generation_config.eos_token_id) == 2 and AutoTokenizer.from_pretrained(path).chat_template
+    shutil.rmtree(path)  # a finished run writes what is gone again
+    assert run_main(pretrain_draft_model, [*command, "--resume"], monkeypatch) == 0
+    again = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
     grown = ["--output_dir", tmp_path / "grown", "--init", "first_blocks", "--init_from", path, "--num_hidden_layers", 1, "--dataset", "arithmetic",
              "--max_steps", 1, "--batch_size", 1, "--max_length", 16]
     assert run_main(pretrain_draft_model, grown, monkeypatch) == 0
@@ -323,3 +329,57 @@ def test_transformers_that_refuses_the_torch_is_named():
         assert command_line.pair_complaint(found, "5.17.0", taken) is None
     command_line.check_versions()  # what is installed here
 
+
+
+# ---- chat templates ----
+
+@pytest.fixture
+def with_template(tiny_target_path, tmp_path):
+    """A copy of the target whose tokenizer has another chat template."""
+    def copy(template: str) -> Path:
+        path = shutil.copytree(tiny_target_path, tmp_path / "target")
+        (path / "chat_template.jinja").write_text(template)
+        return path
+    return copy
+
+
+def chat_commands(target: Path, checkpoint: Path, folder: Path) -> dict[str, tuple]:
+    """Commands that read 48 chats, every second one with a system prompt, as (module, arguments)."""
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What does the function do?"}, {"role": "assistant", "content": "It adds two numbers."}]
+    data = folder / "chats"
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [{"messages": [*chat[i % 2 : 2], {**chat[2], "content": f"{split} {i}: it adds two numbers."}]} for i in range(16)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, out = ["--dataset_path", data], ["--out_dir", folder / "out", "--num_threads", 1]
+    evaluation = ["--quality_datasets", "ultrachat", *EVALUATION[2:], *source]
+    return {
+        "train": (train, train_arguments(target, folder / "out", dataset="ultrachat", dataset_path=data)),
+        "evaluate": (evaluate, ["--model_path", target, "--checkpoint", checkpoint, *evaluation, *out]),
+        "prove": (prove, ["--model_path", target, "--spec_prompt_dataset", "ultrachat", "--spec_num_prompts", 1, "--spec_prompt_length", 4, "--spec_max_new_tokens", 2,
+                          *source, *out]),
+        "generate_dataset": (generate_dataset, ["--model_path", target, "--dataset", "ultrachat", *source, "--num_examples", 8, "--max_new_tokens", 4, *out]),
+        "build_followers": (build_followers, ["--model_path", target, "--dataset", "ultrachat", *source, "--max_examples", 8, "--out", folder / "out" / "a.safetensors"]),
+        "benchmark": (benchmark, ["--model_path", target, "--dataset", data / "test.jsonl", "--method", "vanilla", "--max_new_tokens", 2, "--max_samples", 4, "--runs", 1,
+                                  "--out", folder / "out" / "a.jsonl", "--device", "cpu", "--num_threads", 1]),
+    }
+
+
+REFUSING = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+            "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate_dataset", "build_followers", "benchmark"])
+def test_chats_that_the_template_refuses_are_skipped_and_counted(with_template, exit_path, tmp_path, monkeypatch, capsys, name):
+    module, arguments = chat_commands(with_template(REFUSING), exit_path, tmp_path)[name]
+    assert run_main(module, arguments, monkeypatch) == 0
+    output = capsys.readouterr()
+    assert re.search(r"\d+ rows skipped \(\d+ whose chat the template refuses \(System role not supported\)\)", output.out + output.err)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ today_as_text() }}"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "prove", "generate_dataset", "build_followers", "benchmark"])
+def test_a_broken_template_is_one_line(with_template, exit_path, tmp_path, monkeypatch, capsys, name, template):
+    module, arguments = chat_commands(with_template(template), exit_path, tmp_path)[name]
+    assert run_main(module, arguments, monkeypatch) == 2
+    check_one_line(capsys, r"the chat template of .*target is broken \(.*\); mend it, or use another model")

@@ -457,7 +457,9 @@ def test_a_finished_run_whose_checkpoint_is_gone_is_started_again(shell: Shell):
 TOOLS = ("bash", "cat", "date", "dirname", "flock", "mkdir", "mktemp", "nohup", "rm", "setsid", "sleep", "tee", "true")  # of the launcher, without tmux
 
 
-@pytest.mark.parametrize(("tmux", "message"), [(None, "LAUNCHER=tmux: there is no tmux here; install it, or give LAUNCHER=nohup"), ("exit 1", "tmux does not start; see what it says above")])
+@pytest.mark.parametrize(("tmux", "message"), [
+    (None, "LAUNCHER=tmux: there is no tmux here; install it, or give LAUNCHER=nohup"),
+    ("exit 1", "tmux does not start; see what it says above")])
 def test_no_environment_is_left_behind_where_tmux_does_not_start(shell: Shell, tmux: str | None, message: str):
     """The job's file has all of it, secrets included."""
     for name in ("bin", "tmp"):
@@ -467,6 +469,7 @@ def test_no_environment_is_left_behind_where_tmux_does_not_start(shell: Shell, t
     if tmux is not None:
         (shell.folder / "bin" / "tmux").write_text(f"#!/bin/bash\n{tmux}\n")
         (shell.folder / "bin" / "tmux").chmod(0o755)
-    status, output = shell.run("launch_train_bg.sh", "job", "bash", "-c", "true", LAUNCHER="tmux", PATH=str(shell.folder / "bin"), TMPDIR=str(shell.folder / "tmp"), HF_TOKEN="secret")
+    settings = {"PATH": str(shell.folder / "bin"), "TMPDIR": str(shell.folder / "tmp"), "HF_TOKEN": "secret", "LAUNCHER": "tmux"}
+    status, output = shell.run("launch_train_bg.sh", "job", "bash", "-c", "true", **settings)
     assert status == 2 and f"error: {message}" in output
     assert list((shell.folder / "tmp").iterdir()) == []
