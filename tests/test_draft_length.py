@@ -20,7 +20,19 @@ from decoding.state import DecodeStats, RoundResult
 from decoding.static_llama import Stack
 from metrics import expected_tokens
 from speculative import DecodeOptions, generate, generate_batch
-from toy_models import BigramModel, PeekingLength, bigram_pair, check_same_text, chi_square_p, context_free_pair, decode, native_llama, noisy_exit, tiny_llama, transition_p
+from toy_models import (
+    BigramModel,
+    PeekingLength,
+    bigram_pair,
+    check_same_text,
+    chi_square_p,
+    context_free_pair,
+    decode,
+    native_llama,
+    noisy_exit,
+    tiny_llama,
+    transition_p,
+)
 from truncated_llama import Exit, ExitForm, TruncatedLlama
 
 GREEDY = SamplingPolicy(0.0)
