@@ -3,8 +3,8 @@
     python tests/plant_bugs.py            # all of them
     python tests/plant_bugs.py training   # those whose description has these words
 
-An entry names the `bug`, its `file`, what stands there (`right`, once) and what a mistake would make of it (`wrong`), and the `test` that catches it. The exit
-status is 1 where a bug is not caught, or a test fails without it. test_planted_list.py keeps the entries in step with the code.
+An entry names the `bug`, its `file`, what stands there (`right`, once), what a mistake would make of it (`wrong`), and the `test` that catches it.
+The exit status is 1 where a bug is not caught, or a test fails without it. test_planted_list.py keeps the entries in step with the code.
 """
 
 from __future__ import annotations

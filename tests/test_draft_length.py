@@ -350,7 +350,10 @@ def test_taking_back_a_token_because_of_its_draw_breaks_the_law(rule, alternatin
 
 
 def check_law_within_rounds(rule: object, tokens: int = 8000) -> None:
-    """Under rejection, of so many tokens those behind a kept draft: what may depend on how far a rule drafts. The target's have one law, the draft's three."""
+    """Under rejection, those of so many tokens that stand behind a kept draft have the target's law, which is the same at every place.
+
+    Theirs is what depends on how far a rule drafts; the first token of a round only dilutes them. The draft has three laws, so that its signals differ.
+    """
     p = [0.7, 0.25, 0.05]
     target, _ = context_free_pair(p, p, torch.float32)
     draft = BigramModel(torch.tensor([[0.25, 0.7, 0.05], [0.3, 0.4, 0.3], [0.15, 0.8, 0.05]]).log())
@@ -360,8 +363,8 @@ def check_law_within_rounds(rule: object, tokens: int = 8000) -> None:
     assert chi_square_p(torch.bincount(within, minlength=len(p))[None], len(within) * torch.tensor([p])) > 1e-4, "law"
 
 
-def its_chance(this_round: drafting.ChainRound) -> float:
-    """The number that acceptance of the last drafted token will be decided by."""
+def decides_acceptance(this_round: drafting.ChainRound) -> float:
+    """The uniform number that will decide whether the last drafted token is kept."""
     place = this_round.starts[:, None] + len(this_round.rows)
     return float(this_round.state.noise.uniform(place, Purpose.ACCEPT))
 
@@ -380,8 +383,8 @@ def test_law_within_rounds_of_an_adaptive_rule(monkeypatch):
 
 
 def test_a_rule_that_peeks_at_the_next_acceptance_breaks_the_law(monkeypatch):
-    """Planted: three of ten times it does not draft a token that would hardly be kept, and its place is filled from p."""
-    take_back(monkeypatch, lambda this_round: its_chance(this_round) > 0.7)
+    """Planted: three of ten times it does not draft a token, as it would hardly be kept, and what stands in its place comes from p itself."""
+    take_back(monkeypatch, lambda this_round: decides_acceptance(this_round) > 0.7)
     with pytest.raises(AssertionError, match="law"):
         check_law_within_rounds(LENGTHS["adaptive"]())
 

@@ -29,7 +29,8 @@ def test_the_first_pair_of_generations_is_not_measured(monkeypatch):
         asked.append((options.method, prompt, prompt_id))
         return decoded_in(100.0 if prompt_id == 0 else 1.0 if options.method == "vanilla" else 0.5)
 
-    for name, made in {"choose_prompts": [[1], [2], [3]], "drafting_options": DecodeOptions("speculative"), "predict_by_steps": {}, "method_columns": {}}.items():
+    stubs = {"choose_prompts": [[1], [2], [3]], "drafting_options": DecodeOptions("speculative"), "predict_by_steps": {}, "method_columns": {}}
+    for name, made in stubs.items():
         monkeypatch.setattr(evaluation, name, lambda *_, made=made: made)
     monkeypatch.setattr(evaluation, "generate", generate)
     row, found = evaluation.measure_speculation(TARGET, SimpleNamespace(model=None), SimpleNamespace(gamma="4", seed=0), {})

@@ -323,7 +323,7 @@ def test_figures_of_a_judged_chain():
 def test_a_tree_is_rejected_where_none_of_the_children_that_were_tried_was_kept():
     """Not where the walk came to a leaf, though most nodes are on no walk."""
     tree = TreeCounts(considered=12, nodes=8, depth=2, fed=4, passes=2)
-    rounds = [RoundResult([1, 2, 3], 7, 2, tested=2, tree=tree), RoundResult([1, 2], 7, 1, tested=2, tree=tree), RoundResult([1], 7, 0, tested=1, tree=tree)]
+    rounds = [RoundResult([0] * (kept + 1), 7, kept, tested=tested, tree=tree) for kept, tested in ((2, 2), (1, 2), (0, 1))]
     row = run_fields([stats(*rounds)], [], DecodeOptions("dynamic_tree"))
     assert (row["proposed"], row["accepted"], row["rejections"], row["acceptance_rate"]) == (21, 3, 2, 3 / 6)
     assert (row["branches_total"], row["branches_kept"], row["branches_pruned"], row["cache_hits"], row["cache_misses"]) == (12, 21, 15, 3, 3)

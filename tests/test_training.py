@@ -123,8 +123,7 @@ def test_loss_of_a_source_is_the_mean_over_its_own_tokens():
 
 
 def test_pace_is_that_of_training_alone(tmp_path, monkeypatch, capsys):
-    """Two seconds a step, of 100 tokens. A validation of half a minute is no part of it, nor of the seconds that are left, which a run tells that began in the
-    middle of an interval."""
+    """Two seconds a step, of 100 tokens, half a minute of validation between them, and a run that was resumed in the middle of an interval."""
     now = [0.0]
     monkeypatch.setattr(training_loop.time, "perf_counter", lambda: now[0])
     learner = learner_of(OneWeight())

@@ -187,7 +187,8 @@ def test_leaves_of_common_sense(target, tree, draft):
 @pytest.mark.parametrize(("method", "tree"), [("dynamic_tree", DynamicTree(8, 4, 3)), ("specexec", SpecExec(8, 4, 3))])
 def test_leaves_of_common_sense_are_part_of_the_budget(target, method, tree):
     """What it reserves is not drafted, so that one target call takes as many nodes with it as without."""
-    _, stats = decode(target, DRAFTS["head"](target), [1, 2, 3], method=method, tree=tree, common_sense=CommonSense(FOLLOWERS, nodes=4), max_new_tokens=12)
+    options = {"method": method, "tree": tree, "common_sense": CommonSense(FOLLOWERS, nodes=4), "max_new_tokens": 12}
+    _, stats = decode(target, DRAFTS["head"](target), [1, 2, 3], **options)
     assert {result.tree.nodes for result in stats.rounds} == {8}
 
 

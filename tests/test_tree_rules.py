@@ -566,16 +566,17 @@ def test_shapes_of_trees(name):
 
 
 def fed_sets(patch: pytest.MonkeyPatch) -> list[dict[frozenset[int], tuple[int, ...]]]:
-    """Grows by a dictionary per round from here on: what each node that is fed to the draft may see, numbered as they are fed, and the tokens there behind the root."""
-    exact, rounds = TreeRound.level_children, []
-    begin = TreeRound.__init__
+    """Grows by a dictionary per round from here on: which of the nodes fed to the draft each of them sees, itself included -> their tokens, without the root's."""
+    begin, exact, rounds = TreeRound.__init__, TreeRound.level_children, []
 
     def began(this_round: TreeRound, *rest: object) -> None:
         begin(this_round, *rest)
         this_round.fed = [0]  # tokens, the root's first
         rounds.append({frozenset({0}): ()})
 
-    def level(this_round: TreeRound, count: int, tokens: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor, *rest: object) -> children.Children:
+    def level(
+        this_round: TreeRound, count: int, tokens: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor, *rest: object,
+    ) -> children.Children:
         first = len(this_round.fed)
         this_round.fed += tokens.tolist()
         for place, (depth, row) in enumerate(zip(depths.tolist(), visible.tolist(), strict=True), start=first):
@@ -590,8 +591,9 @@ def fed_sets(patch: pytest.MonkeyPatch) -> list[dict[frozenset[int], tuple[int, 
     return rounds
 
 
-def check_sight(name: str) -> None:
-    """A node that is fed to the draft sees its ancestors and itself, and nothing else: whatever it sees, texts stay exact, but it is a worse draft."""
+@pytest.mark.parametrize("name", TREES)
+def test_a_drafted_node_sees_its_ancestors_alone(name):
+    """And itself. Texts stay exact whatever it sees, but with more it is a worse draft."""
     target, draft = bigram_pair()
     with pytest.MonkeyPatch.context() as patch:
         fed, trees = fed_sets(patch), seen_trees(patch)
@@ -602,13 +604,8 @@ def check_sight(name: str) -> None:
     assert max(map(len, fed)) > 3
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_a_drafted_node_sees_its_ancestors_alone(name):
-    check_sight(name)
-
-
-def check_complete_tree() -> None:
-    """Every drawn node among the best gets children, however unlikely it turned out, so that a budget for a whole tree is filled by it."""
+def test_every_drawn_node_has_children():
+    """However unlikely it turned out to be: where the budget holds the whole tree, all of it is drafted."""
     plan = DynamicTree(15, 3, 2, verification="swor")
     for seed in range(5):
         with pytest.MonkeyPatch.context() as patch:
@@ -617,21 +614,13 @@ def check_complete_tree() -> None:
         assert trees[0].depths.bincount().tolist() == [1, 2, 4, 8]
 
 
-def test_every_drawn_node_has_children():
-    check_complete_tree()
-
-
-def check_stop() -> None:
-    """By hand: two draft passes at half a target pass each and the target's own make 2, in which 2 tokens are expected. At that pace a further draft pass
-    has to bring half a token."""
+def test_growth_stops_when_a_pass_brings_less_than_the_round_in_its_time():
+    """By hand: two draft passes, half a target pass each, and the target's own take the time of 2, in which 2 tokens are expected. At that pace half a
+    token comes in a draft pass's time."""
     pool, growth = SimpleNamespace(expected=lambda count: torch.tensor(2.0)), Growth(8, 4, 2, 2, 4, level_cost=0.5)
     for gain, slows in ((0.55, False), (0.45, True)):
         counts = TreeCounts(considered=0, passes=2, expected=2.0 - gain)
         assert best_first._slows(pool, growth, counts) == slows and counts.expected == 2.0
-
-
-def test_growth_stops_when_a_pass_brings_less_than_the_round_in_its_time():
-    check_stop()
 
 
 def all_values(log_chances: Callable[[int, int], torch.Tensor], plan: SpecExec, ends: frozenset[int]) -> dict[tuple[int, ...], float]:
