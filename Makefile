@@ -21,6 +21,9 @@ DATASET_FILE = $(abspath $(wildcard $(DATASET)))
 # The oldest torch and libraries that requirements.txt admits, in an environment of its own.
 OLDEST := .venv-oldest
 
+# Words that the bugs which test-planted plants have in their descriptions.
+BUGS ?=
+
 # The demo's sweep, made for 2 CPU cores. See `bash run_sweep_ultrachat_two_stage.sh --help`. Word problems, because exits learn them in minutes.
 DEMO_DEVICE ?= cpu
 DEMO := env PYTHON=$(BIN)/python HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DEVICE=$(DEMO_DEVICE) SEED=0 NUM_THREADS=2 \
@@ -45,7 +48,7 @@ HEADLESS ?=
 BENCH = $(BIN)/python benchmark.py --out $(OUT) $(if $(DATASET),--dataset $(DATASET)) $(if $(HEADLESS),--require_headless)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo demo-short demo-llava test test-oldest test-aarch64 aarch64-wheels check bench bench-toy smoke-hf autojudge specexec list-presets validate-configs validate-results docker-engine docker-build docker-build-gpu docker-test docker-bench clean
+.PHONY: help setup setup-gpu demo demo-short demo-llava test test-planted test-oldest test-aarch64 aarch64-wheels check bench bench-toy smoke-hf autojudge specexec list-presets validate-configs validate-results docker-engine docker-build docker-build-gpu docker-test docker-bench clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 25
@@ -72,6 +75,9 @@ demo-llava: setup ## decode behind pictures with three drafts, in under 3 minute
 
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-planted: setup ## plant the bugs of tests/planted_bugs.json one by one, and see that a test fails on each; BUGS="word …" chooses some
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/plant_bugs.py $(BUGS)
 
 test-oldest: ## all tests and the short demo with Python 3.12 and the oldest libraries, torch 2.6.0 under the name that NVIDIA's 25.01 gives it; downloads 3 GB once
 	bash requirements/make_oldest.sh $(OLDEST)

@@ -210,6 +210,14 @@ def test_features_of_the_drafts_law():
     assert torch.allclose(law_features(logits, torch.tensor([[7]]), torch.tensor([3, 5, 7]), 0.5)[0, 0], torch.tensor(wanted))
 
 
+def test_place_in_the_window_counts_from_1(monkeypatch):
+    """As where a judge was fitted: the last token's is 1."""
+    given, predict, target = [], Judge.predict, native_llama()
+    monkeypatch.setattr(Judge, "predict", lambda self, features: given.append(features[0, :, -1].tolist()) or predict(self, features))
+    judged(target, noisy_exit(target, 2), random_judge(target, "law", 0.5), [1, 2, 3], max_new_tokens=8)
+    assert given and all(places == [0.25, 0.5, 0.75, 1.0] for places in given)
+
+
 # ---- the rule, by hand ----
 
 KEPT = torch.tensor([[True, False, False, True]])

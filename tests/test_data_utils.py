@@ -184,6 +184,15 @@ def test_padded_batches_hold_every_example_once_per_epoch(tokenizer):
     assert all(batch["global_tokens"] == int(batch["loss_mask"][:, 1:].sum()) for batch in batches)
 
 
+def test_buckets_are_cut_into_batches_in_orders_of_their_own(tokenizer):
+    """Else every bucket would begin with batches of one length: with the shortest, say."""
+    rows = [{"text": "fox " * (1 + i)} for i in range(48)]
+    batches = PaddedBatches(ExampleStream(DATASETS["slim_pj"], rows, 0), EncodeOptions(tokenizer, batch_size=1))
+    widths = [batch["input_ids"].shape[1] for batch in islice(batches, 48)]
+    orders = {tuple(sorted(bucket).index(width) for width in bucket) for bucket in (widths[:16], widths[16:32], widths[32:])}
+    assert len(orders) == 3 and tuple(range(16)) not in orders
+
+
 def test_examples_with_nothing_to_learn_are_counted_and_end_in_an_error(tokenizer):
     stream = ExampleStream(DATASETS["gsm8k"], [{"question": "Why? " * 50, "answer": "So."}], seed=0)
     with pytest.raises(UserError, match="have nothing to learn; raise --max_length"):

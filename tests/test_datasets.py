@@ -526,8 +526,10 @@ def test_finished_epochs_are_told_once_and_not_again_by_a_stream_that_goes_on_af
     assert resumed.position["epoch"] == 4 and not capsys.readouterr().err
 
 
-def test_epochs_are_shuffled_differently():
-    examples = [example["text"] for example in islice(ExampleStream(DATASETS["slim_pj"], [{"text": str(i)} for i in range(30)], seed=0), 60)]
+@pytest.mark.parametrize("hub", [False, True])
+def test_epochs_are_shuffled_differently(hub):
+    rows = [{"text": str(i)} for i in range(30)]
+    examples = [example["text"] for example in islice(ExampleStream(DATASETS["slim_pj"], hub_stream(rows) if hub else rows, seed=0), 60)]
     assert sorted(examples[:30]) == sorted(examples[30:]) and examples[:30] != examples[30:]
 
 

@@ -75,6 +75,13 @@ def test_a_wrong_gradient_is_found(monkeypatch):
         test_gradients_are_those_of_the_definition("lk", 1.0)
 
 
+def test_a_row_predicts_the_token_behind_it():
+    """By hand, as all else here takes its rows from these two functions: unshifted, cross-entropy would see its own label."""
+    learned = torch.tensor([[False, True, False, True], [False, False, True, False]])
+    assert learned_rows(torch.arange(8).view(2, 4), learned).tolist() == [0, 2, 5]
+    assert learned_tokens(torch.arange(10, 18).view(2, 4), learned).tolist() == [11, 13, 16]
+
+
 def exits_of(model: nn.Module, kinds: list[str], seed: int = 0) -> list[Exit]:
     """Exits at layer 1, noisy, so that nothing is zero."""
     found = []

@@ -15,12 +15,24 @@ import torch
 import decoding.draft_length as draft_length
 import decoding.drafting as drafting
 from decoding.draft_length import AdaptiveLength, Calibration, FixedLength, RecentMean
-from decoding.sampling import Noise, SamplingPolicy
+from decoding.sampling import Noise, Purpose, SamplingPolicy
 from decoding.state import DecodeStats, RoundResult
 from decoding.static_llama import Stack
 from metrics import expected_tokens
 from speculative import DecodeOptions, generate, generate_batch
-from toy_models import PeekingLength, bigram_pair, check_same_text, decode, native_llama, noisy_exit, tiny_llama, transition_p
+from toy_models import (
+    BigramModel,
+    PeekingLength,
+    bigram_pair,
+    check_same_text,
+    chi_square_p,
+    context_free_pair,
+    decode,
+    native_llama,
+    noisy_exit,
+    tiny_llama,
+    transition_p,
+)
 from truncated_llama import Exit, ExitForm, TruncatedLlama
 
 GREEDY = SamplingPolicy(0.0)
@@ -119,6 +131,12 @@ def test_fixed_length_drafts_its_number_and_needs_no_signals():
 def test_costs_that_cannot_be_are_refused(costs):
     with pytest.raises(ValueError, match="positive seconds"):
         AdaptiveLength(costs)
+
+
+def test_a_further_token_costs_what_the_slope_says():
+    """By hand, around each length; that the first one takes more, as drafting at all does, is no part of it."""
+    rule = AdaptiveLength([1.0, 3.0, 3.5, 4.5, 4.75])
+    assert [rule._token_s(drafted) for drafted in (1, 2, 3)] == pytest.approx([1.5 / 2, 1.75 / 3, 1.25 / 2])
 
 
 # ---- simulated traffic ----
@@ -257,10 +275,17 @@ def test_texts_of_a_batch_share_the_decision():
 
 # ---- texts ----
 
+class OnSchedule(AdaptiveLength):
+    """Takes every round to last what it costs, so that texts do not depend on the clock, and what is found of their law is found again."""
+
+    def learn(self, signals: list[torch.Tensor], results: list[RoundResult], seconds: float) -> None:
+        super().learn(signals, results, self.costs[len(signals)])
+
+
 LENGTHS = {
     "fixed": lambda: FixedLength(3),
     "peeking": lambda: PeekingLength(3, 0.5),
-    "adaptive": lambda: AdaptiveLength([1.0, 1.1, 1.2, 1.3]),
+    "adaptive": lambda: OnSchedule([1.0, 1.1, 1.2, 1.3]),
 }
 METHODS = ["speculative", "self_speculative"]
 
@@ -324,11 +349,44 @@ def test_taking_back_a_token_because_of_its_draw_breaks_the_law(rule, alternatin
         check_law_under(LENGTHS[rule](), SAMPLED[0], tokens=4000)
 
 
+def check_law_within_rounds(rule: object, tokens: int = 8000) -> None:
+    """Under rejection, those of so many tokens that stand behind a kept draft have the target's law, which is the same at every place.
+
+    Theirs is what depends on how far a rule drafts; the first token of a round only dilutes them. The draft has three laws, so that its signals differ.
+    """
+    p = [0.7, 0.25, 0.05]
+    target, _ = context_free_pair(p, p, torch.float32)
+    draft = BigramModel(torch.tensor([[0.25, 0.7, 0.05], [0.3, 0.4, 0.3], [0.15, 0.8, 0.05]]).log())
+    _, stats = decode(target, draft, [0], policy=SAMPLED[0], gamma=rule, max_new_tokens=tokens, seed=3)
+    within = torch.tensor([token for r in stats.rounds for token in r.tokens[1:]])
+    assert len({r.proposed for r in stats.rounds}) > 1 and len(within) > tokens / 3
+    assert chi_square_p(torch.bincount(within, minlength=len(p))[None], len(within) * torch.tensor([p])) > 1e-4, "law"
+
+
+def decides_acceptance(this_round: drafting.ChainRound) -> float:
+    """The uniform number that will decide whether the last drafted token is kept."""
+    place = this_round.starts[:, None] + len(this_round.rows)
+    return float(this_round.state.noise.uniform(place, Purpose.ACCEPT))
+
+
 @pytest.mark.parametrize("rule", ["peeking", "adaptive"])
 def test_a_signal_of_rejection_says_nothing_about_the_draw(rule, alternating, monkeypatch):
     """So even taking a token back because of its signal leaves the law as it is."""
     take_back(monkeypatch, lambda this_round: float(this_round.signals[-1]) < 0)
     check_law_under(LENGTHS[rule](), SAMPLED[0])
+
+
+def test_law_within_rounds_of_an_adaptive_rule(monkeypatch):
+    """It may look at the place, and at what the draft says."""
+    take_back(monkeypatch, lambda this_round: int(this_round.starts) % 3 == 0)
+    check_law_within_rounds(LENGTHS["adaptive"]())
+
+
+def test_a_rule_that_peeks_at_the_next_acceptance_breaks_the_law(monkeypatch):
+    """Planted: three of ten times it does not draft a token, as it would hardly be kept, and what stands in its place comes from p itself."""
+    take_back(monkeypatch, lambda this_round: decides_acceptance(this_round) > 0.7)
+    with pytest.raises(AssertionError, match="law"):
+        check_law_within_rounds(LENGTHS["adaptive"]())
 
 
 def check_coupled_text(rule: object, policy: SamplingPolicy, tokens: int = 1500) -> None:

@@ -49,6 +49,12 @@ def test_speedup_leaves_prefill_out():
     assert row["spec_speedup"] == 2 and row["spec_tokens_per_s"] == 1 and row["vanilla_decode_s"] == 2
 
 
+def test_seconds_of_decoding_and_of_the_host():
+    """What recording overlaps takes is measurement: it is in neither."""
+    stats = DecodeStats(seconds={"prefill": 1.0, "draft": 2.0, "verify": 3.0, "record": 1.5}, wall_s=10.0)
+    assert stats.decode_s == 7.5 and stats.host_s == 2.5
+
+
 def test_bootstrap_interval_covers_the_truth():
     """95 % intervals of a mean of 40 values, over 200 samples: coverage within 4 deviations of 0.95."""
     generator = np.random.default_rng(0)
@@ -92,6 +98,12 @@ def test_what_is_not_known_of_a_model_without_numbers_is_absent(whose, left, bad
 def test_figures_have_their_documented_columns():
     teacher = torch.randn(4, 9)
     assert set(metrics.quality_means(metrics.quality_sums(teacher, teacher, torch.zeros(4, dtype=torch.int64), 1.0))) == set(metrics.QUALITY_COLUMNS)
+
+
+def test_predicted_speedup_by_hand():
+    """1 + ½ + ¼ tokens in two draft steps of a tenth and a verification of 1.3 target steps."""
+    assert metrics.predicted_speedup(0.5, 2, 0.1, 1.3) == pytest.approx(1.75 / 1.5)
+    assert metrics.predicted_speedup(1.0, 2, 0.1, 1.3) == pytest.approx(3 / 1.5)
 
 
 @pytest.mark.parametrize(("alpha", "cost", "best", "speedup"), [(0.6, 0.05, 4, 1.92), (0.8, 0.1, 6, 2.47), (0.9, 0.1, 10, 3.43), (0.8, 0.2, 4, 1.87)])

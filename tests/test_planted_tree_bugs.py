@@ -27,12 +27,14 @@ from test_tree_rules import (
     check_best_first,
     check_drawn_children,
     check_first_coupled_child,
+    check_law_behind_a_drawn_child,
     check_law_of_a_text,
     check_matching,
     check_matching_round,
     check_nodes,
     check_ranks,
     check_round,
+    check_round_with_a_level_cost,
     check_shapes,
     check_zero_is_never_accepted,
     growing,
@@ -166,7 +168,20 @@ def test_drawn_child_pruned_because_it_is_less_likely_than_its_sibling(monkeypat
     fails(check_round, growing(5, 2), PLAIN, 2, 3)
 
 
+def test_drawn_levels_that_are_left_out_as_unlikely(monkeypatch):
+    """Each pass ends growth or not by what was drawn before it."""
+    growth = Growth(3, 2, 2, beam=3, passes=2, level_cost=0.83)
+    monkeypatch.setattr(DynamicTree, "growth", property(lambda plan: growth))
+    fails(check_round_with_a_level_cost)
+
+
 # ---- noise ----
+
+def test_last_token_with_the_noise_of_the_children(monkeypatch):
+    """Over many tokens 38 % become 42 %."""
+    plant(monkeypatch, verify.verify_swor, "Purpose.RESIDUAL", "Purpose.DRAFT")
+    fails(check_law_behind_a_drawn_child)
+
 
 @pytest.mark.parametrize("name", ["static, swor", "dynamic, swor"])
 def test_noise_that_is_not_fresh_in_each_round(monkeypatch, name):

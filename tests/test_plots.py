@@ -616,6 +616,11 @@ def test_a_legend_takes_no_room_from_the_panels() -> None:
     assert not figures[0].legends and figures[1].legends and heights[1] > 0.95 * heights[0]
 
 
+@pytest.mark.parametrize(("alpha", "cost", "best"), [(0.8, 0.1, 6), (0.6, 0.05, 4), (0.3, 0.5, 1)])
+def test_best_speedup_is_that_of_the_cost_model(alpha, cost, best):
+    assert capacity_plots.weight_bound_speedup(alpha, cost) == pytest.approx(metrics.predicted_speedup(alpha, best, cost))
+
+
 def test_exits_side_by_side_are_sorted_and_each_value_stands_in_its_row() -> None:
     table = synthetic_table(TWELVE[:4], (1, 5))
     table.loc[2, "spec_speedup"] = np.nan

@@ -13,7 +13,7 @@ import pytest
 import record_file
 import validate_results
 from bench_records import MethodRun, needed_summaries, run_fields, summary_key
-from decoding.state import DecodeStats, RoundResult
+from decoding.state import DecodeStats, RoundResult, TreeCounts
 from metrics import mcnemar_p, wilson_interval
 from record_file import RecordFile, read_records
 from records import BOUNDS, FIELDS, SCHEMA_VERSION, TYPES, complaints, schema_table
@@ -299,6 +299,18 @@ def test_judged_methods_are_compared_with_the_same_decoding_without_a_judge():
     assert made["topk"]["mcnemar_p"] == 1 and made["specexec"]["mcnemar_p"] == 1
 
 
+def test_answers_are_compared_in_the_first_run_that_both_have():
+    right, wrong = ([answer] * 6 for answer in (True, False))
+    runs = {"vanilla": {2: right, 3: wrong}, "specexec": {1: right, 2: wrong, 3: wrong}}
+    records = [run_record(method, run, correct_by_prompt=correct) for method, found in runs.items() for run, correct in found.items()]
+    assert summaries(records)["specexec"]["mcnemar_p"] == pytest.approx(2 / 64)
+
+
+def test_a_run_says_which_seed_it_was_decoded_with():
+    """--seed in the first run, and the next ones in further runs."""
+    assert [run_record("vanilla", run)["seed"] for run in (1, 2, 5)] == [3, 4, 7]
+
+
 def by_hand(lost: int, gained: int) -> float:
     """Chance, in fair tosses, of a split at least as uneven."""
     total = lost + gained
@@ -337,6 +349,15 @@ def test_figures_of_a_judged_chain():
     assert (row["judge_total"], row["judge_accepted"], row["judge_rejected"]) == (3, 2, 1) and row["judge_accept_rate"] == 2 / 3
     assert (row["target_fallbacks"], row["target_fallback_rate"]) == (2, 2 / 7) and row["exact_match"] == 0.5
     assert not set(row) - set(FIELDS) and json.dumps(row, allow_nan=False)
+
+
+def test_a_tree_is_rejected_where_none_of_the_children_that_were_tried_was_kept():
+    """Not where the walk came to a leaf, though most nodes are on no walk."""
+    tree = TreeCounts(considered=12, nodes=8, depth=2, fed=4, passes=2)
+    rounds = [RoundResult([0] * (kept + 1), 7, kept, tested=tested, tree=tree) for kept, tested in ((2, 2), (1, 2), (0, 1))]
+    row = run_fields([stats(*rounds)], [], DecodeOptions("dynamic_tree"))
+    assert (row["proposed"], row["accepted"], row["rejections"], row["acceptance_rate"]) == (21, 3, 2, 3 / 6)
+    assert (row["branches_total"], row["branches_kept"], row["branches_pruned"], row["cache_hits"], row["cache_misses"]) == (12, 21, 15, 3, 3)
 
 
 def test_transformers_first_tokens_do_not_count():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, policy_probs
+from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, noise_places, policy_probs
 from toy_models import chi_square_p
 
 DTYPES = [torch.float32, torch.float64]  # through C++, and through torch
@@ -67,6 +67,12 @@ def test_noise_changes_with_each_of_its_keys(change):
 
     correlation = torch.corrcoef(torch.stack([values(**keys), values(**{**keys, **change})]))[0, 1]
     assert abs(correlation) < 5 / 4096**0.5
+
+
+def test_purposes_have_places_of_their_own():
+    """At one position and at neighbouring ones: two names for one place would be no two purposes."""
+    places = [position * spacing + offset for spacing, offset in map(noise_places, Purpose.__members__.values()) for position in range(3)]
+    assert len(set(places)) == 3 * len(Purpose.__members__)
 
 
 def test_uniforms_are_uniform():

@@ -74,6 +74,15 @@ def test_a_text_is_found_in_a_batch_of_another_width(tmp_path):
     assert find(cache, longer, torch.tensor([[1, 1, 1, 0, 0, 0]])) is None  # three tokens, the last of id 0
 
 
+@pytest.mark.parametrize("place", [0, 20, 39])
+def test_texts_that_differ_in_one_token_are_two(place):
+    """Wherever it stands: chats of one system prompt begin alike."""
+    ids = torch.arange(40).repeat(2, 1)
+    ids[1, place] = 63
+    first, second = text_keys(ids, torch.ones_like(ids))
+    assert first != second and text_keys(ids[:1, :39], torch.ones(1, 39)) != [first]
+
+
 def test_what_a_killed_process_left_torn_is_computed_again(tmp_path):
     """An entry without its rows, and half an entry."""
     ids, states = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.randn(2, 3, 4)

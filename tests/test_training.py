@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import training_loop
 from processes import Processes
 from results import read_csv_log
-from training_loop import Learner, StopRequest, TrainingArgs, TrainingTask, lr_factor, run_training, train_step
+from training_loop import Learner, RunLog, StopRequest, TrainingArgs, TrainingTask, lr_factor, run_training, train_step
 from truncated_llama import read_exit_info
 
 ROOT = Path(__file__).parent.parent
@@ -80,18 +81,24 @@ class OneWeight(nn.Module):
         self.weight = nn.Parameter(torch.tensor([1.0, -2.0]))
 
 
-def step_on(batches: list[torch.Tensor]) -> tuple[dict, torch.Tensor]:
-    module = OneWeight()
+def learner_of(module: OneWeight, rate: float = 0.01) -> Learner:
+    return Learner("", Path(), [module.weight], torch.optim.SGD([module.weight], lr=1.0), rate, write=None)
+
+
+def squares(module: OneWeight) -> TrainingTask:
+    """The sum of squares, a row x of a batch being a token."""
 
     def learn(batch: dict, scale: float) -> list[dict]:
         loss = (batch["x"] @ module.weight).square().sum()
         (scale * loss).backward()
         return [{"loss": loss}]
 
-    learner = Learner("", Path(), [module.weight], torch.optim.SGD([module.weight], lr=1.0), 0.01, write=None)
-    task = TrainingTask([learner], batches=None, count=lambda b: len(b["x"]), learn=learn, validate=None, columns=())
-    args = TrainingArgs(output_dir="unused", warmup_ratio=0.0)
-    figures, = train_step(task, [{"x": x} for x in batches], args, 0, Processes(torch.device("cpu")))
+    return TrainingTask([learner_of(module)], batches=None, count=lambda b: len(b["x"]), learn=learn, validate=None, columns=())
+
+
+def step_on(batches: list[torch.Tensor]) -> tuple[dict, torch.Tensor]:
+    module, args = OneWeight(), TrainingArgs(output_dir="unused", warmup_ratio=0.0)
+    figures, = train_step(squares(module), [{"x": x} for x in batches], args, 0, Processes(torch.device("cpu")))
     return figures, module.weight.detach()
 
 
@@ -103,11 +110,53 @@ def test_step_does_not_depend_on_how_the_batch_is_cut():
     assert whole["loss"] == pytest.approx(cut["loss"]) and torch.allclose(weight, weight_cut)
 
 
+def test_loss_of_a_source_is_the_mean_over_its_own_tokens():
+    """Of two sources with 1 and 3 of 4 tokens; one that is not in the step has none, not 0."""
+    task, module = squares(OneWeight()), OneWeight()
+    losses = {"loss": 8.0, "loss_a": 5.0, "share_a": 1.0, "loss_b": 3.0, "share_b": 3.0, "loss_c": 0.0, "share_c": 0.0}
+    task.sources, task.learn = ["a", "b", "c"], lambda batch, scale: [{name: torch.tensor(value) for name, value in losses.items()}]
+    task.learners = [learner_of(module)]
+    module.weight.grad = torch.zeros(2)
+    figures, = train_step(task, [{"x": torch.ones(4, 2)}], TrainingArgs(output_dir="unused"), 0, Processes(torch.device("cpu")))
+    assert (figures["loss"], figures["loss_a"], figures["loss_b"], figures["share_a"], figures["share_b"]) == (2.0, 5.0, 1.0, 0.25, 0.75)
+    assert "loss_c" not in figures and figures["share_c"] == 0
+
+
+def test_pace_is_that_of_training_alone(tmp_path, monkeypatch, capsys):
+    """Two seconds a step, of 100 tokens, half a minute of validation between them, and a run that was resumed in the middle of an interval."""
+    now = [0.0]
+    monkeypatch.setattr(training_loop.time, "perf_counter", lambda: now[0])
+    learner = learner_of(OneWeight())
+    learner.folder, learner.validation = tmp_path, {"validation_kl": 0.5}
+    task = TrainingTask([learner], None, None, None, None, ("validation_kl",))
+    log = RunLog(tmp_path, TrainingArgs(output_dir="unused", max_steps=30), task, 6)
+    for step in range(7, 21):
+        now[0] += 2.0
+        log.step(step, [{"loss": 1.0, "tokens": 100, "grad_norm": 1.0}])
+        if step == 13:
+            now[0] += 30.0
+            log.validation(step)
+    log.close()
+    told = [line.split("tokens/s")[0].split()[-1] + line.split("tokens/s")[1] for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    assert told == ["50, 40 s left", "50, 20 s left"]
+    assert read_csv_log(tmp_path / "train_log.csv")["tokens_per_s"].dropna().tolist() == [50.0, 50.0]
+
+
 @pytest.mark.parametrize(("schedule", "middle", "end"), [("constant", 1.0, 1.0), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.0003)])
 def test_schedules(schedule, middle, end):
     args = TrainingArgs(output_dir="unused", max_steps=110, warmup_ratio=10 / 110, lr_schedule=schedule)
     assert [lr_factor(step, args) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert lr_factor(60, args) == pytest.approx(middle) and lr_factor(109, args) == pytest.approx(end, abs=1e-3)
+
+
+def test_steps_are_made_at_the_rates_of_the_schedule():
+    """The first at the schedule's first, so that the last is not at 0."""
+    task, args = squares(OneWeight()), TrainingArgs(output_dir="unused", max_steps=4, warmup_ratio=0.5, lr_schedule="linear")
+    rates = []
+    for step in range(4):
+        train_step(task, [{"x": torch.ones(1, 2)}], args, step, Processes(torch.device("cpu")))
+        rates.append(task.learners[0].current_rate)
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
 
 
 def test_second_signal_interrupts_at_once():

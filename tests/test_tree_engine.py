@@ -184,6 +184,14 @@ def test_leaves_of_common_sense(target, tree, draft):
     check_caches_after_every_round(target, DRAFTS[draft](target), **options)
 
 
+@pytest.mark.parametrize(("method", "tree"), [("dynamic_tree", DynamicTree(8, 4, 3)), ("specexec", SpecExec(8, 4, 3))])
+def test_leaves_of_common_sense_are_part_of_the_budget(target, method, tree):
+    """What it reserves is not drafted, so that one target call takes as many nodes with it as without."""
+    options = {"method": method, "tree": tree, "common_sense": CommonSense(FOLLOWERS, nodes=4), "max_new_tokens": 12}
+    _, stats = decode(target, DRAFTS["head"](target), [1, 2, 3], **options)
+    assert {result.tree.nodes for result in stats.rounds} == {8}
+
+
 @pytest.mark.parametrize("tree", COUPLED_TREES)
 def test_dynamic_ntk_beyond_its_length(tree):
     rope = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}, "max_position_embeddings": 64}

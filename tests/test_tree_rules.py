@@ -10,19 +10,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise, permutations, product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import decoding.best_first as best_first
 import decoding.children as children
 import decoding.verify as verify
+from decoding.best_first import Growth
 from decoding.children import Chooser, Coupling, Nodes
 from decoding.dynamic_tree import DynamicTree, dynamic_tree_round
 from decoding.growmap import Growmap
 from decoding.kv_cache import CachedModel
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, policy_probs
 from decoding.specexec import SpecExec, specexec_round
-from decoding.state import DecodeState, RoundResult
+from decoding.state import DecodeState, RoundResult, TreeCounts
 from decoding.static_tree import StaticTree, static_tree_round
 from decoding.tree import Tree
 from decoding.tree_drafting import TreeRound
@@ -361,6 +364,15 @@ def test_round_over_a_tree_that_grows_in_passes_of_fixed_width_has_the_targets_l
     check_round(growing(budget, 2), NUCLEUS, 2, 0, ends)
 
 
+def check_round_with_a_level_cost() -> None:
+    """Drawn trees take no note of it: were a level left out as its parents turned out unlikely, which of them stay would depend on which they are."""
+    check_round(DynamicTree(3, 2, 2, level_cost=0.83, verification="swor"), PLAIN, 2, seed=7)
+
+
+def test_round_over_drawn_children_does_not_stop_early():
+    check_round_with_a_level_cost()
+
+
 def check_adaptive_round() -> None:
     """Trees of which a third child may be a part or not."""
     assert len(check_round(growing(4, 3), NUCLEUS, 3, seed=1)) > 1
@@ -553,6 +565,64 @@ def test_shapes_of_trees(name):
     check_shapes(name)
 
 
+def fed_sets(patch: pytest.MonkeyPatch) -> list[dict[frozenset[int], tuple[int, ...]]]:
+    """Grows by a dictionary per round from here on: which of the nodes fed to the draft each of them sees, itself included -> their tokens, without the root's."""
+    begin, exact, rounds = TreeRound.__init__, TreeRound.level_children, []
+
+    def began(this_round: TreeRound, *rest: object) -> None:
+        begin(this_round, *rest)
+        this_round.fed = [0]  # tokens, the root's first
+        rounds.append({frozenset({0}): ()})
+
+    def level(
+        this_round: TreeRound, count: int, tokens: torch.Tensor, depths: torch.Tensor, visible: torch.Tensor, *rest: object,
+    ) -> children.Children:
+        first = len(this_round.fed)
+        this_round.fed += tokens.tolist()
+        for place, (depth, row) in enumerate(zip(depths.tolist(), visible.tolist(), strict=True), start=first):
+            seen = frozenset(i for i, sees in enumerate(row) if sees)
+            assert place in seen and len(seen) == depth + 1, "a node sees itself and one node on each level above"
+            assert seen - {place} in rounds[-1], "what its parent sees, it sees"
+            rounds[-1][seen] = tuple(this_round.fed[i] for i in sorted(seen))[1:]
+        return exact(this_round, count, tokens, depths, visible, *rest)
+
+    patch.setattr(TreeRound, "__init__", began)
+    patch.setattr(TreeRound, "level_children", level)
+    return rounds
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_drafted_node_sees_its_ancestors_alone(name):
+    """And itself. Texts stay exact whatever it sees, but with more it is a worse draft."""
+    target, draft = bigram_pair()
+    with pytest.MonkeyPatch.context() as patch:
+        fed, trees = fed_sets(patch), seen_trees(patch)
+        decode(target, draft, [0], policy=SamplingPolicy(0.7), max_new_tokens=40, **TREES[name])
+    for sight, tree in zip(fed, trees, strict=True):
+        inner = set(tree.parents.tolist()) - {-1}
+        assert {paths(tree)[node] for node in inner} <= set(sight.values()) and len(set(sight.values())) == len(sight)
+    assert max(map(len, fed)) > 3
+
+
+def test_every_drawn_node_has_children():
+    """However unlikely it turned out to be: where the budget holds the whole tree, all of it is drafted."""
+    plan = DynamicTree(15, 3, 2, verification="swor")
+    for seed in range(5):
+        with pytest.MonkeyPatch.context() as patch:
+            trees = seen_trees(patch)
+            dynamic_tree_round(toy_state(*tables(seed, TOY_VOCAB), PLAIN, seed=seed), plan)
+        assert trees[0].depths.bincount().tolist() == [1, 2, 4, 8]
+
+
+def test_growth_stops_when_a_pass_brings_less_than_the_round_in_its_time():
+    """By hand: two draft passes, half a target pass each, and the target's own take the time of 2, in which 2 tokens are expected. At that pace half a
+    token comes in a draft pass's time."""
+    pool, growth = SimpleNamespace(expected=lambda count: torch.tensor(2.0)), Growth(8, 4, 2, 2, 4, level_cost=0.5)
+    for gain, slows in ((0.55, False), (0.45, True)):
+        counts = TreeCounts(considered=0, passes=2, expected=2.0 - gain)
+        assert best_first._slows(pool, growth, counts) == slows and counts.expected == 2.0
+
+
 def all_values(log_chances: Callable[[int, int], torch.Tensor], plan: SpecExec, ends: frozenset[int]) -> dict[tuple[int, ...], float]:
     """The value of every node that a tree could have: its path -> Σ of log_chances(token before, depth) (V,) along it."""
     values, level = {}, {(): 0.0}
@@ -647,6 +717,24 @@ def test_law_of_a_long_text(name, policy):
 @pytest.mark.parametrize("name", SWOR_TREES)
 def test_law_of_a_long_text_in_fp32(name):
     check_law_of_a_text(name, PLAIN, dtype=torch.float32)
+
+
+def check_law_behind_a_drawn_child(rounds: int = 1200) -> None:
+    """What follows a rejection has noise of its own: where p is (.03, .38, .59), the children's would make it (.03, .42, .55)."""
+    p, q = torch.tensor([0.03, 0.38, 0.59]), torch.tensor([0.63, 0.07, 0.30])
+    chooser, found = Chooser(TREE_RULES["swor"], PLAIN, 3), []
+    for start in range(rounds):
+        nodes = root_node()._replace(starts=torch.tensor([start]))
+        child = chooser(q.log()[None], 1, nodes)
+        tree = some_tree([0, int(child.tokens)], [-1, 0])
+        reached, last = verify.verify_swor(p.expand(2, -1), child.q.expand(2, -1), tree, nodes.noise, nodes.starts)
+        found += [] if reached[1] else [int(last)]
+    law = (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
+    assert chi_square_p(torch.bincount(torch.tensor(found), minlength=3)[None], len(found) * law[None]) > 1e-4
+
+
+def test_law_behind_a_drawn_child():
+    check_law_behind_a_drawn_child()
 
 
 def check_first_two_tokens(plan: StaticTree | DynamicTree, method: str, policy: SamplingPolicy, runs: int) -> None:
