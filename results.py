@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -69,7 +70,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+    """`content` as JSON proper, which knows no NaN and no infinity: see `finite`."""
+    write_text(path, json.dumps(finite(content), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def finite(content: object) -> object:
+    """`content` without the entries of its dictionaries that are NaN or infinite, as no number is absent, and null for those of its lists."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items() if _is_finite(value)}
+    if isinstance(content, list | tuple):
+        return [finite(value) if _is_finite(value) else None for value in content]
+    return content
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def append_csv(path: Path, row: dict, columns: list[str]) -> None:
@@ -79,7 +94,7 @@ def append_csv(path: Path, row: dict, columns: list[str]) -> None:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerow(finite(row))
 
 
 def read_csv_log(path: Path) -> pd.DataFrame:

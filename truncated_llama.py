@@ -30,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from decoding.static_llama import Parts
-from results import in_one_step
+from results import finite, in_one_step
 from target_model import Target, tokenizer_hash, weights_hash
 
 FORMAT, FIRST_FORMAT = "early-exit-2", "early-exit-1"
@@ -364,7 +364,7 @@ def save_exit(path: Path, exit_: Exit, info: ExitInfo) -> None:
     if exit_.token_ids is not None:
         tensors["token_ids"] = exit_.token_ids.cpu()
     with in_one_step(path) as partial:
-        save_file(tensors, partial, metadata={"format": FORMAT, "info": json.dumps(asdict(info))})
+        save_file(tensors, partial, metadata={"format": FORMAT, "info": json.dumps(finite(asdict(info)), allow_nan=False)})
 
 
 def find_checkpoints(patterns: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from judges import JudgeInfo, save_judge
 from results import in_one_step
 from toy_models import noisy_exit, tiny_llama
 from training_loop import TrainingArgs, check_same_run, save_state
-from truncated_llama import ExitInfo, ExitKind, save_exit
+from truncated_llama import ExitInfo, ExitKind, read_exit_info, save_exit
 
 
 def write_exit(path: Path) -> None:
@@ -83,3 +83,14 @@ def test_a_run_does_not_begin_among_checkpoints_of_others(tmp_path, name):
         check_same_run(tmp_path, TrainingArgs(output_dir=str(tmp_path)), {})
     (tmp_path / "config.json").write_text(json.dumps(vars(TrainingArgs(output_dir=str(tmp_path), resume=True))))
     check_same_run(tmp_path, TrainingArgs(output_dir=str(tmp_path), resume=True), {})
+
+
+def test_numbers_that_are_none_are_absent_from_what_is_written(tmp_path):
+    """JSON knows no NaN and no infinity, and a table none that a reader would not take for a figure."""
+    row = {"ce": 1.5, "ppl": float("inf"), "kl": float("nan"), "of": {"low": float("-inf"), "high": 2}, "each": [1.0, float("nan")]}
+    results.write_json(tmp_path / "row.json", row)
+    assert json.loads((tmp_path / "row.json").read_text(), parse_constant=pytest.fail) == {"ce": 1.5, "of": {"high": 2}, "each": [1.0, None]}
+    results.append_csv(tmp_path / "log.csv", {name: row[name] for name in ("ce", "ppl", "kl")}, ["ce", "ppl", "kl"])
+    assert (tmp_path / "log.csv").read_text() == "ce,ppl,kl\n1.5,,\n"
+    save_exit(tmp_path / "exit.safetensors", noisy_exit(tiny_llama(), 1).exit, ExitInfo(1, ExitKind.parse("head"), "", "", "", losses={"kl": float("nan"), "ce": 2.0}))
+    assert read_exit_info(tmp_path / "exit.safetensors").losses == {"ce": 2.0}
