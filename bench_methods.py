@@ -18,6 +18,7 @@ from decoding.autojudge import AnyJudge, TopK
 from decoding.common_sense import CommonSense
 from decoding.draft_length import AdaptiveLength
 from decoding.dynamic_tree import DynamicTree
+from decoding.exactness import why_no_trees
 from decoding.growmap import LARGEST
 from decoding.sampling import SamplingPolicy
 from decoding.specexec import SpecExec
@@ -35,6 +36,7 @@ from tuning import round_costs
 
 NAMES = ("vanilla", "speculative", "self_speculative", "static_tree", "dynamic_tree", "specexec", "autojudge", "topk", "common_sense", "hf_generate", "hf_assisted")
 LOSSY = ("autojudge", "topk")
+TREES = ("static_tree", "dynamic_tree", "specexec", "common_sense")
 FOLLOWERS_SHARE = 4  # one node of so many is a follower in common_sense
 GROUPS = ("all", "all_lossless")
 
@@ -138,6 +140,8 @@ def ways_of(method: str, subject: Subject, settings: Settings) -> list[Way]:
         return [Way(method, {}, {}, lambda calibration: replace(options, method=method))]
     if subject.draft is None:
         raise Unavailable("needs a draft: give --checkpoint EXIT or --draft_model_path MODEL")
+    if method in TREES:
+        _check_trees(subject)
     if method in JUDGED:
         return JUDGED[method](subject, settings, options)
     return [MAKERS[method](method, subject, settings, options)]
@@ -216,6 +220,16 @@ JUDGED = {"autojudge": _autojudge, "topk": _topk}
 
 
 # ---- trees ----
+
+def _check_trees(subject: Subject) -> None:
+    """Raise Unavailable where a model that transformers runs cannot be told who sees whom in a tree."""
+    for model in (subject.target.model, subject.draft_model):
+        own = model.target if isinstance(model, TruncatedLlama) else model
+        reason = None if why_unsupported(own) is None else why_no_trees(own)
+        if reason is not None:
+            raise Unavailable(f"drafts trees, but {reason}")
+
+
 
 def _static_tree(method: str, subject: Subject, settings: Settings, options: DecodeOptions) -> Way:
     target, draft, fitted = subject.target, subject.draft_model, subject.fitted

@@ -34,7 +34,7 @@ from losses import learned_rows, learned_tokens
 from metrics import add_sums, predicted_speedup, quality_means, quality_sums, speculation_metrics, speed_metrics, with_interval
 from results import file_hash
 from row_files import ExampleStream, open_rows
-from speculative import DecodeOptions, Generation, generate
+from speculative import DecodeOptions, Generation, context_length, generate
 from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, load_tokenizer, text_facts, tokenizer_hash
 from text_datasets import find_dataset, fingerprint
 from tree_args import TREE_METHODS, Fitted, TreeArgs, fitted_plan
@@ -243,8 +243,8 @@ class DraftArgs:
         hashes = {tokenizer_hash(load_tokenizer(path)) for path in (model_path, self.draft_model_path)}
         if len(hashes) > 1 or config.vocab_size != load_config(model_path, families).vocab_size:
             raise UserError(f"{self.draft_model_path} and {model_path} have different tokenizers; a draft needs the target's own")
-        if longest > config.max_position_embeddings:
-            raise UserError(f"the context of {self.draft_model_path} is {config.max_position_embeddings} tokens: lower --spec_prompt_length, "
+        if longest > context_length(config):
+            raise UserError(f"the context of {self.draft_model_path} is {context_length(config)} tokens: lower --spec_prompt_length, "
                             f"--spec_max_new_tokens or --max_length")
 
 
@@ -308,8 +308,8 @@ def measure_quality(target: Target, draft: Draft, stream: ExampleStream, args: E
 
 def shortest_context(target: Target, args: object) -> int:
     """Positions that the target has, and the independent draft, if `args` name one."""
-    own, draft = target.model.config.max_position_embeddings, args.draft_model_path if isinstance(args, DraftArgs) else None
-    return own if draft is None else min(own, load_config(draft).max_position_embeddings)
+    own, draft = context_length(target.model.config), args.draft_model_path if isinstance(args, DraftArgs) else None
+    return own if draft is None else min(own, context_length(load_config(draft)))
 
 
 def prompts_of(target: Target, args: PromptArgs, stream: ExampleStream) -> Iterator[list[int]]:

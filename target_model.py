@@ -155,12 +155,13 @@ def load_target(
     path: str, args: DeviceArgs, *, quant: Quant | None = None, compute_dtype: str = "bf16", families: tuple[str, ...] | None = ("llama",),
 ) -> Target:
     """The model at `path` in evaluation mode with frozen weights, and its tokenizer; `quant`: see check_quant, products then run in `compute_dtype`."""
-    device, dtype, attention = args.resolve()
+    device, dtype, _ = args.resolve()
     config, tokenizer = load_config(path, families), load_tokenizer(path)
     _check_decodable(path, config)
     check_generation_config(path)
     _check_ids(path, tokenizer, config)
     stored = {"quantization_config": _quantization(quant, compute_dtype), "device_map": {"": device}} if quant is not None else {}
+    attention = None if args.attn_implementation == "auto" else args.attn_implementation  # some families have no sdpa
     model = read_weights(AutoModelForCausalLM, path, dtype=dtype, attn_implementation=attention, **stored)
     placed = model if quant is not None else model.to(device)
     return Target(placed.eval().requires_grad_(False), tokenizer, path)
@@ -173,6 +174,8 @@ def read_weights(model_class: type[Model], path: str, *, all_blocks: bool = True
     """
     try:
         model, found = model_class.from_pretrained(model_folder(path, weights=True), output_loading_info=True, ignore_mismatched_sizes=True, **settings)
+    except ValueError as error:  # such as an attention implementation that its family has not
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"the weights of {path} cannot be read ({first_line(error)}); fetch or train the model again") from error
     missing = sorted(found["missing_keys"])
@@ -254,7 +257,7 @@ def text_facts(target: Target) -> dict:
     config, tokenizer = target.model.config, target.tokenizer
     return {
         "target_hash": weights_hash(target.model), "encoding_hash": None if tokenizer is None else encoding_hash(tokenizer),
-        "eos_ids": [] if tokenizer is None else sorted(eos_token_ids(target)), "context": config.max_position_embeddings, "dtype": str(target.model.dtype),
+        "eos_ids": [] if tokenizer is None else sorted(eos_token_ids(target)), "context": getattr(config, "max_position_embeddings", None), "dtype": str(target.model.dtype),
     }
 
 

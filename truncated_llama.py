@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Cache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
@@ -284,9 +284,10 @@ def exit_to_train(target: LlamaForCausalLM, target_layer: int, kind: ExitKind, t
     return exit_
 
 
-def step_bytes(model: LlamaForCausalLM) -> int:
-    """Bytes that a decoding step reads: blocks, norm and head, but of the embeddings one row only."""
-    return sum(module_bytes(module) for module in (model.model.layers, model.model.norm, model.lm_head))
+def step_bytes(model: PreTrainedModel) -> int:
+    """Bytes that a decoding step reads: all weights, but of the embeddings one row only, where they are not the head's, too."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return module_bytes(model) - (0 if embedding is head else embedding.numel() * embedding.element_size())
 
 
 def module_bytes(module: nn.Module) -> int:

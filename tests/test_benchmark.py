@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench_args
 import bench_methods
@@ -193,6 +194,18 @@ def test_an_independent_draft(subject, tmp_path, monkeypatch):
     chain_ = next(record for record in records if record["method"] == "speculative")
     assert chain_["acceptance_rate"] == 1 and chain_["spec_overlap"] == pytest.approx(1, abs=1e-5)
     assert chain_["draft_model"] == chain_["draft_tokenizer"] == subject.model and chain_["draft_dtype"] == "float32"
+
+
+@pytest.mark.parametrize(("family", "trees"), [("gpt2", "ok"), ("bloom", "skipped"), ("gemma2", "ok")])
+def test_other_families_draft_for_themselves(subject, tmp_path, monkeypatch, tokenizer, family, trees):
+    """They name their sizes otherwise, have no positions, or no sdpa; where trees cannot be exact they are skipped."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"gemma2": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, "max_position_embeddings": 256}}.get(family, {})
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **more)).save_pretrained(tmp_path / family)
+    tokenizer.save_pretrained(tmp_path / family)
+    records = start(monkeypatch, subject, tmp_path / "out.jsonl", hf_model=tmp_path / family, hf_draft_model=tmp_path / family, checkpoint=None,
+                    method=["vanilla", "speculative", "dynamic_tree"], status=0 if trees == "ok" else 1)
+    assert sorted(runs_of(records)) == [("dynamic_tree", 1, trees), ("speculative", 1, "ok"), ("vanilla", 1, "ok")]
 
 
 def test_models_without_exits_can_be_measured(subject, tmp_path, monkeypatch, tokenizer):
