@@ -707,7 +707,7 @@ def lines(parents: list[int]) -> list[list[int]]:
 
 
 def test_what_a_trees_nodes_see():
-    """50 random trees: the closure of parents, whether it is made at once or leaf by leaf."""
+    """50 random trees: the closure of parents, whether all come at once or the last leaves later."""
     generator = torch.Generator().manual_seed(0)
     for nodes in range(1, 51):
         parents = random_parents(nodes, generator)
@@ -721,7 +721,7 @@ def test_what_a_trees_nodes_see():
             assert torch.equal(ancestors(torch.tensor(parents), bound), wanted)
         tree = Tree.of(tokens, torch.tensor(parents), values, deepest)
         assert torch.equal(tree.visible, wanted) and tree.depths.tolist() == [len(path) - 1 for path in paths] and len(tree) == nodes
-        inner = next((i for i in range(nodes, 0, -1) if all(parent < i for parent in parents)), 1)
+        inner = max(*parents, 0) + 1  # nodes up to the last that has children: the others are leaves
         first = Tree.of(tokens[:inner], torch.tensor(parents[:inner]), values[:inner], deepest)
         whole = first.with_leaves(tokens[inner:], torch.tensor(parents[inner:], dtype=torch.int64), torch.ones(nodes - inner, dtype=torch.bool))
         for made in ("tokens", "parents", "depths", "visible"):
