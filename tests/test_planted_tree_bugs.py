@@ -61,7 +61,7 @@ def fails(check: Callable, *arguments: object) -> None:
 # ---- the walk under rejection ----
 
 @pytest.mark.parametrize(("right", "wrong"), [
-    pytest.param("draw(rest.index_select(0, last)", "draw(p.index_select(0, last)", id="last token from p, not from the residual"),
+    pytest.param("rest = rest.index_select(0, last)", "rest = p.index_select(0, last)", id="last token from p, not from the residual"),
     pytest.param("residual(r, d)", "r", id="R is not updated"),
     pytest.param("without(d, token)", "d", id="D is not updated"),
     pytest.param("residual(r, d)", "residual(r, without(d, token))", id="R updated with the D behind the child"),

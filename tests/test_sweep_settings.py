@@ -227,7 +227,7 @@ def test_a_benchmark_is_never_written_over(trained, subject, monkeypatch, capsys
         ({"repeats": 0}, "--repeats 0: must be at least 1"),
         ({"gammas": [2, 0]}, "--gamma 0: must be auto, or a number from 1 to 63"),
         ({"gammas": ["many"]}, "--gamma many: "),
-        ({"spec_top_p": 1.5}, "--spec_top_p 1.5 must lie in"),
+        ({"spec_top_p": 1.5}, "--spec_top_p 1.5 must lie between"),
         ({"spec_temperature": -1}, "--spec_temperature -1.0"),
         ({"spec_num_prompts": 0}, "must "),
         ({"spec_prompt_length": -1}, "--spec_prompt_length -1: must not be negative"),

@@ -1,5 +1,6 @@
 """Loading a target: a checkpoint whose tensors, configuration or tokenizer do not go together is refused by name."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -118,6 +119,7 @@ def test_a_padding_token_needs_no_embedding(folder, tokenizer):
     """Llama 2's usual [PAD] has the first id beyond the matrix; padded batches are what they are with any other."""
     example = {"messages": [{"role": "user", "content": "Show me"}, {"role": "assistant", "content": "an example, please."}]}
     longer = {"messages": [*example["messages"], {"role": "user", "content": "What?"}, {"role": "assistant", "content": "It adds two numbers."}]}
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
     target = load_target(str(folder), CPU)
@@ -129,7 +131,7 @@ def test_a_padding_token_needs_no_embedding(folder, tokenizer):
 
 
 def test_other_tokens_beyond_the_embedding_are_named_with_both_sizes(folder, tokenizer):
-    size = len(tokenizer)
+    size, tokenizer = len(tokenizer), copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=rf"'<\|tool\|>' is token {size} of its tokenizer, but its embedding has {size} rows"):
