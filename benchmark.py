@@ -22,21 +22,21 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from command_line import UserError, parse_args, run
+from running.command_line import UserError, parse_args, run
 
-from bench_args import Args
-from bench_methods import Subject
-from bench_prompts import Prompt, Question, encode, read_questions, turn_prompts
-from bench_runs import Benchmark, Data, check_records, named_models, shared_inputs, table, what_was_added
+from harness.flags import Args
+from harness.methods import Subject
+from harness.prompts import Prompt, Question, encode, read_questions, turn_prompts
+from harness.runs import Benchmark, Data, check_records, named_models, shared_inputs, table, what_was_added
 from decoding.sampling import SamplingPolicy
-from evaluation import Draft, load_draft, model_draft
-from planted import planted_pair
-from presets import listing, with_presets
-from record_file import RecordFile
-from results import display_active
+from measuring.evaluation import Draft, load_draft, model_draft
+from models.planted import planted_pair
+from harness.presets import listing, with_presets
+from running.record_file import RecordFile
+from running.run_files import display_active
 from speculative import DecodeOptions, context_length, generate
-from target_model import EMBEDDED_TARGET, Target, eos_token_ids, load_target, load_tokenizer, named_config
-from tree_args import Fitted
+from models.target_model import EMBEDDED_TARGET, Target, eos_token_ids, load_target, load_tokenizer, named_config
+from measuring.tree_plans import Fitted
 
 TOY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 TOY_ALPHA = 0.8

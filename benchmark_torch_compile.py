@@ -33,19 +33,19 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from command_line import UserError, parse_args, run
+from running.command_line import UserError, parse_args, run
 
 import pandas as pd
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig, StaticCache
 
-from decoding.kv_cache import CachedModel
+from engine.kv_cache import CachedModel
 from decoding.state import synchronize
-from decoding.static_llama import KEPT_WIDTHS, StaticLlama
-from machine_speed import memory_bandwidth
-from results import new_output_dir, record_run, write_json
-from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, load_config, load_target, weights_hash
+from engine.static_llama import KEPT_WIDTHS, StaticLlama
+from measuring.machine_speed import memory_bandwidth
+from running.run_files import new_output_dir, record_run, write_json
+from models.target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, load_config, load_target, weights_hash
 from truncated_llama import step_bytes
 
 CONFIGS = Path(__file__).parent / "assets" / "configs"
@@ -435,7 +435,7 @@ def main() -> None:
         for row in cell:
             if "error" in row:
                 print(f"    {row['implementation']}: {row['error']}", flush=True)
-    from plots import plot_step_times  # matplotlib is slow to load, and only needed here
+    from plotting.exits import plot_step_times  # matplotlib is slow to load, and only needed here
 
     plot_step_times(folder)
     print(summary_table(rows))

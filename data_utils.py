@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from command_line import UserError, first_line
+from running.command_line import UserError, first_line
 
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from image_inputs import IMAGE_TOKEN, ImageInputs, ImageSource, open_image, with_images
-from row_files import ExampleStream, MixedStream, SkipRow, describe_skipped
+from data.images import IMAGE_TOKEN, ImageInputs, ImageSource, open_image, with_images
+from data.row_files import ExampleStream, MixedStream, SkipRow, describe_skipped
 
 # Llama-3 templates print today's date; a fixed one keeps token sequences equal from run to run.
 DATE_STRING = "26 Jul 2024"

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from command_line import UserError, first_line, parse_args, run
+from running.command_line import UserError, first_line, parse_args, run
 
 import pandas as pd
 
-from evaluation import Draft, EvaluationArgs, evaluate_draft, exit_draft, summary_table
-from results import file_hash, make_output_dir, record_run, write_csv
-from target_model import Target, load_target
+from measuring.evaluation import Draft, EvaluationArgs, evaluate_draft, exit_draft, summary_table
+from running.run_files import file_hash, make_output_dir, record_run, write_csv
+from models.target_model import Target, load_target
 from truncated_llama import Exit, ExitInfo, TruncatedLlama, check_exit_fits, find_checkpoints, load_exit, read_exit_info
 
 RESULTS_NAME = "results.csv"
@@ -105,7 +105,7 @@ def main() -> None:
         rows.append({**row, **settings})
         write_csv(results, rows)
     if missing or not (folder / "plots").exists():
-        from plots import plot_results  # matplotlib is slow to load, and only needed here
+        from plotting.exits import plot_results  # matplotlib is slow to load, and only needed here
 
         logs = [Path(path).parent / "train_log.csv" for path, _ in checkpoints]
         plot_results(folder, [log for log in logs if log.exists()])

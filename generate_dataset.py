@@ -29,7 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from command_line import UserError, parse_args, run
+from running.command_line import UserError, parse_args, run
 
 import torch
 from tqdm import tqdm
@@ -37,13 +37,13 @@ from transformers import PreTrainedTokenizerBase
 
 from data_utils import BUCKET_BATCHES, encode_example, encode_prompt
 from decoding.sampling import SamplingPolicy
-from decoding.static_llama import why_unsupported
-from results import make_output_dir, naming, read_config, record_run, write_json
-from row_files import ExampleStream, SkipRow, check_learnable, describe_skipped, read_rows
+from engine.static_llama import why_unsupported
+from running.run_files import make_output_dir, naming, read_config, record_run, write_json
+from data.row_files import ExampleStream, SkipRow, check_learnable, describe_skipped, read_rows
 from speculative import DecodeOptions, context_length, generate_batch
-from target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
-from text_datasets import find_dataset, fingerprint, open_stream
-from training_loop import StopRequest
+from models.target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
+from data.registry import find_dataset, fingerprint, open_stream
+from training.training_loop import StopRequest
 
 FREE_ON_RESUME = {"resume", "out_dir", "num_threads"}
 SKIPPED_NAME, SUMMARY_NAME = "skipped.jsonl", "summary.json"

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from command_line import parse_args, run
+from running.command_line import parse_args, run
 
 import pandas as pd
 import torch
@@ -37,13 +37,13 @@ from decoding.sampling import Noise, Purpose, SamplingPolicy, policy_probs
 from decoding.specexec import SpecExec
 from decoding.state import DecodeStats
 from decoding.static_tree import StaticTree
-from evaluation import SpeculationArgs, choose_prompts
-from metrics import acceptance_z
-from results import new_output_dir, record_run, write_json
+from measuring.evaluation import SpeculationArgs, choose_prompts
+from measuring.metrics import acceptance_z
+from running.run_files import new_output_dir, record_run, write_json
 from speculative import DecodeOptions, Generation, generate
-from target_model import Target, eos_token_ids, load_target
+from models.target_model import Target, eos_token_ids, load_target
 from truncated_llama import Exit, TruncatedLlama, find_checkpoints, load_exit, read_exit_info
-from tuning import LONGEST
+from measuring.round_costs import LONGEST
 
 POLICIES = {"T=0": SamplingPolicy(0.0), "T=0.7 top-p=0.95": SamplingPolicy(0.7, top_p=0.95), "T=1": SamplingPolicy(1.0)}
 MAX_Z, MIN_TESTED = 4.0, 20_000

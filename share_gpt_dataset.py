@@ -9,7 +9,7 @@ the splits are runs of rows: a random cut would put parts of one conversation on
 
 from __future__ import annotations
 
-from row_files import TextDataset, clean_messages
+from data.row_files import TextDataset, clean_messages
 
 ROLES = {
     "system": "system", "human": "user", "user": "user",

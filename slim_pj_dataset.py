@@ -8,6 +8,6 @@ JSONL files (895 GB) that need another package to open and a long listing first;
 
 from __future__ import annotations
 
-from row_files import TextDataset, parse_text
+from data.row_files import TextDataset, parse_text
 
 DATASET = TextDataset(name="slim_pj", parse=parse_text, hub_id="DKYoon/SlimPajama-6B", streaming=True)

@@ -31,21 +31,21 @@ from decoding.chain import chain_round
 from decoding.common_sense import CommonSense
 from decoding.draft_length import DraftLength, FixedLength
 from decoding.dynamic_tree import DynamicTree, dynamic_tree_round
-from decoding.exactness import changes_within, sees_later_tokens, why_no_cache, why_no_trees
+from engine.exactness import changes_within, sees_later_tokens, why_no_cache, why_no_trees
 from decoding.hf_peers import generation_config, hf_decode
-from decoding.kv_cache import CachedModel
+from engine.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy
 from decoding.self_speculation import self_speculation_round
-from decoding.shared_exit import SharedExit
+from engine.shared_exit import SharedExit
 from decoding.specexec import SpecExec, specexec_round
 from decoding.state import DecodeState, DecodeStats, Model, RoundResult, synchronize
-from decoding.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupported
+from engine.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupported
 from decoding.static_tree import StaticTree, static_tree_round
 from decoding.vanilla import vanilla_round
 from decoding.verify import TREE_RULES, VERIFICATIONS, TreeRule, Verification
-from decoding.vlm import AnyPrompt, ImageEmbeddings, ImagePrompt, Shifted, View, view_of
-from generation_settings import note_unapplied
-from plain_llama import as_llama, constant_drafting
+from engine.views import AnyPrompt, ImageEmbeddings, ImagePrompt, Shifted, View, view_of
+from models.generation_settings import note_unapplied
+from models.plain_llama import as_llama, constant_drafting
 from truncated_llama import TruncatedLlama
 
 Stop = Callable[[list[int]], bool]

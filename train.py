@@ -28,26 +28,26 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Literal
 
-from command_line import UserError, parse_args, run
+from running.command_line import UserError, parse_args, run
 
 import pandas as pd
 import torch
 from transformers import LlamaConfig
 
 from data_utils import EncodeOptions, LossOn, PaddedBatches, Prefetched, encode_example, held_out_by_source
-from llava_target import LlavaTarget, is_llava, load_llama_or_llava, text_config
-from losses import LOSS_TYPES
-from metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
-from processes import SHARDS_ON_CPU, Processes, shards_target
-from results import file_hash, make_output_dir, read_config, record_run
-from row_files import ExampleStream, MixedStream
-from target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, text_facts, tokenizer_hash, weights_hash
-from teacher_cache import TeacherCache
-from text_datasets import check_mixture, fingerprint, open_mixture, open_stream
-from training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
+from models.llava_target import LlavaTarget, is_llava, load_llama_or_llava, text_config
+from training.losses import LOSS_TYPES
+from measuring.metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
+from running.processes import SHARDS_ON_CPU, Processes, shards_target
+from running.run_files import file_hash, make_output_dir, read_config, record_run
+from data.row_files import ExampleStream, MixedStream
+from models.target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, text_facts, tokenizer_hash, weights_hash
+from training.teacher_cache import TeacherCache
+from data.registry import check_mixture, fingerprint, open_mixture, open_stream
+from training.training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
 from truncated_llama import Exit, ExitInfo, ExitKind, exit_to_train, load_exit, read_exit_info, save_exit
 from tuned_llama import Objective, TunedLlama
-from tuning import frequent_tokens
+from measuring.round_costs import frequent_tokens
 
 VALIDATION_BATCHES = 16
 LONGEST_FORECAST = 16  # drafted tokens

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from command_line import UserError, first_line
+from running.command_line import UserError, first_line
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,9 +29,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from decoding.static_llama import Parts
-from results import finite, in_one_step
-from target_model import Target, tokenizer_hash, weights_hash
+from engine.static_llama import Parts
+from running.run_files import finite, in_one_step
+from models.target_model import Target, tokenizer_hash, weights_hash
 
 FORMAT, FIRST_FORMAT = "early-exit-2", "early-exit-1"
 BLOCK_PARTS = {"last_block": "last", "full_block": "full", "attention_block": "attention"}  # a kind's word for a block -> ExitForm's

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from command_line import UserError, parse_args, run
+from running.command_line import UserError, parse_args, run
 
 import pandas as pd
 import torch
 
 from decoding.draft_length import AdaptiveLength
 from decoding.verify import Verification
-from evaluation import EvaluationData, PolicyArgs, PromptArgs, choose_prompts, training_texts
-from machine_speed import memory_bandwidth
-from metrics import pace, speedup_interval, with_interval
-from results import new_output_dir, record_run, write_csv, write_json
-from row_files import check_learnable
+from measuring.evaluation import EvaluationData, PolicyArgs, PromptArgs, choose_prompts, training_texts
+from measuring.machine_speed import memory_bandwidth
+from measuring.metrics import pace, speedup_interval, with_interval
+from running.run_files import new_output_dir, record_run, write_csv, write_json
+from data.row_files import check_learnable
 from speculative import DecodeOptions, generate
-from target_model import Target, eos_token_ids, load_target
-from text_datasets import find_dataset
+from models.target_model import Target, eos_token_ids, load_target
+from data.registry import find_dataset
 from truncated_llama import TruncatedLlama, check_exit_fits, find_checkpoints, load_exit, read_exit_info, step_bytes
-from tuning import LONGEST, Candidate, acceptance_along, frequent_tokens, round_costs, tokens_per_round
+from measuring.round_costs import LONGEST, Candidate, acceptance_along, frequent_tokens, round_costs, tokens_per_round
 
 RESULTS_NAME = "recommendation.json"
 

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from decoding.state import NO_TARGET_LAW, check_logits
-from frozen_linear import fast_linears
-from losses import LOSS_TYPES, LossType, grade, learned_rows, learned_tokens
-from teacher_cache import TeacherCache, text_keys
+from training.frozen_linear import fast_linears
+from training.losses import LOSS_TYPES, LossType, grade, learned_rows, learned_tokens
+from training.teacher_cache import TeacherCache, text_keys
 from truncated_llama import Exit, prepare_pass
 
 CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of logits in fp32: on the CPU what its caches hold, on a GPU enough for its units

@@ -7,7 +7,7 @@ Row: {"prompt": ..., "prompt_id": ..., "messages": [{"role": "user", "content": 
 
 from __future__ import annotations
 
-from row_files import TextDataset, parse_messages
+from data.row_files import TextDataset, parse_messages
 
 DATASET = TextDataset(
     name="ultrachat",

@@ -7,7 +7,7 @@ Row: {"document": ..., "summary": ..., "id": ...}. Only the summary is learned, 
 
 from __future__ import annotations
 
-from row_files import TextDataset, one_turn, text_in
+from data.row_files import TextDataset, one_turn, text_in
 
 # An example is cut at --max_length tokens from its end, which is where the summary stands. About 350 tokens of
 # Llama's, so that question, article and summary (23 words on average) fit the default of 512.

@@ -13,7 +13,7 @@ from decoding.autojudge import AnyJudge
 from decoding.draft_length import DraftLength
 from decoding.drafting import ChainRound
 from decoding.state import DecodeState, RoundResult
-from decoding.static_llama import KEPT_WIDTHS
+from engine.static_llama import KEPT_WIDTHS
 from decoding.verify import Verification
 
 

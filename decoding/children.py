@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from decoding import native
+from engine import native
 from decoding.sampling import Noise, Purpose, SamplingPolicy, noise_places, policy_probs
 from decoding.verify import TreeRule, over_vocabulary
 

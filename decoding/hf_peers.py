@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from decoding.sampling import SamplingPolicy
 from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, DecodeStats, RoundResult, check_logits, synchronize
-from decoding.vlm import View
+from engine.views import View
 
 
 class Marks(BaseStreamer):

@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import torch
 
-from decoding import native
+from engine import native
 
 LEAST = 1e-10  # temperatures and top-p below it are 0 in fp32 arithmetic, or overflow it
 

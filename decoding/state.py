@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from decoding.common_sense import CommonSense
-from decoding.kv_cache import CachedModel
-from decoding.programs import Programs
+from engine.kv_cache import CachedModel
+from engine.programs import Programs
 from decoding.sampling import Noise, SamplingPolicy
-from decoding.static_llama import StaticLlama
+from engine.static_llama import StaticLlama
 
 Model = StaticLlama | CachedModel
 NO_TARGET_LAW, NO_DRAFT_LAW = -1, -2  # what a round's decision says in place of a count or token where a model's logits are not finite

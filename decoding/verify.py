@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from decoding import native
+from engine import native
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, no_law, noise_places, policy_probs
 from decoding.tree import Tree, last_of
 

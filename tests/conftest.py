@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pretrain_draft_model import Args, train_tokenizer
+from commands.pretrain_draft_model import Args, train_tokenizer
 from toy_models import tiny_llama
 
 SENTENCES = (

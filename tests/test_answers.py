@@ -2,7 +2,7 @@
 
 import pytest
 
-from answers import final_answer, same_answer
+from data.answers import final_answer, same_answer
 
 TEXTS = [
     ("The final answer is 18.", "18"),

@@ -13,7 +13,7 @@ import decoding.drafting as drafting
 from decoding.autojudge import LAW_FEATURES, Judge, TopK, judge_chain, law_features
 from decoding.sampling import SamplingPolicy
 from decoding.state import DecodeStats
-from decoding.static_llama import StaticLlama
+from engine.static_llama import StaticLlama
 from speculative import DecodeOptions, generate
 from toy_models import check_batch, decode, native_llama, near_copy, noisy_exit, some_prompts, tiny_llama
 from truncated_llama import TruncatedLlama

@@ -7,16 +7,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 
-import bench_runs
+from harness import runs
 import benchmark
-import mt_bench_dataset
-from bench_prompts import BUILT_IN, Prompt, Question, encode, fitting, hash_of, read_questions, turn_prompts
+from data import mt_bench
+from harness.prompts import BUILT_IN, Prompt, Question, encode, fitting, hash_of, read_questions, turn_prompts
 from data_utils import render_chat
-from record_file import read_records
+from running.record_file import read_records
 from test_commands import run_main
 
 MT_BENCH = [
@@ -50,7 +50,7 @@ def test_mt_bench(tmp_path, name):
 
 
 def test_the_hubs_form_of_mt_bench():
-    found = mt_bench_dataset.parse({"prompt": ["One?", "Two?"], "reference": [], "category": "math", "prompt_id": 1})
+    found = mt_bench.parse({"prompt": ["One?", "Two?"], "reference": [], "category": "math", "prompt_id": 1})
     assert found == {"messages": [{"role": "user", "content": "One?"}], "follow_ups": ["Two?"], "references": []}
 
 
@@ -201,7 +201,7 @@ def test_a_second_turn_follows_the_targets_own_greedy_answer(tiny_target_path, t
         prompts.append((list(prompt), options.policy.temperature, found.tokens))
         return found
 
-    for module in (benchmark, bench_runs):
+    for module in (benchmark, runs):
         monkeypatch.setattr(module, "generate", generate)
     words = ["--hf_model", tiny_target_path, "--method", "vanilla", "--dataset", write(tmp_path / "question.jsonl", MT_BENCH), "--turn_index", 1, "--max_samples", 2,
              "--max_new_tokens", 6, "--out", tmp_path / "out.jsonl", "--num_threads", 1]
@@ -220,13 +220,13 @@ def test_a_second_turn_follows_the_targets_own_greedy_answer(tiny_target_path, t
 @pytest.mark.parametrize(("said", "right"), [("The final answer is 5.", [True, False]), ("I do not know", [False, False]), ("1001", [False, True])])
 def test_answers_are_matched(tiny_target_path, tmp_path, monkeypatch, said, right):
     tokenizer = benchmark.load_tokenizer(str(tiny_target_path))
-    exact = bench_runs.generate
+    exact = runs.generate
 
     def generate(*arguments, **names):
         found = exact(*arguments, **names)
-        return bench_runs.Generation(tokenizer(said, add_special_tokens=False)["input_ids"], found.stats)
+        return runs.Generation(tokenizer(said, add_special_tokens=False)["input_ids"], found.stats)
 
-    monkeypatch.setattr(bench_runs, "generate", generate)
+    monkeypatch.setattr(runs, "generate", generate)
     words = ["--hf_model", tiny_target_path, "--method", "vanilla", "--dataset", write(tmp_path / "a.jsonl", GSM8K), "--max_new_tokens", 4, "--out", tmp_path, "--num_threads", 1]
     assert run_main(benchmark, words, monkeypatch) == 0
     run, summary = read_records(tmp_path / "results.jsonl")

@@ -13,20 +13,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import bench_args
-import bench_methods
-import bench_runs
+from harness import flags as bench_args
+from harness import methods as bench_methods
+from harness import runs as bench_runs
 import benchmark
-import validate_results
-from bench_methods import LOSSY, NAMES
-from bench_prompts import Prompt
+from commands import validate_results
+from harness.methods import LOSSY, NAMES
+from harness.prompts import Prompt
 from decoding.autojudge import Judge
 from decoding.growmap import chain, save_growmap
-from followers import Followers, save_followers
-from judges import Fitted, JudgeInfo, save_judge
-from record_file import RecordFile, read_records
-from records import complaints
-from target_model import tokenizer_hash
+from measuring.followers import Followers, save_followers
+from training.judges import Fitted, JudgeInfo, save_judge
+from running.record_file import RecordFile, read_records
+from harness.schema import complaints
+from models.target_model import tokenizer_hash
 from test_commands import check_one_line, run_main
 from test_tuning import save_exits, time_little
 from toy_models import noisy_exit, tiny_llama

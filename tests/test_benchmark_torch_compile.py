@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
 import benchmark_torch_compile as benchmark
-import machine_speed
-import plots
-from decoding import static_llama
+from measuring import machine_speed
+from plotting import exits
+from engine import static_llama
 from test_commands import check_one_line, run_main
 from toy_models import native_llama, tiny_llama
 from truncated_llama import Exit, TruncatedLlama
@@ -55,7 +55,7 @@ def test_rows_figure_and_table(tiny_target_path, tmp_path, monkeypatch, capsys):
         assert row["roofline_share"] == pytest.approx(row["bytes_per_step"] / (row["ms_per_step"] / 1000) / row["bandwidth_bytes_per_s"])
         assert row["implementation"] != "transformers" or row["speedup"] == 1
     assert {path.name for path in tmp_path.iterdir()} >= {"cmd.txt", "config.json", "manifest.json", "plots"}
-    assert len(plots.step_times(plots.read_step_times(tmp_path / "step_times.json")).axes) == 2
+    assert len(exits.step_times(exits.read_step_times(tmp_path / "step_times.json")).axes) == 2
     assert "exit 1" in capsys.readouterr().out
     assert run_main(benchmark, command(tmp_path), monkeypatch) == 2
     check_one_line(capsys, "holds step times already; choose another --out_dir")
@@ -174,4 +174,4 @@ def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
 
 def test_figure_of_errors_alone_is_left_out(tmp_path, capsys):
     (tmp_path / "step_times.json").write_text(json.dumps([{"implementation": "engine", "error": "RuntimeError: x"}]))
-    assert plots.plot_step_times(tmp_path) == [] and "step_times: left out" in capsys.readouterr().out
+    assert exits.plot_step_times(tmp_path) == [] and "step_times: left out" in capsys.readouterr().out

@@ -5,14 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from command_line import UserError
+from running.command_line import UserError
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from benchmark_training import Args, Trainer, one_step, plain, row_of, trainers
+from commands.benchmark_training import Args, Trainer, one_step, plain, row_of, trainers
 from toy_models import some_batch, tiny_llama
 from truncated_llama import ExitKind, exit_to_train
 from tuned_llama import Objective, TunedLlama

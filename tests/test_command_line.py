@@ -6,30 +6,30 @@ import json
 from dataclasses import MISSING, fields
 from typing import get_args, get_origin, get_type_hints
 
-from command_line import LARGEST_INT, MAY_BE_EMPTY, MAY_REPEAT, UserError, parse_args
+from running.command_line import LARGEST_INT, MAY_BE_EMPTY, MAY_REPEAT, UserError, parse_args
 
 import pytest
 
 import benchmark
-import benchmark_llava
+from commands import benchmark_llava
 import benchmark_torch_compile
-import benchmark_training
-import build_followers
-import build_growmap
+from commands import benchmark_training
+from commands import build_followers
+from commands import build_growmap
 import evaluate
 import evaluate_checkpoints
-import evaluate_judge
+from commands import evaluate_judge
 import export_draft
 import generate_dataset
-import pretrain_draft_model
-import pretrain_llava
+from commands import pretrain_draft_model
+from commands import pretrain_llava
 import prove
-import sweep_settings
+from commands import sweep_settings
 import train
-import train_judge
+from commands import train_judge
 import tune
-import validate_configs
-import validate_results
+from commands import validate_configs
+from commands import validate_results
 from test_commands import run_main
 
 COMMANDS = {

@@ -7,7 +7,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-import command_line
+from running import command_line
 
 import pandas as pd
 import pytest
@@ -15,21 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import benchmark
-import build_followers
-import build_growmap
+from commands import build_followers
+from commands import build_growmap
 import decoding.drafting as drafting
 import evaluate
 import evaluate_checkpoints
-import evaluate_judge
+from commands import evaluate_judge
 import generate_dataset
-import plots
-import pretrain_draft_model
+from plotting import exits
+from commands import pretrain_draft_model
 import prove
-import sweep_settings
+from commands import sweep_settings
 import train
 from data_utils import encode_prompt
-from results import environment, read_csv_log
-from text_datasets import open_stream
+from running.run_files import environment, read_csv_log
+from data.registry import open_stream
 from toy_models import tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +80,7 @@ def test_sweep_end_to_end(tiny_target_path, exit_path, tmp_path, monkeypatch, ca
 
 
 def test_interrupted_evaluation_measures_only_what_is_missing(tiny_target_path, exit_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "plot_results", lambda *_: None)
+    monkeypatch.setattr(exits, "plot_results", lambda *_: None)
     command = ["--model_path", tiny_target_path, "--checkpoint_glob", exit_path, "--out_dir", tmp_path, *EVALUATION]
     assert run_main(evaluate_checkpoints, command, monkeypatch) == 0
     whole = pd.read_csv(tmp_path / "results.csv")

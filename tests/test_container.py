@@ -123,7 +123,7 @@ def test_wrong_ranges_are_found(tmp_path: Path, index: Path, mistake: str):
 
 
 def test_ranges_are_those_of_the_version_check():
-    from command_line import NO_IMPORT, SUPPORTED
+    from running.command_line import NO_IMPORT, SUPPORTED
 
     common, pip_alone, newest = ((ROOT / name).read_text() for name in ("requirements/common.txt", "requirements.txt", "requirements/newest.txt"))
     torch, transformers = SUPPORTED["torch"], SUPPORTED["transformers"]

@@ -6,14 +6,14 @@ import copy
 import re
 from itertools import islice
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
 
 from data_utils import DATE_STRING, EncodeOptions, PackedBatches, PaddedBatches, collate, encode_example, encode_prompt, held_out_batches, render_chat
-from row_files import ExampleStream, SkipRow, one_turn
-from text_datasets import DATASETS
+from data.row_files import ExampleStream, SkipRow, one_turn
+from data.registry import DATASETS
 
 CHAT = {"messages": [
     {"role": "system", "content": "Be brief."},

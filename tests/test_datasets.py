@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import datasets
 import huggingface_hub
@@ -17,11 +17,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import arithmetic_dataset
-import pydoc_dataset
+from data import arithmetic
+from data import pydoc_texts
 from data_utils import encode_example
-from row_files import SPLITS, ExampleStream, MixedStream, TextDataset, describe_skipped, open_rows, parse_text, split_of
-from text_datasets import DATASETS, fingerprint, open_stream
+from data.row_files import SPLITS, ExampleStream, MixedStream, TextDataset, describe_skipped, open_rows, parse_text, split_of
+from data.registry import DATASETS, fingerprint, open_stream
 from xsum_dataset import MAX_DOCUMENT_CHARS
 
 ULTRACHAT = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
@@ -620,7 +620,7 @@ def test_missing_package_is_named(monkeypatch):
 
 def test_arithmetic_steps_and_answers_are_right():
     for index in range(300):
-        problem = arithmetic_dataset.make_problem("train", index)
+        problem = arithmetic.make_problem("train", index)
         known = set(re.findall(r"\d+", problem["question"]))
         steps = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", problem["answer"])
         assert len(steps) == 2
@@ -631,7 +631,7 @@ def test_arithmetic_steps_and_answers_are_right():
 
 
 def test_arithmetic_splits_share_no_question():
-    found = [{row["question"] for row in arithmetic_dataset.make_rows(split)} for split in SPLITS]
+    found = [{row["question"] for row in arithmetic.make_rows(split)} for split in SPLITS]
     assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
     assert len(found[1]) > 150 and len(found[2]) > 400
 
@@ -674,14 +674,14 @@ Examples
 
 
 def test_google_sections():
-    sections = pydoc_dataset.split_sections(GOOGLE)
+    sections = pydoc_texts.split_sections(GOOGLE)
     assert list(sections) == ["summary", "parameters", "returns"]
     assert sections["parameters"] == "a: the first of the two numbers.\nb: the second of the two numbers."
     assert "never" not in "".join(sections.values())
 
 
 def test_numpy_sections():
-    sections = pydoc_dataset.split_sections(NUMPY)
+    sections = pydoc_texts.split_sections(NUMPY)
     assert list(sections) == ["summary", "parameters", "returns", "examples"]
     assert sections["returns"].split() == ["int", *"The sum of the two numbers.".split()]
     assert sections["examples"] == ">>> add(1, 2)\n3"
@@ -689,7 +689,7 @@ def test_numpy_sections():
 
 
 def test_near_duplicates_fold_names():
-    duplicates = pydoc_dataset.NearDuplicates()
+    duplicates = pydoc_texts.NearDuplicates()
     text = "Returns a new {} whose every element is the sum of the elements of the given pair of arrays."
     assert duplicates.is_new(text.format("FloatTensor"))
     assert not duplicates.is_new(text.format("LongTensor"))
@@ -706,7 +706,7 @@ def test_build_rows_from_two_source_files(tmp_path):
     (tmp_path / "sums.py").write_text(f'"""Sums of numbers, and what can be done with them."""\ndef add(a, b):\n    """{GOOGLE}"""\n')
     (tmp_path / "twin.py").write_text(f'class Adder:\n    def plus(self):\n        """{GOOGLE}"""\n    def short(self):\n        """Short."""\n')
     (tmp_path / "broken.py").write_text("def (:")
-    rows = pydoc_dataset.build_rows([(name, tmp_path / f"{name}.py") for name in ("broken", "sums", "twin")])
+    rows = pydoc_texts.build_rows([(name, tmp_path / f"{name}.py") for name in ("broken", "sums", "twin")])
     chats = rows[split_of("sums")]
     assert len(chats) == sum(map(len, rows.values())) == 2  # the twin of `add` is a near-duplicate, "Short." says too little
     longest = max(chats, key=lambda chat: len(chat["messages"]))

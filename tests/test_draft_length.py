@@ -17,8 +17,8 @@ import decoding.drafting as drafting
 from decoding.draft_length import AdaptiveLength, Calibration, FixedLength, RecentMean
 from decoding.sampling import Noise, Purpose, SamplingPolicy
 from decoding.state import DecodeStats, RoundResult
-from decoding.static_llama import Stack
-from metrics import expected_tokens
+from engine.static_llama import Stack
+from measuring.metrics import expected_tokens
 from speculative import DecodeOptions, generate, generate_batch
 from toy_models import (
     BigramModel,

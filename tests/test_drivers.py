@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from results import read_csv_log
+from running.run_files import read_csv_log
 
 ROOT = Path(__file__).parent.parent
 TWO_STAGE, CHAT_LAYERS, LR_SWEEP = "run_sweep_ultrachat_two_stage.sh", "run_sweep_chat_layers.sh", "run_lr_sweep_ultrachat_layer11.sh"

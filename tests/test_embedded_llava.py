@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-import benchmark_llava
-from benchmark_llava import EMBEDDED_DRAFT, EMBEDDED_LLAVA
+from commands import benchmark_llava
+from commands.benchmark_llava import EMBEDDED_DRAFT, EMBEDDED_LLAVA
 from decoding.sampling import SamplingPolicy
-from decoding.vlm import ImagePrompt, View
-from image_prompts import ImageQuestion, as_prompt, drawn_questions
-from llava_target import load_llava, load_llava_draft
-from record_file import read_records
-from shapes_dataset import QUESTION, draw
+from engine.views import ImagePrompt, View
+from harness.image_prompts import ImageQuestion, as_prompt, drawn_questions
+from models.llava_target import load_llava, load_llava_draft
+from running.record_file import read_records
+from data.shapes import QUESTION, draw
 from speculative import DecodeOptions, generate
-from target_model import ASSETS, DeviceArgs, eos_token_ids
+from models.target_model import ASSETS, DeviceArgs, eos_token_ids
 from test_commands import run_main
 from toy_models import COUPLED_TREES
 from truncated_llama import TruncatedLlama, load_exit

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import evaluation
+from measuring import evaluation
 from decoding.state import DecodeStats, RoundResult
 from speculative import DecodeOptions, Generation
 from toy_models import BigramModel

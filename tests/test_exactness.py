@@ -1,6 +1,6 @@
 """Models of other families: their text by every method is vanilla's, or they are refused by name."""
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
@@ -35,14 +35,14 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from decoding import kv_cache
+from engine import kv_cache
 from decoding.dynamic_tree import DynamicTree
-from decoding.exactness import why_no_trees
+from engine.exactness import why_no_trees
 from decoding.growmap import Growmap
 from decoding.sampling import SamplingPolicy
 from decoding.static_tree import StaticTree
 from speculative import DecodeOptions, generate
-from target_model import DeviceArgs, load_target
+from models.target_model import DeviceArgs, load_target
 from toy_models import decode, tiny_llama
 
 VOCAB, WINDOW, LIMIT = 64, 8, 32

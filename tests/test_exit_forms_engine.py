@@ -13,13 +13,14 @@ from torch.nn.functional import rms_norm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from decoding import native, static_llama
+from engine import native
+from engine import static_llama
 from decoding.dynamic_tree import DynamicTree
 from decoding.sampling import SamplingPolicy
-from decoding.shared_exit import SharedExit
+from engine.shared_exit import SharedExit
 from decoding.state import DecodeState, DecodeStats
-from decoding.static_llama import Block, Head, Kept, Parts, StaticLlama, why_unsupported
-from plain_llama import why_not_a_llama
+from engine.static_llama import Block, Head, Kept, Parts, StaticLlama, why_unsupported
+from models.plain_llama import why_not_a_llama
 from test_self_speculation import after_every_round, check_caches
 from test_tree_engine import as_on_device, check_caches_after_every_round, check_text
 from toy_models import check_batch, check_same_text, decode, native_llama, near, pass_logits, random_text, same_layers, tiny_llama

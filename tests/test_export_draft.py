@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 import export_draft
 from decoding.sampling import SamplingPolicy
-from plain_llama import as_llama, why_not_a_llama
-from target_model import DeviceArgs, Target, load_target, tokenizer_hash, weights_hash
+from models.plain_llama import as_llama, why_not_a_llama
+from models.target_model import DeviceArgs, Target, load_target, tokenizer_hash, weights_hash
 from test_commands import check_one_line, run_main
 from toy_models import decode, noisy_exit, some_prompts, tiny_llama
 from truncated_llama import Exit, ExitForm, ExitInfo, ExitKind, TruncatedLlama, save_exit

@@ -5,20 +5,20 @@ from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
-import build_followers
-import followers
+from commands import build_followers
+from measuring import followers
 from data_utils import encode_example
-from followers import FORMAT, Followers, count_followers, load_followers, save_followers
-from target_model import tokenizer_hash
+from measuring.followers import FORMAT, Followers, count_followers, load_followers, save_followers
+from models.target_model import tokenizer_hash
 from test_commands import check_one_line, run_main
-from text_datasets import open_stream
+from data.registry import open_stream
 
 TEXTS = [[0, 3, 0, 1, 0, 3], [], [5], [0, 1, 0, 2, 1, 1], [4, 0]]  # after 0: 3 3 1 1 2; after 1: 0 0 1; after 2: 1; after 3: 0; after 4: 0
 

@@ -8,22 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from command_line import UserError, run
+from running.command_line import UserError, run
 
 import pytest
 
-import build_followers
+from commands import build_followers
 import evaluate
 import evaluate_checkpoints
 import export_draft
 import generate_dataset
-import plots
+from plotting import exits
 import train
 from evaluate_checkpoints import finished_rows
-from results import drop_later_rows, environment, read_config, record_run, write_text
+from running.run_files import drop_later_rows, environment, read_config, record_run, write_text
 from test_commands import EVALUATION, check_one_line, exit_path, run_main, train_arguments  # noqa: F401 (a fixture)
-from train_judge import open_mined
-from tree_plots import machine
+from commands.train_judge import open_mined
+from plotting.trees import machine
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def commands(tiny_target_path, exit_path, tmp_path, monkeypatch) -> dict[str, tuple]:  # noqa: F811 (a fixture)
     """Commands that write to tmp_path, as (module, arguments)."""
-    monkeypatch.setattr(plots, "plot_results", lambda *_: None)
+    monkeypatch.setattr(exits, "plot_results", lambda *_: None)
     target, out = ["--model_path", tiny_target_path, "--num_threads", 1], ["--out_dir", tmp_path / "out"]
     answers = ["--dataset", "arithmetic", "--num_examples", 12, "--max_new_tokens", 32, "--batch_size", 4, "--resume"]
     return {

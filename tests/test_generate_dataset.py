@@ -8,7 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 
@@ -16,11 +16,11 @@ import generate_dataset
 from data_utils import encode_prompt
 from decoding.sampling import SamplingPolicy
 from generate_dataset import Prompt, make_row, reading_flags
-from row_files import SkipRow
+from data.row_files import SkipRow
 from speculative import DecodeOptions, generate
-from target_model import DeviceArgs, eos_token_ids, load_target
+from models.target_model import DeviceArgs, eos_token_ids, load_target
 from test_commands import check_one_line, run_main
-from text_datasets import open_stream
+from data.registry import open_stream
 from toy_models import tiny_llama
 
 NUM_EXAMPLES, NEW_TOKENS = 30, 12

@@ -10,9 +10,9 @@ import torch
 from transformers import GenerationConfig
 
 import generate_dataset
-from generation_settings import UNAPPLIED, check_generation_config, unapplied
+from models.generation_settings import UNAPPLIED, check_generation_config, unapplied
 from speculative import DecodeOptions, generate
-from target_model import DeviceArgs, eos_token_ids, load_target
+from models.target_model import DeviceArgs, eos_token_ids, load_target
 from test_commands import check_one_line, run_main
 from toy_models import tiny_llama
 

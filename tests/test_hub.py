@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from threading import Event, Thread
 
-from command_line import UserError
+from running.command_line import UserError
 
 import huggingface_hub
 import pyarrow
@@ -27,11 +27,11 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hub import hub_errors
+from running.hub import hub_errors
 from hub_endpoint import NO_ACCESS_TOKEN, TOKEN, Hub, Repository, hub_endpoint
-from row_files import SPLITS
+from data.row_files import SPLITS
 from test_datasets import FORMS, form_rows
-from text_datasets import DATASETS
+from data.registry import DATASETS
 
 SHARDS, ROWS = 3, 60  # of each split
 PARQUET = "data/{split}-{shard:05}-of-{shards:05}-a3ecf92756993583.parquet"

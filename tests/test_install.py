@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from command_line import SUPPORTED
+from running.command_line import SUPPORTED
 
 import pytest
 import yaml

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import matplotlib as mpl
 import pandas as pd
 import pytest
 
-import evaluate_judge
-import judge_plots
-from plot_parts import STYLE
+from commands import evaluate_judge
+from commands import plot_judges
+from plotting.parts import STYLE
 
 
 def synthetic_table() -> pd.DataFrame:
@@ -31,7 +31,7 @@ def synthetic_table() -> pd.DataFrame:
 
 def drawn(table: pd.DataFrame) -> mpl.figure.Figure:
     with mpl.rc_context(STYLE):
-        return judge_plots.accuracy_by_tokens_per_call(table)
+        return plot_judges.accuracy_by_tokens_per_call(table)
 
 
 def test_every_way_is_drawn_once(tmp_path: Path):
@@ -48,13 +48,13 @@ def test_a_table_without_judges_or_intervals_is_drawn(tmp_path: Path):
     ranks = table[table["method"] != "autojudge"].drop(columns=["judge", "judge_features", "own_threshold"])
     for part in (ranks, table.iloc[:1], table.drop(columns=[column for column in table if "_ci_" in column])):
         part.to_csv(path, index=False)
-        assert drawn(judge_plots.read_ways(path))
+        assert drawn(plot_judges.read_ways(path))
 
 
 def test_files_are_written(tmp_path: Path, monkeypatch, capsys):
     synthetic_table().to_csv(tmp_path / "results.csv", index=False)
     monkeypatch.setattr(sys, "argv", ["judge_plots.py", str(tmp_path)])
-    judge_plots.main()
+    plot_judges.main()
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.suffix for path in paths] == [".png", ".pdf"] and all(path.stat().st_size > 1000 for path in paths)
 
@@ -64,9 +64,9 @@ def test_other_files_are_refused(tmp_path: Path, content, message):
     if content is not None:
         (tmp_path / "results.csv").write_text(content)
     with pytest.raises(UserError, match=message):
-        judge_plots.plot_judges(tmp_path)
+        plot_judges.plot_judges(tmp_path)
 
 
 def test_columns_are_those_of_the_evaluation():
     known = {name for names in evaluate_judge.COLUMNS for name in names.split(", ")}
-    assert {"judge_features", "threshold", "own_threshold", "rank", judge_plots.X, judge_plots.Y} <= known
+    assert {"judge_features", "threshold", "own_threshold", "rank", plot_judges.X, plot_judges.Y} <= known

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import judges
+from training import judges
 from decoding.autojudge import LAW_FEATURES, Judge
-from judges import (
+from training.judges import (
     Fitted,
     JudgeInfo,
     Labelled,
@@ -27,7 +27,7 @@ from judges import (
     recall,
     save_judge,
 )
-from target_model import Target
+from models.target_model import Target
 from toy_models import near_copy, noisy_exit, tiny_llama
 
 

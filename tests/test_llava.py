@@ -17,26 +17,26 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration, MistralConfig, Qwen2VLConfig
 
-import benchmark_llava
-import llava_dataset
-import llava_target
-import pretrain_draft_model
-import pretrain_llava
-import shapes_dataset
+from commands import benchmark_llava
+from data import llava as llava_dataset
+from models import llava_target
+from commands import pretrain_draft_model
+from commands import pretrain_llava
+from data import shapes
 import train
-import training_loop
+from training import training_loop
 import tuned_llama
-import validate_results
+from commands import validate_results
 from data_utils import EncodeOptions, PaddedBatches, encode_prompt, encode_with_images, held_out_batches
-from decoding.vlm import view_of
-from image_inputs import open_image, with_images
-from image_prompts import ImageQuestion, as_prompt, drawn_questions, file_questions, folder_questions, readable
-from llava_target import load_chat_tokenizer, load_llava, load_llava_draft, text_vocab_size
-from record_file import read_records
-from results import read_config
-from row_files import ExampleStream, SkipRow
+from engine.views import view_of
+from data.images import open_image, with_images
+from harness.image_prompts import ImageQuestion, as_prompt, drawn_questions, file_questions, folder_questions, readable
+from models.llava_target import load_chat_tokenizer, load_llava, load_llava_draft, text_vocab_size
+from running.record_file import read_records
+from running.run_files import read_config
+from data.row_files import ExampleStream, SkipRow
 from speculative import DecodeOptions, generate
-from target_model import DeviceArgs, weights_hash
+from models.target_model import DeviceArgs, weights_hash
 from test_commands import check_one_line, run_main
 from test_tuning import time_little
 from truncated_llama import TruncatedLlama, load_exit
@@ -59,7 +59,7 @@ def models(tmp_path_factory) -> SimpleNamespace:
         patch.setattr(pretrain_llava, "VALIDATION_BATCHES", 1)
         patch.setattr(pretrain_draft_model, "VALIDATION_BATCHES", 1)
         patch.setattr(pretrain_draft_model, "NUM_SAMPLES", 1)
-        patch.setitem(shapes_dataset.NUM_ROWS, "train", 300)
+        patch.setitem(shapes.NUM_ROWS, "train", 300)
         run = root / "target"
         assert run_main(pretrain_llava, [*TINY, *SHAPE, "--num_hidden_layers", "3", "--patch_size", "14", "--train_tokenizer_size", "320", "--output_dir", run], patch) == 0
         target = run / "model_000002"
@@ -67,7 +67,7 @@ def models(tmp_path_factory) -> SimpleNamespace:
         words = ["--dataset", "shapes", "--tokenizer_path", target, "--hidden_size", "64", "--intermediate_size", "96", "--num_hidden_layers", "1", "--num_attention_heads", "4",
                  "--num_key_value_heads", "2", "--max_steps", "1", "--batch_size", "2", "--max_length", "64", "--num_threads", "1", "--output_dir", root / "blind"]
         assert run_main(pretrain_draft_model, words, patch) == 0
-        assert run_main(shapes_dataset, ["--out_dir", root / "images", "--count", "3"], patch) == 0
+        assert run_main(shapes, ["--out_dir", root / "images", "--count", "3"], patch) == 0
     return SimpleNamespace(root=root, target=str(target), draft=str(root / "draft/model_000002"), blind=str(root / "blind/model_000001"), images=root / "images",
                            run=run)
 
@@ -274,7 +274,7 @@ def test_llava_instruct_rows():
 # ---- training on images ----
 
 def test_placeholders_are_never_learned_and_answers_are(llava):
-    example = shapes_dataset.parse(shapes_dataset.make_row("train", 3))
+    example = shapes.parse(shapes.make_row("train", 3))
     encoded = encode_with_images(llava.tokenizer, example, llava.images)
     assert encoded.input_ids.count(llava.images.image_token_id) == 4 and len(encoded.images) == 1
     learned = [token for token, mask in zip(encoded.input_ids, encoded.loss_mask, strict=True) if mask]
@@ -299,8 +299,8 @@ def test_examples_whose_images_do_not_fit_or_are_broken_are_counted(llava, tmp_p
 
 
 def test_a_batch_has_the_images_of_its_texts_in_order(llava):
-    rows = [shapes_dataset.make_row("train", index) for index in range(64)]
-    batch = next(iter(PaddedBatches(ExampleStream(shapes_dataset.DATASET, rows, 0), EncodeOptions(llava.tokenizer, "assistant", 160, 4, llava.images))))
+    rows = [shapes.make_row("train", index) for index in range(64)]
+    batch = next(iter(PaddedBatches(ExampleStream(shapes.DATASET, rows, 0), EncodeOptions(llava.tokenizer, "assistant", 160, 4, llava.images))))
     embedded = llava.embed(batch["input_ids"], batch["pixel_values"])
     for row in range(4):
         alone = llava.embed(batch["input_ids"][row : row + 1], batch["pixel_values"][row : row + 1])
@@ -316,7 +316,7 @@ def train_flags(models, output: Path, **changes: object) -> list[str]:
 
 def test_an_exit_of_a_llava_is_distilled_resumed_and_drafts(models, llava, tmp_path, monkeypatch, capsys):
     """Stopped behind its second step and resumed, to the last bit; then it drafts."""
-    monkeypatch.setitem(shapes_dataset.NUM_ROWS, "train", 300)
+    monkeypatch.setitem(shapes.NUM_ROWS, "train", 300)
     monkeypatch.setattr(train, "VALIDATION_BATCHES", 1)
     assert run_main(train, train_flags(models, tmp_path / "whole"), monkeypatch) == 0
     with monkeypatch.context() as patch:
@@ -349,8 +349,8 @@ def stop_behind(patch, step: int) -> None:
 
 def test_the_teacher_sees_the_images(models, llava, tmp_path, monkeypatch):
     """The same texts with other pixels make other states; without them a training that forgot to look would pass unseen."""
-    rows = [shapes_dataset.make_row("train", index) for index in range(32)]
-    batch = next(iter(PaddedBatches(ExampleStream(shapes_dataset.DATASET, rows, 0), EncodeOptions(llava.tokenizer, "assistant", 160, 2, llava.images))))
+    rows = [shapes.make_row("train", index) for index in range(32)]
+    batch = next(iter(PaddedBatches(ExampleStream(shapes.DATASET, rows, 0), EncodeOptions(llava.tokenizer, "assistant", 160, 2, llava.images))))
     model = tuned_llama.TunedLlama(llava.model, [])
     seen, other = (model.frozen_pass(batch["input_ids"], batch["attention_mask"], inputs_embeds=llava.embed(batch["input_ids"], pixels)).teacher
                    for pixels in (batch["pixel_values"], -batch["pixel_values"]))
@@ -381,7 +381,7 @@ def test_pretraining_resumes_and_keeps_tower_and_tokenizer(models, tmp_path, mon
     monkeypatch.setattr(pretrain_llava, "NAMED_SCENES", 1)
     monkeypatch.setattr(pretrain_llava, "CAPTION_TOKENS", 2)
     monkeypatch.setattr(pretrain_llava, "VALIDATION_BATCHES", 1)
-    monkeypatch.setitem(shapes_dataset.NUM_ROWS, "train", 300)
+    monkeypatch.setitem(shapes.NUM_ROWS, "train", 300)
     words = [*TINY, *SHAPE, "--num_hidden_layers", "1", "--tokenizer_path", models.target]
     assert run_main(pretrain_llava, [*words, "--output_dir", tmp_path / "whole"], monkeypatch) == 0
     with monkeypatch.context() as patch:
@@ -437,7 +437,7 @@ def noisy_checkpoint(models) -> Path:
     path = models.root / "exit"
     if not path.exists():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(shapes_dataset.NUM_ROWS, "train", 300)
+            patch.setitem(shapes.NUM_ROWS, "train", 300)
             patch.setattr(train, "VALIDATION_BATCHES", 1)
             assert run_main(train, train_flags(models, path, max_steps=1), patch) == 0
     return path / "model_000001.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from machine_speed import held_memory, peak_memory, restart_peak
+from measuring.machine_speed import held_memory, peak_memory, restart_peak
 
 
 def test_peak_is_the_most_that_was_held_since_its_restart():

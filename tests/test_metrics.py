@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
+from measuring import metrics
 from decoding.state import DecodeStats, RoundResult
 
 

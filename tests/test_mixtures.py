@@ -10,17 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from command_line import UserError
+from running.command_line import UserError
 
 import datasets
 import pytest
 import torch
 
-import text_datasets
+from data import registry
 from data_utils import BUCKET_BATCHES, EncodeOptions, PaddedBatches, Prefetched, held_out_by_source
-from row_files import ExampleStream, MixedStream
+from data.row_files import ExampleStream, MixedStream
 from test_data_utils import equal, question_stream, text_stream
-from text_datasets import DATASETS, check_mixture, fingerprint, open_mixture
+from data.registry import DATASETS, check_mixture, fingerprint, open_mixture
 
 
 def hub_stream(count: int = 9) -> ExampleStream:
@@ -101,7 +101,7 @@ def open_any(monkeypatch) -> list[str]:
         opened.append(dataset.name)
         return [{"text": dataset.name}] * 3
 
-    monkeypatch.setattr(text_datasets, "open_rows", open_rows)
+    monkeypatch.setattr(registry, "open_rows", open_rows)
     return opened
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import decoding.verify as verify
-from decoding import native
+from engine import native
 from decoding.children import Chooser, Coupling, Nodes
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, draw_with_margin, policy_probs
 from decoding.tree import Tree

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from decoding import native
+from engine import native
 from decoding.autojudge import TopK
 from decoding.children import Chooser, Nodes
 from decoding.common_sense import CommonSense

@@ -2,14 +2,14 @@
 
 from functools import cache
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from decoding.sampling import SamplingPolicy
-from planted import ENTROPY, TOLERANCE, PlantedPair, planted_pair
+from models.planted import ENTROPY, TOLERANCE, PlantedPair, planted_pair
 from speculative import DecodeOptions, generate_batch
 from toy_models import check_all_accepted, check_same_text, decode
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import decoding.drafting as drafting
-import decoding.kv_cache as kv_cache
+from engine import kv_cache
 import decoding.sampling as sampling
 import decoding.state as state
-import decoding.static_llama as static_llama
+from engine import static_llama
 import decoding.verify as verify
 import truncated_llama
 from decoding.sampling import Purpose, SamplingPolicy
-from decoding.shared_exit import SharedExit
+from engine.shared_exit import SharedExit
 from test_verify import check_enumeration, check_zero_is_never_accepted
 from toy_models import (
     bigram_pair,

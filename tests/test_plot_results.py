@@ -6,19 +6,19 @@ import json
 import shutil
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pandas as pd
 import pytest
 
 import benchmark
-import judge_plots
-import plot_results
-import plots
-import tree_plots
-import validate_results
-from bench_records import needed_summaries
-from plot_results import latest_summaries, way_names
+from commands import plot_judges
+from commands import plot_results
+from plotting import exits
+from plotting import trees
+from commands import validate_results
+from harness.figures import needed_summaries
+from commands.plot_results import latest_summaries, way_names
 from test_commands import check_one_line, run_main
 from test_records import KINDS, OF_ALL, SHARED, run_record
 
@@ -83,10 +83,10 @@ def test_a_place_for_figures_that_is_none_gets_one_line(tmp_path, monkeypatch, c
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "out.jsonl"]
 
 
-@pytest.mark.parametrize("redraw", [plots.plot_results, plots.plot_step_times, judge_plots.plot_judges, tree_plots.plot_trees])
+@pytest.mark.parametrize("redraw", [exits.plot_results, exits.plot_step_times, plot_judges.plot_judges, trees.plot_trees])
 def test_a_file_where_the_plots_go_gets_one_line(tmp_path, monkeypatch, redraw):
     source = {"plot_results": "results/demo", "plot_step_times": "results/step_times", "plot_judges": "results/autojudge/greedy", "plot_trees": "results/trees/counts/exit-layer1-t0"}
-    folder = Path(shutil.copytree(Path(plots.__file__).parent / source[redraw.__name__], tmp_path / "results", ignore=shutil.ignore_patterns("plots")))
+    folder = Path(shutil.copytree(Path(exits.__file__).parent / source[redraw.__name__], tmp_path / "results", ignore=shutil.ignore_patterns("plots")))
     (folder / "plots").touch()
     with pytest.raises(UserError, match="cannot write to .*plots"):
         redraw(folder)

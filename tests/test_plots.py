@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import matplotlib as mpl
 import numpy as np
@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-import capacity_plots
-import metrics
-import plot_parts
-import plots
+from plotting import capacity
+from measuring import metrics
+from plotting import parts as plot_parts
+from plotting import exits as plots
 from truncated_llama import ExitKind
 
 ROOT = Path(__file__).parent.parent
@@ -145,8 +145,8 @@ def test_target_as_its_own_draft_is_no_draft() -> None:
     points = np.vstack([line.get_xydata() for line in plots.speedup_vs_quality(table).axes[0].lines])
     assert points[:, 1].max() < 9
     assert [text.get_text() for text in plots.predicted_speedup(table).axes[0].texts].count("target") == 1
-    assert len(capacity_plots.kinds_side_by_side(table).axes[0].get_yticks()) == 6
-    assert all(text.get_text() != "target" for text in capacity_plots.capacity_pareto(table).axes[0].texts)
+    assert len(capacity.kinds_side_by_side(table).axes[0].get_yticks()) == 6
+    assert all(text.get_text() != "target" for text in capacity.capacity_pareto(table).axes[0].texts)
 
 
 @pytest.mark.parametrize("prefix, as_nan, gone", [
@@ -251,7 +251,7 @@ def crowded_table(per_stage: int) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("table", [synthetic_table(), crowded_table(3), crowded_table(12)])
-@pytest.mark.parametrize("draw", [plots.speedup_vs_quality, plots.predicted_speedup, plots.potential_vs_tokens_per_call, capacity_plots.capacity_pareto])
+@pytest.mark.parametrize("draw", [plots.speedup_vs_quality, plots.predicted_speedup, plots.potential_vs_tokens_per_call, capacity.capacity_pareto])
 def test_labels_of_points_overlap_neither_each_other_nor_points(table: pd.DataFrame, draw) -> None:
     """Boxes as the renderer measures them, not those that the placement computed."""
     with mpl.rc_context(plot_parts.STYLE):
@@ -418,7 +418,7 @@ def test_a_kind_looks_the_same_in_every_table_and_figure() -> None:
         [look] = {*many.loc[many["kind"] == kind, "look"], *few.loc[few["kind"] == kind, "look"]}
         assert look == plot_parts.look_of(kind)
     with mpl.rc_context(plot_parts.STYLE):
-        figures = [draw(many) for draw in (plots.acceptance_by_layer, plots.speedup_vs_quality, capacity_plots.capacity_pareto)]
+        figures = [draw(many) for draw in (plots.acceptance_by_layer, plots.speedup_vs_quality, capacity.capacity_pareto)]
     shown = [{text.get_text(): (line.get_color(), line.get_marker()) for text, line in zip(figure.legends[0].texts, figure.legends[0].get_lines(), strict=True)}
              for figure in figures]
     assert shown[0] | {"target": None} == shown[1] | {"target": None} == shown[2] | {"target": None} and len(shown[1]) == len(TWELVE)
@@ -499,7 +499,7 @@ def test_a_model_without_a_layer_is_a_horizontal_line_and_a_point(tmp_path: Path
     level = models[0]["spec_token_accept_rate"]
     assert [set(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) == 2 and line.get_xdata()[1] == 1].count({level}) == 2
     with mpl.rc_context(plot_parts.STYLE):
-        names = {text.get_text() for text in capacity_plots.capacity_pareto(table).axes[0].texts}
+        names = {text.get_text() for text in capacity.capacity_pareto(table).axes[0].texts}
     assert {"model, small", "model, large", "ℓ1 head", "ℓ5 head"} <= names
     assert titles(plots.acceptance_histograms(table)) == ["ℓ = 1", "ℓ = 5", "no layer"]
 
@@ -524,7 +524,7 @@ def test_every_run_has_its_own_bars_and_labels() -> None:
     assert [len(axis.patches) for axis in plots.acceptance_histograms(table).axes] == 3 * [4 * (GAMMA + 1)]
     head = plots.acceptance_by_position(table).axes[1]
     assert {text.get_text() for text in head.texts} == {f"ℓ{layer} {run}" for layer in (1, 5, 9) for run in ("lk-lr2e-05", "lr2e-05", "lr0.0001")}
-    names = [label.get_text() for label in capacity_plots.kinds_side_by_side(table).axes[0].get_yticklabels()]
+    names = [label.get_text() for label in capacity.kinds_side_by_side(table).axes[0].get_yticklabels()]
     assert len(set(names)) == len(names) == 12 and "ℓ5 head, lk-lr2e-05" in names
     with mpl.rc_context(plot_parts.STYLE):
         legend = plots.speedup_vs_quality(table).legends[0]
@@ -558,19 +558,19 @@ def test_steps_of_one_run_stay_one_series() -> None:
 def test_weight_bound_speedup_is_the_best_of_the_cost_model() -> None:
     for alpha, cost in itertools.product((0.0, 0.3, 0.8, 0.97, 1.0), (0.02, 0.2, 0.7, 1.1)):
         wanted = max(metrics.predicted_speedup(alpha, gamma, cost) for gamma in range(1, 65))
-        assert capacity_plots.weight_bound_speedup(alpha, cost) == pytest.approx(wanted)
-    assert capacity_plots.weight_bound_speedup(np.array([0.2, 0.5]), np.array([0.2, 0.5])) == pytest.approx([1, 1])  # where α = c a draft neither wins nor loses
+        assert capacity.weight_bound_speedup(alpha, cost) == pytest.approx(wanted)
+    assert capacity.weight_bound_speedup(np.array([0.2, 0.5]), np.array([0.2, 0.5])) == pytest.approx([1, 1])  # where α = c a draft neither wins nor loses
 
 
 def test_lines_of_equal_speedup_are_where_they_say() -> None:
     with mpl.rc_context(plot_parts.STYLE):
-        axis = capacity_plots.capacity_pareto(synthetic_table(TWELVE)).axes[0]
+        axis = capacity.capacity_pareto(synthetic_table(TWELVE)).axes[0]
     lines = [line for line in axis.lines if line.get_gid() == plot_parts.BACKDROP]
     names = sorted((text.get_text() for text in axis.texts if text.get_text().endswith("×")), key=plot_parts.natural)
     found = []
     for line in lines:
         costs, alphas = line.get_xydata()[~np.isnan(line.get_ydata())].T
-        speedups = capacity_plots.weight_bound_speedup(alphas, costs)
+        speedups = capacity.weight_bound_speedup(alphas, costs)
         assert np.ptp(speedups) < 0.01 * speedups.mean()
         found.append(f"{speedups.mean():.1f}".removesuffix(".0") + "×")
     assert len(found) >= 4 and sorted(found, key=plot_parts.natural) == names and "1×" in found
@@ -580,7 +580,7 @@ def test_efficient_exits_are_ringed_and_no_others() -> None:
     costs, rates = [0.1, 0.2, 0.3, 0.4, 0.4], [0.5, 0.4, 0.6, 0.7, 0.6]
     rows = [synthetic_draft("head", layer) | {"cost_ratio_bytes": cost, "spec_token_accept_rate": rate} for layer, (cost, rate) in enumerate(zip(costs, rates, strict=True))]
     with mpl.rc_context(plot_parts.STYLE):
-        axis = capacity_plots.capacity_pareto(table_of([*rows, TARGET_ROW])).axes[0]
+        axis = capacity.capacity_pareto(table_of([*rows, TARGET_ROW])).axes[0]
     [rings] = [line for line in axis.lines if line.get_markerfacecolor() == "none"]
     assert rings.get_xydata().tolist() == [[0.1, 0.5], [0.3, 0.6], [0.4, 0.7]]
     assert {text.get_text() for text in axis.texts if text.get_fontweight() == "bold"} == {"ℓ0 head", "ℓ2 head", "ℓ3 head"}
@@ -602,7 +602,7 @@ def test_names_of_lines_of_equal_speedup_move_apart() -> None:
     """On a wide axis those of 20×, 15×, 10×, 7× and 5× would lie on one another."""
     table = synthetic_table(TWELVE[:3]).assign(cost_ratio_bytes=np.linspace(0.05, 1.4, 10), spec_token_accept_rate=np.linspace(0.5, 0.99, 10))
     with mpl.rc_context(plot_parts.STYLE):
-        figure = capacity_plots.capacity_pareto(table)
+        figure = capacity.capacity_pareto(table)
     assert {"20×", "15×", "10×", "7×", "5×"} <= {text.get_text() for text in figure.axes[0].texts}
     assert overlaps(figure) == []
 
@@ -618,16 +618,16 @@ def test_a_legend_takes_no_room_from_the_panels() -> None:
 
 @pytest.mark.parametrize(("alpha", "cost", "best"), [(0.8, 0.1, 6), (0.6, 0.05, 4), (0.3, 0.5, 1)])
 def test_best_speedup_is_that_of_the_cost_model(alpha, cost, best):
-    assert capacity_plots.weight_bound_speedup(alpha, cost) == pytest.approx(metrics.predicted_speedup(alpha, best, cost))
+    assert capacity.weight_bound_speedup(alpha, cost) == pytest.approx(metrics.predicted_speedup(alpha, best, cost))
 
 
 def test_exits_side_by_side_are_sorted_and_each_value_stands_in_its_row() -> None:
     table = synthetic_table(TWELVE[:4], (1, 5))
     table.loc[2, "spec_speedup"] = np.nan
-    figure = capacity_plots.kinds_side_by_side(table)
+    figure = capacity.kinds_side_by_side(table)
     drafts = plot_parts.drafts_of(table)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    best = capacity_plots.weight_bound_speedup(drafts["spec_token_accept_rate"], drafts["cost_ratio_bytes"])
+    best = capacity.weight_bound_speedup(drafts["spec_token_accept_rate"], drafts["cost_ratio_bytes"])
     assert names == [plot_parts.point_names(drafts, "series")[index] for index in np.argsort(-best, kind="stable")]
     rows = dict(zip(plot_parts.point_names(drafts, "series"), drafts.to_dict("records"), strict=True))
     columns = ("exit_bytes", "cost_ratio_bytes", "spec_token_accept_rate", "spec_tokens_per_call", None, "spec_speedup")
@@ -641,10 +641,10 @@ def test_exits_side_by_side_are_sorted_and_each_value_stands_in_its_row() -> Non
 
 
 def test_side_by_side_needs_something_to_compare_and_grows_with_its_rows(capsys: pytest.CaptureFixture) -> None:
-    assert capacity_plots.kinds_side_by_side(synthetic_table(("head",))) is None
+    assert capacity.kinds_side_by_side(synthetic_table(("head",))) is None
     assert "kinds_side_by_side: left out" in capsys.readouterr().out
-    heights = [capacity_plots.kinds_side_by_side(synthetic_table(TWELVE, layers)).get_figheight() for layers in ((1,), (1, 3, 6, 9))]
-    assert heights[1] - heights[0] == pytest.approx(36 * capacity_plots.ROW_INCHES)
+    heights = [capacity.kinds_side_by_side(synthetic_table(TWELVE, layers)).get_figheight() for layers in ((1,), (1, 3, 6, 9))]
+    assert heights[1] - heights[0] == pytest.approx(36 * capacity.ROW_INCHES)
 
 
 @pytest.mark.parametrize("text, complaint", [

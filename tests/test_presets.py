@@ -6,13 +6,13 @@ import json
 import os
 from pathlib import Path
 
-from command_line import UserError, parse_args
+from running.command_line import UserError, parse_args
 
 import pytest
 
-import validate_configs
-from bench_args import Args
-from presets import FOLDER, PresetArgs, as_draft, as_words, listing, preset_flags, read_presets, with_presets
+from commands import validate_configs
+from harness.flags import Args
+from harness.presets import FOLDER, PresetArgs, as_draft, as_words, listing, preset_flags, read_presets, with_presets
 from test_commands import check_one_line, run_main
 
 MODELS = {

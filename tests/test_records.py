@@ -6,17 +6,17 @@ import json
 import math
 import re
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 
-import record_file
-import validate_results
-from bench_records import MethodRun, needed_summaries, run_fields, summary_key
+from running import record_file
+from commands import validate_results
+from harness.figures import MethodRun, needed_summaries, run_fields, summary_key
 from decoding.state import DecodeStats, RoundResult, TreeCounts
-from metrics import mcnemar_p, wilson_interval
-from record_file import RecordFile, read_records
-from records import BOUNDS, FIELDS, SCHEMA_VERSION, TYPES, complaints, schema_table
+from measuring.metrics import mcnemar_p, wilson_interval
+from running.record_file import RecordFile, read_records
+from harness.schema import BOUNDS, FIELDS, SCHEMA_VERSION, TYPES, complaints, schema_table
 from speculative import DecodeOptions
 from test_commands import check_one_line, run_main
 

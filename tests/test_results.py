@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
 
-import pretraining
-import results
+from training import pretraining
+from running import run_files
 from decoding.autojudge import Judge
-from followers import Followers, save_followers
-from judges import JudgeInfo, save_judge
-from results import in_one_step
+from measuring.followers import Followers, save_followers
+from training.judges import JudgeInfo, save_judge
+from running.run_files import in_one_step
 from toy_models import noisy_exit, tiny_llama
-from training_loop import TrainingArgs, check_same_run, save_state
+from training.training_loop import TrainingArgs, check_same_run, save_state
 from truncated_llama import ExitInfo, ExitKind, read_exit_info, save_exit
 
 
@@ -39,7 +39,7 @@ def write_model(path: Path) -> None:
 WRITERS = {
     "judge.safetensors": write_judge, "model_000001.safetensors": write_exit, "model_000001": write_model,
     "followers.safetensors": lambda path: save_followers(path, Followers(torch.zeros(2, 1, dtype=torch.int64), "", {})),
-    "state.pt": lambda path: save_state(path.parent, {"step": 1}, SimpleNamespace(learners=[])), "config.json": lambda path: results.write_json(path, {}),
+    "state.pt": lambda path: save_state(path.parent, {"step": 1}, SimpleNamespace(learners=[])), "config.json": lambda path: run_files.write_json(path, {}),
 }
 
 
@@ -88,9 +88,9 @@ def test_a_run_does_not_begin_among_checkpoints_of_others(tmp_path, name):
 def test_numbers_that_are_none_are_absent_from_what_is_written(tmp_path):
     """JSON knows no NaN and no infinity, and a table none that a reader would not take for a figure."""
     row = {"ce": 1.5, "ppl": float("inf"), "kl": float("nan"), "of": {"low": float("-inf"), "high": 2}, "each": [1.0, float("nan")]}
-    results.write_json(tmp_path / "row.json", row)
+    run_files.write_json(tmp_path / "row.json", row)
     assert json.loads((tmp_path / "row.json").read_text(), parse_constant=pytest.fail) == {"ce": 1.5, "of": {"high": 2}, "each": [1.0, None]}
-    results.append_csv(tmp_path / "log.csv", {name: row[name] for name in ("ce", "ppl", "kl")}, ["ce", "ppl", "kl"])
+    run_files.append_csv(tmp_path / "log.csv", {name: row[name] for name in ("ce", "ppl", "kl")}, ["ce", "ppl", "kl"])
     assert (tmp_path / "log.csv").read_text() == "ce,ppl,kl\n1.5,,\n"
     save_exit(tmp_path / "exit.safetensors", noisy_exit(tiny_llama(), 1).exit, ExitInfo(1, ExitKind.parse("head"), "", "", "", losses={"kl": float("nan"), "ce": 2.0}))
     assert read_exit_info(tmp_path / "exit.safetensors").losses == {"ce": 2.0}

@@ -8,31 +8,31 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
 
-import bench_args
+from harness import flags as bench_args
 import benchmark
 import evaluate_checkpoints
 import generate_dataset
 import train
-import train_judge
-from bench_methods import NAMES, Subject, ways_of
-from bench_prompts import Prompt
-from bench_records import MethodRun, key_of
-from bench_runs import Data, shared_inputs
+from commands import train_judge
+from harness.methods import NAMES, Subject, ways_of
+from harness.prompts import Prompt
+from harness.figures import MethodRun, key_of
+from harness.runs import Data, shared_inputs
 from decoding.growmap import chain, save_growmap
-from evaluation import NOT_SETTINGS, Draft
-from results import record_run
+from measuring.evaluation import NOT_SETTINGS, Draft
+from running.run_files import record_run
 from speculative import DecodeOptions
-from target_model import Target, eos_token_ids, load_target, text_facts
-from text_datasets import open_stream
+from models.target_model import Target, eos_token_ids, load_target, text_facts
+from data.registry import open_stream
 from toy_models import noisy_exit
-from train_judge import open_mined
-from training_loop import FREE_ON_RESUME, check_same_run
-from tree_args import Fitted, coupling_identity
+from commands.train_judge import open_mined
+from training.training_loop import FREE_ON_RESUME, check_same_run
+from measuring.tree_plans import Fitted, coupling_identity
 
 FLAGS = {"model_path": "target", "out_dir": "out"}
 BENCH_SMALL = {"max_new_tokens": 8, "tree_budget": 6, "tree_depth": 2, "parallel_branches": 3, "num_threads": 1}

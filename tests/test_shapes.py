@@ -9,12 +9,12 @@ from itertools import islice
 import pytest
 import torch
 
-import shapes_dataset
-import tower_pretraining
-from shapes_dataset import COLOURS, NUM_ROWS, PLACES, SHAPES, SIZES, caption, draw, make_row, make_scene, named_shapes, names_all, parse, scene_key
+from data import shapes
+from training import tower_pretraining
+from data.shapes import COLOURS, NUM_ROWS, PLACES, SHAPES, SIZES, caption, draw, make_row, make_scene, named_shapes, names_all, parse, scene_key
 from test_commands import check_one_line, run_main
-from text_datasets import fingerprint, open_stream
-from tower_pretraining import TRAITS, patch_labels, quarter_labels
+from data.registry import fingerprint, open_stream
+from training.tower_pretraining import TRAITS, patch_labels, quarter_labels
 
 
 def test_rows_are_a_function_of_split_and_index():
@@ -90,7 +90,7 @@ def test_the_data_set_is_one_of_the_suites():
 
 @pytest.mark.parametrize(("words", "message"), [(["--count", "0"], "--count 0: must lie between 1"), (["--split", "all"], "--split all: choose one of")])
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, words, message):
-    assert run_main(shapes_dataset, ["--out_dir", tmp_path, *words], monkeypatch) == 2
+    assert run_main(shapes, ["--out_dir", tmp_path, *words], monkeypatch) == 2
     check_one_line(capsys, message)
 
 
@@ -108,7 +108,7 @@ def test_a_tower_learns_its_lesson(monkeypatch):
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from image_inputs import ImageInputs
+    from data.images import ImageInputs
 
     monkeypatch.setattr(tower_pretraining, "WARMUP", 5)
     image_inputs = ImageInputs(0, 4, CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}))
@@ -121,4 +121,4 @@ def test_a_tower_learns_its_lesson(monkeypatch):
 def test_scenes_have_every_count():
     rng = random.Random(0)
     assert {len(make_scene(rng)) for _ in range(100)} == {1, 2, 3, 4}
-    assert len(list(islice(iter(shapes_dataset.Rows("test")), 3))) == 3
+    assert len(list(islice(iter(shapes.Rows("test")), 3))) == 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-import metrics
+from measuring import metrics
 from decoding.common_sense import CommonSense
 from decoding.dynamic_tree import DynamicTree
 from decoding.sampling import SamplingPolicy

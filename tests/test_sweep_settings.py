@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from transformers import LlamaConfig
 
-import sweep_settings
-import tuning
-from planted import TOLERANCE
+from commands import sweep_settings
+from measuring import round_costs
+from models.planted import TOLERANCE
 from test_commands import check_one_line, run_main
 from test_tuning import save_exits, time_little
 
@@ -105,7 +105,7 @@ def test_drafting_rows_say_what_was_drafted_and_what_it_was_worth(trained):
     assert (drafting["measured_over_predicted"] * drafting["predicted"]).to_numpy() == pytest.approx(drafting["speedup"].to_numpy())
     for row in drafting.itertuples():
         costs = [float(cost) for cost in row.round_costs.split()]
-        assert len(costs) == tuning.LONGEST + 1 and costs[0] == 1 and costs == sorted(costs)
+        assert len(costs) == round_costs.LONGEST + 1 and costs[0] == 1 and costs == sorted(costs)
         if row.gamma == "1":
             assert row.spec_mean_proposed <= 1 < row.spec_tokens_per_call <= 2
             assert row.predicted == pytest.approx(2 / costs[1], rel=0.02)

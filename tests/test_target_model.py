@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from data_utils import EncodeOptions, encode_example
-from llava_target import load_llava_config
-from pretrain_draft_model import Args, make_model
-from target_model import ASSETS, DeviceArgs, load_config, load_target
+from models.llava_target import load_llava_config
+from commands.pretrain_draft_model import Args, make_model
+from models.target_model import ASSETS, DeviceArgs, load_config, load_target
 from toy_models import tiny_llama
 
 CPU = DeviceArgs(device="cpu")

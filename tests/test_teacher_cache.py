@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
 
-from losses import LOSS_TYPES
-from teacher_cache import TeacherCache, text_keys
+from training.losses import LOSS_TYPES
+from training.teacher_cache import TeacherCache, text_keys
 from toy_models import some_batch, tiny_llama
 from truncated_llama import Exit, ExitKind
 from tuned_llama import Objective, TunedLlama

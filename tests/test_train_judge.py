@@ -8,21 +8,21 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-import evaluate_judge
-import judge_mining
-import train_judge
-from answers import final_answer, same_answer
+from commands import evaluate_judge
+from training import judge_mining
+from commands import train_judge
+from data.answers import final_answer, same_answer
 from decoding.sampling import policy_probs
-from judge_mining import LABEL_POLICY, Miner, Question, Reader, draft_labels
-from judges import load_judge
-from target_model import DeviceArgs, Target, load_target, tokenizer_hash, weights_hash
+from training.judge_mining import LABEL_POLICY, Miner, Question, Reader, draft_labels
+from training.judges import load_judge
+from models.target_model import DeviceArgs, Target, load_target, tokenizer_hash, weights_hash
 from toy_models import native_llama, near_copy, noisy_exit, some_prompts
 from truncated_llama import ExitInfo, ExitKind, TruncatedLlama, load_exit, save_exit
 

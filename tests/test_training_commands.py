@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
-import command_line
+from running import command_line
 
 import pandas as pd
 import pytest
@@ -27,20 +27,20 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 import evaluate
-import evaluation
+from measuring import evaluation
 import prove
 import train
-import training_loop
+from training import training_loop
 import truncated_llama
-from arithmetic_dataset import make_problem
-from processes import SHARDS_ON_CPU
-from results import read_csv_log
-from row_files import MixedStream
+from data.arithmetic import make_problem
+from running.processes import SHARDS_ON_CPU
+from running.run_files import read_csv_log
+from data.row_files import MixedStream
 from speculative import Generation
-from target_model import load_tokenizer
+from models.target_model import load_tokenizer
 from test_commands import check_one_line, run_main
 from test_training import wait_for_step
-from text_datasets import open_stream
+from data.registry import open_stream
 from truncated_llama import read_exit_info
 from tuned_llama import TunedLlama
 

@@ -6,13 +6,13 @@ import shutil
 import pandas as pd
 import pytest
 
-import build_followers
-import build_growmap
+from commands import build_followers
+from commands import build_growmap
 import evaluate
 import evaluate_checkpoints
 import prove
-import sweep_settings
-import tree_args
+from commands import sweep_settings
+from measuring import tree_plans
 from decoding.growmap import Growmap, chain, save_growmap
 from test_commands import EVALUATION, check_one_line, exit_path, run_main  # noqa: F401
 from test_tuning import time_little
@@ -94,10 +94,10 @@ def test_weights_are_fitted_once_for_each_policy_and_draft(tiny_target_path, dra
 def test_a_file_of_weights_that_holds_something_else_counts_as_none(tmp_path, content):
     path = tmp_path / "exit.safetensors.coupling.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert tree_args.kept_entries(path) == []
+    assert tree_plans.kept_entries(path) == []
     whole = {"made_for": {"fit": "this"}, "coupling": {"draft": 0.5, "noise": 1.0, "trust": 0.9}}
     path.write_text(json.dumps([None, whole]))
-    assert tree_args.kept_entries(path) == [whole]
+    assert tree_plans.kept_entries(path) == [whole]
 
 
 def test_a_growmap_in_two_commands(tiny_target_path, drafts, tmp_path, monkeypatch, capsys):

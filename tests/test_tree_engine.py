@@ -15,18 +15,21 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 import speculative
-from decoding import kv_cache, native, static_llama, tree_drafting
+from decoding import tree_drafting
+from engine import kv_cache
+from engine import native
+from engine import static_llama
 from decoding.children import Coupling
 from decoding.common_sense import CommonSense
 from decoding.dynamic_tree import DynamicTree
 from decoding.growmap import Growmap, chain
-from decoding.kv_cache import CachedModel
-from decoding.programs import Programs
+from engine.kv_cache import CachedModel
+from engine.programs import Programs
 from decoding.sampling import Noise, SamplingPolicy
-from decoding.shared_exit import SharedExit
+from engine.shared_exit import SharedExit
 from decoding.specexec import SpecExec
 from decoding.state import DecodeState, DecodeStats
-from decoding.static_llama import KEPT_WIDTHS, Scatter, Stack, StaticLlama
+from engine.static_llama import KEPT_WIDTHS, Scatter, Stack, StaticLlama
 from decoding.static_tree import StaticTree
 from decoding.tree import Tree, ancestors
 from decoding.tree_drafting import ExitDraft, ModelDraft, TreeRound

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from command_line import UserError
+from running.command_line import UserError
 
 import matplotlib as mpl
 import numpy as np
@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from PIL import Image
 
-import plots
-import tree_plots
+from plotting import exits
+from plotting import trees as tree_plots
 from decoding.growmap import FORMAT, BestTrees, Growmap, chain, save_growmap
 from decoding.verify import TREE_RULES, VERIFICATIONS
-from tree_args import TREE_METHODS
+from measuring.tree_plans import TREE_METHODS
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("trees_by_size", "promised_tokens")
@@ -61,7 +61,7 @@ def write_synthetic(folder: Path, table: pd.DataFrame) -> Path:
 
 def figure_of(draw, table: pd.DataFrame, tmp_path: Path) -> Figure:
     """What `draw` makes of `table` as a results file, laid out."""
-    with mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(exits.STYLE):
         figure = draw(tree_plots.read_benchmark(write_synthetic(tmp_path / draw.__name__, table) / "results.csv"), "about")
         figure.draw_without_rendering()
     return figure
@@ -88,7 +88,7 @@ def test_both_figures_are_written_as_png_and_pdf(tmp_path: Path):
     paths = tree_plots.plot_trees(folder)
     assert paths == [folder / "plots" / f"{name}{suffix}" for name in NAMES for suffix in (".png", ".pdf")]
     assert all(path.stat().st_size > 5000 for path in paths)
-    assert [Image.open(path).width for path in paths[::2]] == [300 * plots.PAGE_INCHES, 300 * plots.COLUMN_INCHES]
+    assert [Image.open(path).width for path in paths[::2]] == [300 * exits.PAGE_INCHES, 300 * exits.COLUMN_INCHES]
 
 
 def test_panels_show_every_line_the_best_chains_and_vanilla(tmp_path: Path):
@@ -233,7 +233,7 @@ def test_growmap_is_drawn_beside_its_file(tmp_path: Path, size: int):
 @pytest.mark.parametrize("size", [8, 64, 128])
 def test_growmap_shows_all_nodes_and_edges_and_nothing_overlaps(size: int):
     growmap = best_growmap(size)
-    with mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(exits.STYLE):
         figure = tree_plots.growmap_figure(content_of(growmap))
         figure.draw_without_rendering()
     axis = figure.axes[0]
@@ -242,14 +242,14 @@ def test_growmap_shows_all_nodes_and_edges_and_nothing_overlaps(size: int):
     assert axis.get_title(loc="left") == f"{size} nodes on {growmap.depth} levels, {growmap.tokens_per_call:.2f} tokens per call expected"
     places = axis.transData.transform(discs.get_offsets())
     distances = np.hypot(*(places[:, None] - places[None]).transpose(2, 0, 1))[~np.eye(size, dtype=bool)]
-    assert distances.min() > np.sqrt(discs.get_sizes()[0]) * plots.pixels_per_point(figure)
+    assert distances.min() > np.sqrt(discs.get_sizes()[0]) * exits.pixels_per_point(figure)
     boxes = [text.get_window_extent() for text in (*axis.texts, figure._suptitle)]
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
 def test_likelier_nodes_are_darker():
-    with mpl.rc_context(plots.STYLE):
+    with mpl.rc_context(exits.STYLE):
         figure = tree_plots.growmap_figure(content_of(best_growmap(16)))
     [discs] = [found for found in figure.axes[0].collections if isinstance(found, PathCollection)]
     light = discs.get_facecolors()[:, :3].sum(axis=1)

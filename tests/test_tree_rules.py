@@ -22,7 +22,7 @@ from decoding.best_first import Growth
 from decoding.children import Chooser, Coupling, Nodes
 from decoding.dynamic_tree import DynamicTree, dynamic_tree_round
 from decoding.growmap import Growmap
-from decoding.kv_cache import CachedModel
+from engine.kv_cache import CachedModel
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, policy_probs
 from decoding.specexec import SpecExec, specexec_round
 from decoding.state import DecodeState, RoundResult, TreeCounts

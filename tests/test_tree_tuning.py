@@ -17,7 +17,7 @@ from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES
 from speculative import DecodeOptions, generate
 from toy_models import bigram_pair, native_llama, noisy_exit, some_prompts, tiny_llama
-from tree_tuning import OwnText, acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed
+from measuring.tree_fitting import OwnText, acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed
 from truncated_llama import TruncatedLlama
 
 POLICY = SamplingPolicy(0.8)

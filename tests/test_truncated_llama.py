@@ -3,13 +3,13 @@
 import json
 import re
 
-from command_line import UserError
+from running.command_line import UserError
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from target_model import Target, tokenizer_hash, weights_hash
+from models.target_model import Target, tokenizer_hash, weights_hash
 from toy_models import noisy_exit, some_batch, tiny_llama
 from truncated_llama import Exit, ExitForm, ExitInfo, ExitKind, TruncatedLlama, find_checkpoints, load_exit, read_exit_info, save_exit
 from tuned_llama import Objective, TunedLlama

@@ -7,13 +7,13 @@ import time
 import pytest
 import torch
 
-import decoding.static_llama as static_llama
-import decoding.vlm as vlm
-import llava_target
-from decoding.programs import Programs
+from engine import static_llama
+from engine import views
+from models import llava_target
+from engine.programs import Programs
 from decoding.sampling import SamplingPolicy, policy_probs
-from decoding.static_llama import Span, StaticLlama
-from decoding.vlm import ImagePrompt, Shifted, View, forced_logits, view_of
+from engine.static_llama import Span, StaticLlama
+from engine.views import ImagePrompt, Shifted, View, forced_logits, view_of
 from speculative import DecodeOptions, generate, generate_batch
 from test_planted_tree_bugs import plant
 from test_self_speculation import after_every_round
@@ -157,7 +157,7 @@ def test_two_tokens_of_trees_have_the_targets_law(seer):
 
 def test_the_law_of_another_image_is_found_out(monkeypatch):
     """The check fails where what decodes has the embeddings in another order than transformers."""
-    plant(monkeypatch, vlm.ImageEmbeddings.write_into, "self.values[first:end]", "self.values[first:end].flip(0)")
+    plant(monkeypatch, views.ImageEmbeddings.write_into, "self.values[first:end]", "self.values[first:end].flip(0)")
     fails(check_law, Seer(tiny_llava()), "text only", verification="rejection", gamma=1)
 
 
@@ -340,8 +340,8 @@ def test_a_tree_mask_that_hides_the_image_is_found(seer, monkeypatch):
 
 
 @pytest.mark.parametrize(("function", "right", "wrong"), [
-    (vlm.ImageEmbeddings.write_into, "device=x.device) - start]", "device=x.device) - start - 1]"),
-    (vlm.ImageEmbeddings.write_into, "self.values[first:end]", "self.values[first:end].flip(0)"),
+    (views.ImageEmbeddings.write_into, "device=x.device) - start]", "device=x.device) - start - 1]"),
+    (views.ImageEmbeddings.write_into, "self.values[first:end]", "self.values[first:end].flip(0)"),
     (llava_target.VisionEncoder.__call__, "config.vision_feature_layer", "-1"),
     (llava_target.VisionEncoder.__call__, "list(found.pooler_output)", "list(found.pooler_output)[::-1]"),
     (llava_target.as_text_model, "parameter.detach()[:vocab_size]", "parameter.detach()[-vocab_size:]"),
@@ -379,10 +379,10 @@ def test_a_shifted_draft_stands_at_its_own_places(on_host):
 
 
 @pytest.mark.parametrize(("function", "right", "wrong"), [
-    (vlm.Shifted.forward, "starts - self._shift", "starts"),
-    (vlm.Shifted.forward_tree, "starts - self._shift", "starts"),
-    (vlm.Shifted.crop, "length - self._shift", "length - self._shift + 1"),
-    (vlm.Shifted.crop, "length - self._shift", "length"),
+    (views.Shifted.forward, "starts - self._shift", "starts"),
+    (views.Shifted.forward_tree, "starts - self._shift", "starts"),
+    (views.Shifted.crop, "length - self._shift", "length - self._shift + 1"),
+    (views.Shifted.crop, "length - self._shift", "length"),
 ], ids=["chain places", "tree places", "crop by one", "crop by the target's"])
 def test_planted_bugs_of_shifting_are_found(monkeypatch, function, right, wrong):
     plant(monkeypatch, function, right, wrong)

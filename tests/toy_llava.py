@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from decoding.vlm import ImagePrompt, View
-from llava_target import VisionEncoder, as_text_model
+from engine.views import ImagePrompt, View
+from models.llava_target import VisionEncoder, as_text_model
 from toy_models import near_copy, noisy_exit, tiny_llama
 
 SIDE, WRITTEN, PLACEHOLDER, PAD, ROWS = 28, 60, 60, 61, 64  # pixels; tokens that may be written, and rows of the embedding

@@ -16,7 +16,7 @@ from decoding.growmap import Growmap
 from decoding.sampling import SamplingPolicy, policy_probs
 from decoding.specexec import SpecExec
 from decoding.state import DecodeStats, RoundResult
-from decoding.static_llama import StaticLlama
+from engine.static_llama import StaticLlama
 from decoding.static_tree import StaticTree
 from speculative import DecodeOptions, generate, generate_batch
 from truncated_llama import Exit, ExitForm, TruncatedLlama
