@@ -38,7 +38,7 @@ DEMO_SHORT := $(DEMO) LAYERS=3 MAX_STEPS_HEAD=4 MAX_STEPS_FTLAST=4 QUALITY_MAX_B
 
 # Pictures: the embedded LLaVA with each of its drafts in turn, chains and trees.
 LLAVA := assets/shapes-llava
-DEMO_LLAVA := env HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmark_llava.py --target $(LLAVA) --device cpu --num_threads 2 --end 40 --max_new_tokens 96 --runs 2
+DEMO_LLAVA := env HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m commands.benchmark_llava --target $(LLAVA) --device cpu --num_threads 2 --end 40 --max_new_tokens 96 --runs 2
 
 # Flags of benchmark.py that variables set.
 DATASET ?=
@@ -71,7 +71,7 @@ demo-llava: setup ## decode behind pictures with three drafts, in under 3 minute
 	$(DEMO_LLAVA) --model $(LLAVA)-draft --out runs/demo_llava/small_llava
 	$(DEMO_LLAVA) --model $(LLAVA)-blind --out runs/demo_llava/text_only
 	$(DEMO_LLAVA) --checkpoint $(LLAVA)-exit/layer1.safetensors --out runs/demo_llava/early_exit
-	for draft in small_llava text_only early_exit; do $(BIN)/python plot_results.py runs/demo_llava/$$draft/results.jsonl --out_dir runs/demo_llava/$$draft/plots; done
+	for draft in small_llava text_only early_exit; do $(BIN)/python -m commands.plot_results runs/demo_llava/$$draft/results.jsonl --out_dir runs/demo_llava/$$draft/plots; done
 
 test: setup ## all tests, offline
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -91,7 +91,7 @@ aarch64-wheels: setup ## list the wheels that a GH200 gets: docs/aarch64-wheels.
 
 check: setup validate-configs ## lint, the rule of the import levels, and the presets
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest -q tests/test_import_layers.py
+	$(BIN)/python -m pytest -q tests/test_house.py
 
 bench: setup ## decoding methods side by side: DATASET (builtin, a name or a file), OUT, EXPERIMENT, HEADLESS=1
 	$(BENCH) --experiment $(or $(EXPERIMENT),embedded_all)
@@ -113,10 +113,10 @@ list-presets: setup ## what EXPERIMENT can be, and the presets of models and met
 	$(BIN)/python benchmark.py --list_presets
 
 validate-configs: setup ## check the presets
-	$(BIN)/python validate_configs.py
+	$(BIN)/python -m commands.validate_configs
 
 validate-results: setup ## check benchmark.py's JSONL strictly: OUT
-	$(BIN)/python validate_results.py --strict --path $(OUT)
+	$(BIN)/python -m commands.validate_results --strict --path $(OUT)
 
 docker-engine:
 	@command -v $(DOCKER) >/dev/null || { echo "error: $(DOCKER) is not installed; install Docker, name another by DOCKER=podman, or do without: make setup" >&2; exit 2; }

@@ -8,7 +8,7 @@
     python benchmark.py --list_presets
 
 Without a model it takes the embedded target and its exit. A record per (method, run) is appended as soon as it is known, then a summary per method;
-`records.py` says what every field means, `validate_results.py` checks a file, `plot_results.py` draws it. The same command goes on
+`harness/schema.py` says what every field means, `commands/validate_results.py` checks a file, `commands/plot_results.py` draws it. The same command goes on
 where it stopped: what is finished is skipped, what failed is tried again. A method that cannot run is skipped with the reason, one that raises leaves
 the others alone.
 
@@ -24,19 +24,19 @@ from dataclasses import replace
 
 from running.command_line import UserError, parse_args, run
 
+from decoding.sampling import SamplingPolicy
 from harness.flags import Args
 from harness.methods import Subject
+from harness.presets import listing, with_presets
 from harness.prompts import Prompt, Question, encode, read_questions, turn_prompts
 from harness.runs import Benchmark, Data, check_records, named_models, shared_inputs, table, what_was_added
-from decoding.sampling import SamplingPolicy
 from measuring.evaluation import Draft, load_draft, model_draft
+from measuring.tree_plans import Fitted
 from models.planted import planted_pair
-from harness.presets import listing, with_presets
+from models.target_model import EMBEDDED_TARGET, Target, eos_token_ids, load_target, load_tokenizer, named_config
 from running.record_file import RecordFile
 from running.run_files import display_active
 from speculative import DecodeOptions, context_length, generate
-from models.target_model import EMBEDDED_TARGET, Target, eos_token_ids, load_target, load_tokenizer, named_config
-from measuring.tree_plans import Fitted
 
 TOY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 TOY_ALPHA = 0.8

@@ -11,7 +11,7 @@ them: width 1 is plain decoding, width γ+1 verification. An exit at layer ℓ r
     transformers static          eager with a StaticCache: the share of the cache in what torch.compile gains
     transformers+compile <mode>  torch.compile over the StaticCache; "reduce-overhead" and "max-autotune" use CUDA
                                  graphs on CUDA only
-    engine                       decoding/static_llama.py as decoding uses it: on the CPU its C++
+    engine                       engine/static_llama.py as decoding uses it: on the CPU its C++
     engine torch                 on the CPU, the engine without its C++ (where there is no C++ compiler, the same as engine)
     engine+graph                 on CUDA, the engine's pass as a captured graph (not yet measured on a GPU)
 
@@ -40,12 +40,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig, StaticCache
 
-from engine.kv_cache import CachedModel
 from decoding.state import synchronize
+from engine.kv_cache import CachedModel
 from engine.static_llama import KEPT_WIDTHS, StaticLlama
 from measuring.machine_speed import memory_bandwidth
-from running.run_files import new_output_dir, record_run, write_json
 from models.target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, load_config, load_target, weights_hash
+from running.run_files import new_output_dir, record_run, write_json
 from truncated_llama import step_bytes
 
 CONFIGS = Path(__file__).parent / "assets" / "configs"

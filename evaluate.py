@@ -24,10 +24,10 @@ from running.command_line import UserError, parse_args, run
 
 from measuring.evaluation import DraftArgs, EvaluationArgs, choose_prompts, evaluate_draft, load_draft, summary_table
 from measuring.potential import PotentialArgs, PotentialOptions, evaluate_examples, potential_table
+from measuring.token_views import as_ansi, card_of, legend, write_html
+from models.target_model import Target, load_target
 from running.run_files import new_output_dir, record_run, write_json
 from speculative import Generation
-from models.target_model import Target, load_target
-from measuring.token_views import as_ansi, card_of, legend, write_html
 
 RESULTS_NAME, POTENTIAL_NAME, TEXTS_NAME = "metrics.json", "potential.json", "texts.html"
 

@@ -19,8 +19,8 @@ from running.command_line import UserError, first_line, parse_args, run
 import pandas as pd
 
 from measuring.evaluation import Draft, EvaluationArgs, evaluate_draft, exit_draft, summary_table
-from running.run_files import file_hash, make_output_dir, record_run, write_csv
 from models.target_model import Target, load_target
+from running.run_files import file_hash, make_output_dir, record_run, write_csv
 from truncated_llama import Exit, ExitInfo, TruncatedLlama, check_exit_fits, find_checkpoints, load_exit, read_exit_info
 
 RESULTS_NAME = "results.csv"

@@ -25,9 +25,9 @@ from running.command_line import UserError, parse_args, run
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from models.plain_llama import as_llama, drafting_config
+from models.target_model import DTYPES, DeviceArgs, load_config, load_target
 from running.run_files import file_hash, in_one_step, make_output_dir, read_config, record_run, write_json
 from speculative import DecodeOptions
-from models.target_model import DTYPES, DeviceArgs, load_config, load_target
 from truncated_llama import load_exit, module_bytes, read_exit_info
 
 RECORD_FOLDER = "export"  # apart from the model, whose own config.json it would replace

@@ -35,14 +35,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from data.registry import find_dataset, fingerprint, open_stream
+from data.row_files import ExampleStream, SkipRow, check_learnable, describe_skipped, read_rows
 from data_utils import BUCKET_BATCHES, encode_example, encode_prompt
 from decoding.sampling import SamplingPolicy
 from engine.static_llama import why_unsupported
-from running.run_files import make_output_dir, naming, read_config, record_run, write_json
-from data.row_files import ExampleStream, SkipRow, check_learnable, describe_skipped, read_rows
-from speculative import DecodeOptions, context_length, generate_batch
 from models.target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
-from data.registry import find_dataset, fingerprint, open_stream
+from running.run_files import make_output_dir, naming, read_config, record_run, write_json
+from speculative import DecodeOptions, context_length, generate_batch
 from training.training_loop import StopRequest
 
 FREE_ON_RESUME = {"resume", "out_dir", "num_threads"}

@@ -39,11 +39,11 @@ from decoding.state import DecodeStats
 from decoding.static_tree import StaticTree
 from measuring.evaluation import SpeculationArgs, choose_prompts
 from measuring.metrics import acceptance_z
+from measuring.round_costs import LONGEST
+from models.target_model import Target, eos_token_ids, load_target
 from running.run_files import new_output_dir, record_run, write_json
 from speculative import DecodeOptions, Generation, generate
-from models.target_model import Target, eos_token_ids, load_target
 from truncated_llama import Exit, TruncatedLlama, find_checkpoints, load_exit, read_exit_info
-from measuring.round_costs import LONGEST
 
 POLICIES = {"T=0": SamplingPolicy(0.0), "T=0.7 top-p=0.95": SamplingPolicy(0.7, top_p=0.95), "T=1": SamplingPolicy(1.0)}
 MAX_Z, MIN_TESTED = 4.0, 20_000

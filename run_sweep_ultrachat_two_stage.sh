@@ -26,8 +26,8 @@
 #   SPEC_METHOD SPEC_VERIFICATION GROWMAP TREE_BUDGET; off unless set: DRAFT_VOCAB DRY_RUN
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=sweep_lib.sh
-source sweep_lib.sh
+# shellcheck source=sweeps/sweep_lib.sh
+source sweeps/sweep_lib.sh
 
 setting LAYERS "3 7 11" "exits: the last kept block, 0-based"
 setting LR_HEAD 5e-5 "peak learning rate of stage 1"

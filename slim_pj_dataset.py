@@ -1,6 +1,6 @@
 """SlimPajama: deduplicated web text, code, books, papers and Wikipedia; its sources keep their own licences.
 
-    python pretrain_draft_model.py --dataset slim_pj ...
+    python -m commands.pretrain_draft_model --dataset slim_pj ...
 
 Row: {"text": ..., "meta": ...}. The 6B-token sample of the 627B tokens is read: the full set is 59,166 zstd-compressed
 JSONL files (895 GB) that need another package to open and a long listing first; the sample is plain Parquet.

@@ -31,18 +31,18 @@ from decoding.chain import chain_round
 from decoding.common_sense import CommonSense
 from decoding.draft_length import DraftLength, FixedLength
 from decoding.dynamic_tree import DynamicTree, dynamic_tree_round
-from engine.exactness import changes_within, sees_later_tokens, why_no_cache, why_no_trees
 from decoding.hf_peers import generation_config, hf_decode
-from engine.kv_cache import CachedModel
 from decoding.sampling import Noise, SamplingPolicy
 from decoding.self_speculation import self_speculation_round
-from engine.shared_exit import SharedExit
 from decoding.specexec import SpecExec, specexec_round
 from decoding.state import DecodeState, DecodeStats, Model, RoundResult, synchronize
-from engine.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupported
 from decoding.static_tree import StaticTree, static_tree_round
 from decoding.vanilla import vanilla_round
 from decoding.verify import TREE_RULES, VERIFICATIONS, TreeRule, Verification
+from engine.exactness import changes_within, sees_later_tokens, why_no_cache, why_no_trees
+from engine.kv_cache import CachedModel
+from engine.shared_exit import SharedExit
+from engine.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupported
 from engine.views import AnyPrompt, ImageEmbeddings, ImagePrompt, Shifted, View, view_of
 from models.generation_settings import note_unapplied
 from models.plain_llama import as_llama, constant_drafting
@@ -244,7 +244,7 @@ def generate(
     prompt_id: int = 0,
     on_tokens: Callable[[list[int]], None] | None = None,
 ) -> Generation:
-    """Continue `prompt` (token ids, at least one, or an ImagePrompt; see decoding/vlm.py) with `options`.
+    """Continue `prompt` (token ids, at least one, or an ImagePrompt; see engine/views.py) with `options`.
 
     `target` and `draft` are called as transformers' causal models are (a TruncatedLlama is too) and must share their
     token ids; `prompt_id` keys the noise beside `options.seed`. `on_tokens` gets each round's tokens as they are

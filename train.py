@@ -34,20 +34,20 @@ import pandas as pd
 import torch
 from transformers import LlamaConfig
 
+from data.registry import check_mixture, fingerprint, open_mixture, open_stream
+from data.row_files import ExampleStream, MixedStream
 from data_utils import EncodeOptions, LossOn, PaddedBatches, Prefetched, encode_example, held_out_by_source
-from models.llava_target import LlavaTarget, is_llava, load_llama_or_llava, text_config
-from training.losses import LOSS_TYPES
 from measuring.metrics import QUALITY_SUMS, add_sums, predicted_speedup, quality_means, quality_sums
+from measuring.round_costs import frequent_tokens
+from models.llava_target import LlavaTarget, is_llava, load_llama_or_llava, text_config
+from models.target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, text_facts, tokenizer_hash, weights_hash
 from running.processes import SHARDS_ON_CPU, Processes, shards_target
 from running.run_files import file_hash, make_output_dir, read_config, record_run
-from data.row_files import ExampleStream, MixedStream
-from models.target_model import DTYPES, EMBEDDED_TARGET, DeviceArgs, Target, text_facts, tokenizer_hash, weights_hash
+from training.losses import LOSS_TYPES
 from training.teacher_cache import TeacherCache
-from data.registry import check_mixture, fingerprint, open_mixture, open_stream
 from training.training_loop import Learner, TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
 from truncated_llama import Exit, ExitInfo, ExitKind, exit_to_train, load_exit, read_exit_info, save_exit
 from tuned_llama import Objective, TunedLlama
-from measuring.round_costs import frequent_tokens
 
 VALIDATION_BATCHES = 16
 LONGEST_FORECAST = 16  # drafted tokens

@@ -30,8 +30,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from engine.static_llama import Parts
-from running.run_files import finite, in_one_step
 from models.target_model import Target, tokenizer_hash, weights_hash
+from running.run_files import finite, in_one_step
 
 FORMAT, FIRST_FORMAT = "early-exit-2", "early-exit-1"
 BLOCK_PARTS = {"last_block": "last", "full_block": "full", "attention_block": "attention"}  # a kind's word for a block -> ExitForm's

@@ -17,18 +17,18 @@ from running.command_line import UserError, parse_args, run
 import pandas as pd
 import torch
 
+from data.registry import find_dataset
+from data.row_files import check_learnable
 from decoding.draft_length import AdaptiveLength
 from decoding.verify import Verification
 from measuring.evaluation import EvaluationData, PolicyArgs, PromptArgs, choose_prompts, training_texts
 from measuring.machine_speed import memory_bandwidth
 from measuring.metrics import pace, speedup_interval, with_interval
-from running.run_files import new_output_dir, record_run, write_csv, write_json
-from data.row_files import check_learnable
-from speculative import DecodeOptions, generate
-from models.target_model import Target, eos_token_ids, load_target
-from data.registry import find_dataset
-from truncated_llama import TruncatedLlama, check_exit_fits, find_checkpoints, load_exit, read_exit_info, step_bytes
 from measuring.round_costs import LONGEST, Candidate, acceptance_along, frequent_tokens, round_costs, tokens_per_round
+from models.target_model import Target, eos_token_ids, load_target
+from running.run_files import new_output_dir, record_run, write_csv, write_json
+from speculative import DecodeOptions, generate
+from truncated_llama import TruncatedLlama, check_exit_fits, find_checkpoints, load_exit, read_exit_info, step_bytes
 
 RESULTS_NAME = "recommendation.json"
 

@@ -1,11 +1,11 @@
 """Every decoding method on questions about images: a LLaVA as the target, and a small LLaVA, a text-only Llama or the target's own exit as the draft.
 
-    python benchmark_llava.py --method all --out runs/llava                      # the embedded LLaVA, images that the suite draws
-    python benchmark_llava.py --model anthonycmu/llava-1.5-160m --target llava-hf/llava-1.5-7b-hf --image_dir test2015 \\
+    python -m commands.benchmark_llava --method all --out runs/llava                      # the embedded LLaVA, images that the suite draws
+    python -m commands.benchmark_llava --model anthonycmu/llava-1.5-160m --target llava-hf/llava-1.5-7b-hf --image_dir test2015 \\
         --prompt "Can you tell me what is in the image?" --temperature 0.6 --top_p 0.9 --method dynamic_tree --start 0 --end 200 --out runs/llava
-    python benchmark_llava.py --target llava-hf/llava-1.5-7b-hf --checkpoint runs/llava-exit/model_002000.safetensors --method vanilla self_speculative \\
+    python -m commands.benchmark_llava --target llava-hf/llava-1.5-7b-hf --checkpoint runs/llava-exit/model_002000.safetensors --method vanilla self_speculative \\
         --image_dir coco --questions llava-bench.jsonl --max_new_tokens 256 --out runs/llava-exit
-    python benchmark_llava.py --random_init llava-1.5-7b --torch_dtype bf16 --temperature 0 --out runs/llava-7b-speed
+    python -m commands.benchmark_llava --random_init llava-1.5-7b --torch_dtype bf16 --temperature 0 --out runs/llava-7b-speed
 
 Each model encodes an image once, with its own vision encoder, and is prefilled once; then text is decoded as everywhere in this suite, with its records, statistics
 and plots (see benchmark.py). Encoding belongs to the prefill's time. With a draft, a contact sheet shows some images with what was written, in the colours of where
@@ -23,21 +23,21 @@ from pathlib import Path
 
 from running.command_line import UserError, parse_args, run
 
+from data.images import open_image
+from data.shapes import QUESTION
 from harness.flags import RESULTS_NAME, MethodArgs
+from harness.image_prompts import AskedPrompt, ImageQuestion, RandomPrompt, as_prompt, drawn_questions, file_questions, folder_questions, readable
 from harness.methods import Subject, chosen_methods, ways_of
 from harness.prompts import fitting
 from harness.runs import Benchmark, Data, check_records, named_models, shared_inputs, table, what_was_added
 from measuring.evaluation import Draft, load_draft, model_draft
-from data.images import open_image
-from harness.image_prompts import AskedPrompt, ImageQuestion, as_prompt, drawn_questions, file_questions, folder_questions, readable
-from models.llava_target import LlavaTarget, load_llava, load_llava_config, load_llava_draft, text_config
-from models.planted_llava import RandomPrompt, planted_llava
-from running.record_file import RecordFile
-from data.shapes import QUESTION
-from speculative import DecodeOptions, context_length, generate
-from models.target_model import ASSETS, Target, eos_token_ids, named_config
 from measuring.token_views import Card, card_of, write_html, write_png
 from measuring.tree_plans import Fitted, read_growmap
+from models.llava_target import LlavaTarget, load_llava, load_llava_config, load_llava_draft, text_config
+from models.planted_llava import planted_llava
+from models.target_model import ASSETS, Target, eos_token_ids, named_config
+from running.record_file import RecordFile
+from speculative import DecodeOptions, context_length, generate
 from truncated_llama import read_exit_info
 
 METHODS = ("vanilla", "speculative", "self_speculative", "static_tree", "dynamic_tree", "specexec", "hf_generate")

@@ -1,8 +1,8 @@
 """What training an exit costs: tokens per second and memory, beside a plain trainer with a second model.
 
-    python benchmark_training.py --model_path assets/pydoc-llama-7m --num_threads 2 --out_dir runs/training-speed
-    python benchmark_training.py --model_path assets/pydoc-llama-7m --num_threads 2 --torch_compile --out_dir runs/training-speed-compiled
-    python benchmark_training.py --random_init llama-3.2-1b --torch_dtype bf16 --batch_size 1 --length 512 --steps 3 --only_ours --out_dir runs/training-1b
+    python -m commands.benchmark_training --model_path assets/pydoc-llama-7m --num_threads 2 --out_dir runs/training-speed
+    python -m commands.benchmark_training --model_path assets/pydoc-llama-7m --num_threads 2 --torch_compile --out_dir runs/training-speed-compiled
+    python -m commands.benchmark_training --random_init llama-3.2-1b --torch_dtype bf16 --batch_size 1 --length 512 --steps 3 --only_ours --out_dir runs/training-1b
 
 The plain trainer is what one writes first: the teacher's forward pass and that of a second, truncated model, logits of all positions at once, KL, backward.
 `cached` is ours where every text's last states are in a --teacher_cache, as in a second epoch.
@@ -39,8 +39,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from measuring.machine_speed import counts_memory, held_memory, peak_memory, restart_peak
 from measuring.metrics import speedup_interval, with_interval
-from running.run_files import new_output_dir, record_run, write_csv
 from models.target_model import DeviceArgs, load_config, load_target, named_config
+from running.run_files import command_words, new_output_dir, record_run, write_csv
 from training.teacher_cache import TeacherCache, text_keys
 from truncated_llama import ExitKind, exit_to_train
 from tuned_llama import Objective, TunedLlama
@@ -241,7 +241,7 @@ def _synchronise(device: torch.device) -> None:
 def in_processes(wanted: list[Trainer]) -> Iterator[dict[Trainer, subprocess.Popen]]:
     """A process for each trainer, with this one's flags."""
     with ExitStack() as stack:
-        yield {trainer: stack.enter_context(subprocess.Popen([sys.executable, *sys.argv, "--trainer", str(trainer)],
+        yield {trainer: stack.enter_context(subprocess.Popen([sys.executable, *command_words(), "--trainer", str(trainer)],
                                                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)) for trainer in wanted}
 
 

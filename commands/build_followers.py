@@ -1,7 +1,7 @@
 """The follower table of common-sense token verification: the tokens that most often follow each token in a data set's train split.
 
-    python build_followers.py --model_path assets/pydoc-llama-7m --dataset pydoc --out runs/followers-pydoc.safetensors
-    python build_followers.py --model_path meta-llama/Llama-3.2-1B-Instruct --dataset ultrachat --max_examples 100000 \\
+    python -m commands.build_followers --model_path assets/pydoc-llama-7m --dataset pydoc --out runs/followers-pydoc.safetensors
+    python -m commands.build_followers --model_path meta-llama/Llama-3.2-1B-Instruct --dataset ultrachat --max_examples 100000 \\
         --followers 12 --min_count 2 --out runs/followers-ultrachat.safetensors
 
 Of the model only its configuration and tokenizer are read; the table fits every target with that tokenizer. The last
@@ -23,12 +23,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from data.registry import find_dataset, fingerprint, open_stream
+from data.row_files import ExampleStream, check_learnable, describe_skipped
 from data_utils import encode_example
 from measuring.followers import NO_FOLLOWER, Followers, count_followers, save_followers
-from running.run_files import make_output_dir
-from data.row_files import ExampleStream, check_learnable, describe_skipped
 from models.target_model import EMBEDDED_TARGET, load_config, load_tokenizer, tokenizer_hash
-from data.registry import find_dataset, fingerprint, open_stream
+from running.run_files import make_output_dir
 
 SPLIT = "train"
 

@@ -1,6 +1,6 @@
 """The shape of a static draft tree, from measured acceptance and measured times (Sequoia 2402.12374).
 
-    python build_growmap.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer3/model_000300.safetensors \\
+    python -m commands.build_growmap --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer3/model_000300.safetensors \\
         --spec_prompt_dataset arithmetic --spec_prompt_length 0 --spec_temperature 0.7 --spec_top_p 0.95 --out_dir runs/growmap
     python evaluate.py --method static_tree --growmap runs/growmap/growmap.json ... (the same target, draft and policy)
 
@@ -26,11 +26,11 @@ from decoding.growmap import LARGEST, BestTrees, Growmap, best_size, most_nodes,
 from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES
 from measuring.evaluation import DraftArgs, PolicyArgs, PromptArgs, fitted_to, load_draft
+from measuring.tree_fitting import TreeCosts, acceptance_by_rank, acceptance_in_rounds, mean_acceptance, own_texts, replayed, tree_costs
+from measuring.tree_plans import Fitted, coupling_for, fitting_options
+from models.target_model import Target, eos_token_ids, load_target
 from running.run_files import new_output_dir, record_run
 from speculative import DecodeOptions
-from models.target_model import Target, eos_token_ids, load_target
-from measuring.tree_plans import Fitted, coupling_for, fitting_options
-from measuring.tree_fitting import TreeCosts, acceptance_by_rank, acceptance_in_rounds, mean_acceptance, own_texts, replayed, tree_costs
 
 RESULTS_NAME = "growmap.json"
 

@@ -1,11 +1,11 @@
 """What judges gain and what they cost: tokens per target call against the share of problems that are solved, over thresholds and, as the baseline, ranks.
 
-    python evaluate_judge.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000300.safetensors \\
+    python -m commands.evaluate_judge --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000300.safetensors \\
         --judges runs/judge/judge.safetensors --dataset arithmetic --out_dir runs/judge/evaluation
 
 The test split's problems are decoded without a judge, then with every judge at every threshold and by every rank, and each way's answers are compared with
 those of the first. Counts only: they do not depend on the machine, and nothing is timed. `<out_dir>/results.csv` has a row per way (the columns are COLUMNS),
-`judge_plots.py` draws it.
+`commands/plot_judges.py` draws it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch import nn
 from tqdm import tqdm
 
 from data.answers import final_answer, same_answer
+from data.registry import fingerprint, open_stream
 from data_utils import encode_prompt
 from decoding.autojudge import TopK
 from decoding.state import DecodeStats
 from decoding.verify import Verification
 from measuring.evaluation import DraftArgs, PolicyArgs, chain_method, drafted_at_most, load_draft, shortest_context
-from training.judges import JudgeInfo, load_judge, read_judge_info
 from measuring.metrics import mcnemar_p, wilson_interval, with_interval
+from models.target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
 from running.run_files import file_hash, new_output_dir, record_run, write_csv
 from speculative import DecodeOptions, Generation, context_length, generate_batch
-from models.target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
-from data.registry import fingerprint, open_stream
+from training.judges import JudgeInfo, load_judge, read_judge_info
 
 RESULTS_NAME = "results.csv"
 COLUMNS = {
@@ -61,7 +61,7 @@ class Args(PolicyArgs, DraftArgs, DeviceArgs):
 
     model_path: str = field(metadata={"help": f"the target: a Hugging Face id or folder ({EMBEDDED_TARGET.name} lies in assets/)"})
     out_dir: str = field(metadata={"help": "folder for results; made where missing"})
-    judges: list[str] = field(default_factory=list, metadata={"help": "files made by train_judge.py for this target and draft"})
+    judges: list[str] = field(default_factory=list, metadata={"help": "files made by commands/train_judge.py for this target and draft"})
     thresholds: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0], metadata={
         "help": "of every judge, in its mode's own sense, beside its own"})
     ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 0], metadata={

@@ -1,8 +1,8 @@
 """Figures of lossy decoding, drawn from result files alone: what judges and ranks gain in tokens per target call, and what they cost in accuracy.
 
-    python judge_plots.py results/autojudge/greedy
+    python -m commands.plot_judges results/autojudge/greedy
 
-Of a folder with evaluate_judge.py's `results.csv` it writes `plots/accuracy_by_tokens_per_call` as .png (300 dpi) and .pdf.
+Of a folder with commands/evaluate_judge.py's `results.csv` it writes `plots/accuracy_by_tokens_per_call` as .png (300 dpi) and .pdf.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ JUDGES = {  # by what they read
 
 
 def read_ways(path: Path) -> pd.DataFrame:
-    """The rows of an evaluate_judge.py's results.csv, the exact one first. Raises UserError with the remedy."""
-    table = read_table(path, "evaluate_judge.py")
+    """The rows of an commands/evaluate_judge.py's results.csv, the exact one first. Raises UserError with the remedy."""
+    table = read_table(path, "commands/evaluate_judge.py")
     if not {"method", "lossless", X, Y} <= set(table) or not bool(table["lossless"].iloc[0]):
-        raise UserError(f"{path}: not a table of judges; give the output folder of evaluate_judge.py")
+        raise UserError(f"{path}: not a table of judges; give the output folder of commands/evaluate_judge.py")
     return table.reindex(columns=[*table, *{"judge", "judge_features", "threshold", "own_threshold", "rank"} - set(table)])
 
 
@@ -115,7 +115,7 @@ def plot_judges(folder: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="output folders of evaluate_judge.py")
+    parser.add_argument("folders", nargs="+", type=Path, help="output folders of commands/evaluate_judge.py")
     for folder in parser.parse_args().folders:
         for path in plot_judges(folder):
             print(path)

@@ -1,6 +1,6 @@
 """Figures of benchmark.py's JSONL, drawn from the file alone.
 
-    python plot_results.py results.jsonl --out_dir plots
+    python -m commands.plot_results results.jsonl --out_dir plots
 
 `speedup`: tokens per second over the baseline, a bar per method, with 95 % intervals. `acceptance_speedup`: against the share of drafted tokens that were kept.
 `accuracy_speedup` and `accuracy_tokens_per_call`, where answers were checked: what lossy methods give up for what they gain; the line is the front that no method
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from harness.schema import first_complaint
 from plotting.parts import (
     GREY,
     STYLE,
@@ -36,7 +37,6 @@ from plotting.parts import (
     write_figure,
 )
 from running.record_file import read_records
-from harness.schema import first_complaint
 from running.run_files import make_output_dir
 
 LOOKS = {  # colours of Okabe and Ito by family: plain, chains, trees, lossy, transformers' own

@@ -1,10 +1,10 @@
 """Pretrain a small Llama: a draft model for a larger target, or the suite's own embedded target.
 
     # a llama-68m on UltraChat with the target's tokenizer
-    python pretrain_draft_model.py --tokenizer_path meta-llama/Llama-3.2-1B-Instruct --dataset ultrachat \\
+    python -m commands.pretrain_draft_model --tokenizer_path meta-llama/Llama-3.2-1B-Instruct --dataset ultrachat \\
         --output_dir runs/llama-68m --max_steps 20000
     # from the first 4 blocks of a target
-    python pretrain_draft_model.py --init first_blocks --init_from meta-llama/Llama-3.2-1B-Instruct \\
+    python -m commands.pretrain_draft_model --init first_blocks --init_from meta-llama/Llama-3.2-1B-Instruct \\
         --num_hidden_layers 4 --dataset ultrachat --output_dir runs/first4
     # the embedded target: see assets/pydoc-llama-7m/README.md
 
@@ -24,12 +24,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data_utils import EncodeOptions, PackedBatches, encode_prompt
-from training.pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
-from running.run_files import in_one_step, read_config
-from data.row_files import check_learnable
-from models.target_model import DeviceArgs, load_config, load_tokenizer, read_weights
 from data.registry import find_dataset, open_stream
+from data.row_files import check_learnable
+from data_utils import EncodeOptions, PackedBatches, encode_prompt
+from models.target_model import DeviceArgs, load_config, load_tokenizer, read_weights
+from running.run_files import in_one_step, read_config
+from training.pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
 from training.training_loop import Learner, TrainingArgs, TrainingTask
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")

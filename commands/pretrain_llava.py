@@ -1,8 +1,8 @@
 """Train a small LLaVA from scratch on chats about images: a CLIP vision tower, alone at first, then with a projector and a Llama.
 
     # the embedded LLaVA and its draft: see assets/shapes-llava/README.md
-    python pretrain_llava.py --dataset shapes --train_tokenizer_size 512 --output_dir runs/shapes-llava
-    python pretrain_llava.py --dataset shapes --init_from runs/shapes-llava/model_003000 --num_hidden_layers 2 --output_dir runs/shapes-draft
+    python -m commands.pretrain_llava --dataset shapes --train_tokenizer_size 512 --output_dir runs/shapes-llava
+    python -m commands.pretrain_llava --dataset shapes --init_from runs/shapes-llava/model_003000 --num_hidden_layers 2 --output_dir runs/shapes-draft
 
 The result is a folder `model_<step>` that `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained` load. Only answers are learned.
 """
@@ -29,16 +29,16 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from data_utils import EncodeOptions, PaddedBatches, Prefetched, encode_prompt, held_out_batches
 from data.images import IMAGE_TOKEN, ImageInputs
-from models.llava_target import load_chat_tokenizer, load_image_processor, load_llava_config
-from training.losses import learned_rows, learned_tokens
-from training.pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
-from running.run_files import in_one_step
+from data.registry import find_dataset, open_stream
 from data.row_files import check_learnable
 from data.shapes import QUESTION, names_all
+from data_utils import EncodeOptions, PaddedBatches, Prefetched, encode_prompt, held_out_batches
+from models.llava_target import load_chat_tokenizer, load_image_processor, load_llava_config
 from models.target_model import DeviceArgs, read_weights
-from data.registry import find_dataset, open_stream
+from running.run_files import in_one_step
+from training.losses import learned_rows, learned_tokens
+from training.pretraining import byte_level_bpe, damp_residual_writes, make_optimizer, pretrain, save_bf16
 from training.tower_pretraining import pretrain_tower
 from training.training_loop import Learner, TrainingArgs, TrainingTask
 

@@ -1,16 +1,16 @@
 """Every way to decode side by side on the same prompts: tokens per second, acceptance, prediction, share of the roofline.
 
-    python sweep_settings.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000100.safetensors \\
+    python -m commands.sweep_settings --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000100.safetensors \\
         --spec_prompt_dataset arithmetic --spec_prompt_length 0 --gammas 1 2 4 6 auto --num_threads 2 --out_dir runs/speed
-    python sweep_settings.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000300.safetensors \\
+    python -m commands.sweep_settings --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000300.safetensors \\
         --methods self_speculative static_tree dynamic_tree specexec --verifications rejection coupled match swor --tree_budgets 8 16 32 64 \\
         --spec_prompt_dataset pydoc --out_dir runs/trees
-    python sweep_settings.py --random_init llama-3.2-1b --planted_alpha 0.8 --planted_layer 1 --draft_vocab_size 32768 --torch_dtype bf16 \\
+    python -m commands.sweep_settings --random_init llama-3.2-1b --planted_alpha 0.8 --planted_layer 1 --draft_vocab_size 32768 --torch_dtype bf16 \\
         --gammas 2 4 auto --spec_num_prompts 8 --spec_max_new_tokens 32 --out_dir runs/speed-1b
 
 All entries decode a prompt before the next prompt begins, in an order drawn anew for each prompt, and all prompts `repeats` times; the
 first prompt is decoded once more before, uncounted. Predictions rest on what rounds cost just before and just after. Speedups are ratios of tokens per second over the same prompts, with a paired
-bootstrap interval. Static trees get, for every size, the shape that is best for the acceptance measured behind prompts that are not measured. With --random_init the weights are random and the exit's acceptance is planted (planted.py): speeds
+bootstrap interval. Static trees get, for every size, the shape that is best for the acceptance measured behind prompts that are not measured. With --random_init the weights are random and the exit's acceptance is planted (models/planted.py): speeds
 are those of the true shape, texts mean nothing, and every row says `planted`.
 """
 
@@ -29,6 +29,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from data.registry import find_dataset
+from data.row_files import check_learnable
 from decoding.draft_length import AdaptiveLength
 from decoding.dynamic_tree import DynamicTree
 from decoding.growmap import LARGEST, most_nodes
@@ -38,15 +40,13 @@ from decoding.verify import TREE_RULES, VERIFICATIONS, Verification
 from measuring.evaluation import DraftArgs, PolicyArgs, PromptArgs, choose_prompts, drafted_at_most, fitted_to, load_draft, training_texts
 from measuring.machine_speed import counts_memory, held_memory, memory_bandwidth, peak_memory, restart_peak
 from measuring.metrics import pace, speculation_metrics, speedup_interval, with_interval
-from models.planted import planted_pair
-from running.run_files import new_output_dir, record_run, write_csv
-from data.row_files import check_learnable
-from speculative import METHODS, DecodeOptions, TreePlan, generate_batch
-from models.target_model import Target, eos_token_ids, load_target, named_config
-from data.registry import find_dataset
-from measuring.tree_plans import TREE_METHODS, Fitted, best_static_trees, fitted_plan
-from truncated_llama import TruncatedLlama, step_bytes
 from measuring.round_costs import frequent_tokens, round_costs
+from measuring.tree_plans import TREE_METHODS, Fitted, best_static_trees, fitted_plan
+from models.planted import planted_pair
+from models.target_model import Target, eos_token_ids, load_target, named_config
+from running.run_files import new_output_dir, record_run, write_csv
+from speculative import METHODS, DecodeOptions, TreePlan, generate_batch
+from truncated_llama import TruncatedLlama, step_bytes
 
 RESULTS_NAME = "results.csv"
 TIMED = (  # columns that a busy machine falsifies

@@ -1,8 +1,8 @@
 """A judge for lossy decoding (decoding/autojudge.py): which drafted tokens matter is mined without annotation, and a classifier is fitted to it.
 
-    python train_judge.py --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000300.safetensors \\
+    python -m commands.train_judge --model_path assets/pydoc-llama-7m --checkpoint runs/demo/ftlast/layer1/model_000300.safetensors \\
         --dataset arithmetic --num_prompts 1000 --out runs/judge/judge.safetensors
-    python train_judge.py --model_path meta-llama/Llama-3.1-8B-Instruct --draft_model_path meta-llama/Llama-3.2-1B-Instruct \\
+    python -m commands.train_judge --model_path meta-llama/Llama-3.1-8B-Instruct --draft_model_path meta-llama/Llama-3.2-1B-Instruct \\
         --dataset gsm8k --num_prompts 4000 --max_new_tokens 512 --features both --out runs/judge/8b-1b.safetensors
 
 Mode "paper" (AutoJudge 2504.20039): a token is important if the target's final answer changes with it; a threshold bounds P(important). Mode "draft": an MLP on the
@@ -33,15 +33,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from data.registry import find_dataset, fingerprint, open_stream
+from data.row_files import describe_skipped, read_rows
 from data_utils import encode_prompt
 from engine.static_llama import KEPT_WIDTHS
 from measuring.evaluation import DraftArgs, load_draft
+from models.target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
+from running.run_files import make_output_dir, naming
 from training.judge_mining import TOO_LONG, Drafted, Miner, Question, Reader, Search, draft_labels, longest_prompt
 from training.judges import C_GRID, Fitted, JudgeInfo, Labelled, fit_draft_judge, fit_paper_judge, load_judge, save_judge
-from running.run_files import make_output_dir, naming
-from data.row_files import describe_skipped, read_rows
-from models.target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, text_facts
-from data.registry import find_dataset, fingerprint, open_stream
 from training.training_loop import StopRequest
 
 NOT_MINED = ("features", "recall_target", "c_grid")  # what a judge depends on and its mined prompts do not

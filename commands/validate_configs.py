@@ -1,7 +1,7 @@
 """Check the presets: every flag is one of benchmark.py's with a value that it takes, and every experiment's parts exist and go together.
 
-    python validate_configs.py
-    python validate_configs.py --folder my_presets
+    python -m commands.validate_configs
+    python -m commands.validate_configs --folder my_presets
 
 Exit code 0: right; 1: not (each complaint gets a line); 2: a file cannot be read.
 """

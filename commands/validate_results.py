@@ -1,7 +1,7 @@
 """Check benchmark.py's JSONL against its schema, line by line.
 
-    python validate_results.py --path results.jsonl --strict
-    python validate_results.py --schema
+    python -m commands.validate_results --path results.jsonl --strict
+    python -m commands.validate_results --schema
 
 Exit code 0: all records are right; 1: some are not (each gets a line); 2: a file cannot be read. Unknown fields are told, and wrong with --strict.
 A field whose type changes from record to record is wrong, as the schema gives every field one type. Half a last line, which a killed
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from running.command_line import UserError, parse_args, run
 
-from running.record_file import read_records
 from harness.schema import complaints, schema_table, unknown_fields
+from running.record_file import read_records
 
 
 @dataclass(kw_only=True)

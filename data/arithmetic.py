@@ -3,7 +3,7 @@
 Rows have GSM8K's fields (`question`, `answer`), so a real GSM8K file reads through `--dataset_path` as well. The
 problems are a function of (split, index) alone: nothing is downloaded or stored.
 
-    python arithmetic_dataset.py       # print a few problems
+    python -m data.arithmetic       # print a few problems
 """
 
 from __future__ import annotations

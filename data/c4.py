@@ -1,6 +1,6 @@
 """C4: filtered English web pages of the Common Crawl of April 2019, 365,000,000 of them. Licence ODC-By 1.0.
 
-    python pretrain_draft_model.py --dataset c4 ...
+    python -m commands.pretrain_draft_model --dataset c4 ...
 
 Row: {"text": ..., "timestamp": ..., "url": ...}. The hub has no test split, and a stream cannot be sliced: the hash of
 a page's url takes its test and its validation rows, 2% each, from the hub's validation split. For --dataset_path,

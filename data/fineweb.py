@@ -1,6 +1,6 @@
 """FineWeb: filtered English web pages of all Common Crawls; the random sample of 10B tokens. Licence ODC-By 1.0.
 
-    python pretrain_draft_model.py --dataset fineweb ...
+    python -m commands.pretrain_draft_model --dataset fineweb ...
 
 Row: {"text": ..., "id": "<urn:uuid:...>", "url": ..., ...}. The hub has a train split only. The hash of a page's id
 decides its split, so that every split holds pages of every crawl: the files are in the order of the crawls.

@@ -1,6 +1,6 @@
 """OpenWebText: the text of 8,000,000 web pages that Reddit linked to, after GPT-2's WebText. CC0 but for the texts themselves.
 
-    python pretrain_draft_model.py --dataset openwebtext ...
+    python -m commands.pretrain_draft_model --dataset openwebtext ...
 
 Row: {"text": ...}. The hub has a train split only, and no column but the text, so the hash of the text itself decides
 a page's split.

@@ -3,7 +3,7 @@
 The data set that needs no hub: files are read with `ast`, never imported, and every docstring becomes a chat in
 UltraChat form whose turns are its sections (summary, parameters, returns, examples).
 
-    python pydoc_dataset.py            # build the cache, print counts and one chat
+    python -m data.pydoc_texts            # build the cache, print counts and one chat
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from running.run_files import write_text
 from data.row_files import SPLITS, TextDataset, parse_messages, split_of
+from running.run_files import write_text
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "datasets", "accelerate", "huggingface_hub")
-CACHE_DIR = Path(__file__).parent / ".cache"
+CACHE_DIR = Path(__file__).parent.parent / ".cache"
 FORMAT_VERSION = 2
 SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "idlelib", "lib2to3", "__pycache__", "_vendor"}
 MIN_ANSWER_CHARS, MAX_ANSWER_CHARS = 24, 2400

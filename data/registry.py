@@ -10,22 +10,11 @@ from itertools import islice
 
 from running.command_line import UserError
 
-from data import arithmetic
-from data import c4
-from data import cnn
-from data import fineweb
-from data import gsm8k
-from data import llava
-from data import lmsys
-from data import mt_bench
-from data import oasst
-from data import openwebtext
-from data import pydoc_texts
-from data import shapes
 import share_gpt_dataset
 import slim_pj_dataset
 import ultrachat_dataset
 import xsum_dataset
+from data import arithmetic, c4, cnn, fineweb, gsm8k, llava, lmsys, mt_bench, oasst, openwebtext, pydoc_texts, shapes
 from data.row_files import ExampleStream, MixedStream, TextDataset, check_learnable, open_rows
 
 _MODULES = (

@@ -3,7 +3,7 @@
 A scene has a shape in one to four of its quarters; its pictures, captions and short questions are a function of (split, index) alone, and no scene of a held-out split
 is one of the training split's. Nothing is downloaded or stored.
 
-    python shapes_dataset.py --out_dir runs/shapes --count 12       # pictures, and questions.jsonl in LLaVA's form
+    python -m data.shapes --out_dir runs/shapes --count 12       # pictures, and questions.jsonl in LLaVA's form
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from running.command_line import UserError, parse_args, run
 
 from PIL import Image, ImageDraw
 
-from running.run_files import make_output_dir, write_text
 from data.row_files import SkipRow, TextDataset, split_of
+from running.run_files import make_output_dir, write_text
 
 NUM_ROWS = {"train": 200_000, "validation": 1_000, "test": 1_000}
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 220), "yellow": (240, 210, 30), "orange": (245, 130, 20), "purple": (140, 50, 170),

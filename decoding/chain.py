@@ -13,8 +13,8 @@ from decoding.autojudge import AnyJudge
 from decoding.draft_length import DraftLength
 from decoding.drafting import ChainRound
 from decoding.state import DecodeState, RoundResult
-from engine.static_llama import KEPT_WIDTHS
 from decoding.verify import Verification
+from engine.static_llama import KEPT_WIDTHS
 
 
 def chain_round(state: DecodeState, length: DraftLength, verification: Verification, judge: AnyJudge | None = None) -> list[RoundResult]:

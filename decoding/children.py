@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from engine import native
 from decoding.sampling import Noise, Purpose, SamplingPolicy, noise_places, policy_probs
 from decoding.verify import TreeRule, over_vocabulary
+from engine import native
 
 IMPOSSIBLE = -torch.inf
 LEAST_MASS = 1e-12  # what is left of q behind draws that took all of it
@@ -44,7 +44,7 @@ class Coupling:
     """What the target's draw, argmax(log p + g), is expected to be from q and its noise g: trust·softmax(draft·log q + noise·g).
 
     log p is log q and an error, so that both count less the worse the draft is; a draft that is too unsure of itself counts more than the noise. `trust`: rounds
-    begin where drafts have just failed, and expect less of a level than positions of any text do. Fitted on data (tree_tuning.fit_coupling,
+    begin where drafts have just failed, and expect less of a level than positions of any text do. Fitted on data (measuring/tree_fitting.py: fit_coupling,
     fit_trust). At T = 0 there is no noise, and q is taken at temperature 1.
     """
 

@@ -1,4 +1,4 @@
-"""Common-sense token verification: a table says which tokens often follow which (build_followers.py makes one), and trees are helped by it.
+"""Common-sense token verification: a table says which tokens often follow which (commands/build_followers.py makes one), and trees are helped by it.
 
 "exact": the most frequent followers of the most promising nodes' tokens become further leaves, within the budget of a tree that grows and beside the nodes
 of a growmap, and verification is what it is: lossless. "overwrite" is the published form, and LOSSY: where the target draws a token that is no child but a known follower, it takes the first

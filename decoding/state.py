@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from decoding.common_sense import CommonSense
+from decoding.sampling import Noise, SamplingPolicy
 from engine.kv_cache import CachedModel
 from engine.programs import Programs
-from decoding.sampling import Noise, SamplingPolicy
 from engine.static_llama import StaticLlama
 
 Model = StaticLlama | CachedModel

@@ -14,11 +14,11 @@ import torch
 from decoding.children import Children, Chooser, Nodes
 from decoding.common_sense import verify_overwriting
 from decoding.sampling import Noise, policy_probs
-from engine.shared_exit import SharedExit
 from decoding.state import NO_DRAFT_LAW, DecodeState, RoundResult, TreeCounts, check_finite
-from engine.static_llama import KEPT_WIDTHS
 from decoding.tree import Tree
 from decoding.verify import verify_match, verify_swor
+from engine.shared_exit import SharedExit
+from engine.static_llama import KEPT_WIDTHS
 
 
 class ModelDraft:

@@ -11,9 +11,9 @@ from typing import Literal, get_args
 
 import torch
 
-from engine import native
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, no_law, noise_places, policy_probs
 from decoding.tree import Tree, last_of
+from engine import native
 
 Verification = Literal["rejection", "coupled"]
 VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from decoding.state import DecodeStats
-from measuring.metrics import mcnemar_p, pace, speculation_metrics, speedup_interval, wilson_interval, with_interval
 from harness.schema import SCHEMA_VERSION
+from measuring.metrics import mcnemar_p, pace, speculation_metrics, speedup_interval, wilson_interval, with_interval
 from running.run_files import display_active, environment, now
 from speculative import METHODS, DecodeOptions
 

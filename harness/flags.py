@@ -9,14 +9,14 @@ from typing import Literal
 
 from running.command_line import UserError
 
-from harness.methods import Settings, chosen_methods
 from decoding.sampling import SamplingPolicy
+from harness.methods import Settings, chosen_methods
+from harness.presets import PresetArgs
 from measuring.evaluation import DraftArgs
 from measuring.followers import load_followers
-from training.judges import read_judge_info
-from harness.presets import PresetArgs
-from models.target_model import EMBEDDED_TARGET, DeviceArgs, check_quant, load_config, load_tokenizer
 from measuring.tree_plans import read_growmap
+from models.target_model import EMBEDDED_TARGET, DeviceArgs, check_quant, load_config, load_tokenizer
+from training.judges import read_judge_info
 
 RESULTS_NAME = "results.jsonl"
 
@@ -35,7 +35,7 @@ class MethodArgs(DraftArgs, DeviceArgs):
     tree_budget: int = field(default=16, metadata={"help": "nodes of a tree, the root included"})
     tree_depth: int = field(default=8, metadata={"help": "levels of a tree; specexec: twice as many"})
     parallel_branches: int = field(default=8, metadata={"help": "trees: children of a node and nodes of a draft pass"})
-    growmap: str | None = field(default=None, metadata={"help": "static_tree: the shape, made by build_growmap.py (default: fitted on the spot)"})
+    growmap: str | None = field(default=None, metadata={"help": "static_tree: the shape, made by commands/build_growmap.py (default: fitted on the spot)"})
     runs: int = field(default=1, metadata={"help": "times that all prompts are decoded"})
     seed: int = field(default=0, metadata={"help": "of the first run's noise, the order and the bootstrap"})
     fit_prompts: int = field(default=16, metadata={"help": "prompts that trees are fitted to"})
@@ -83,9 +83,9 @@ class Args(PresetArgs, MethodArgs):
 
     branch_prune_threshold: float = field(default=0.0, metadata={"help": "specexec: a child needs this share of its best sibling's probability"})
     commonsense: Literal["exact", "overwrite"] = field(default="exact", metadata={"help": "common_sense: exact (lossless), or the published form, which is LOSSY"})
-    followers: str | None = field(default=None, metadata={"help": "common_sense: the table, made by build_followers.py"})
+    followers: str | None = field(default=None, metadata={"help": "common_sense: the table, made by commands/build_followers.py"})
     topk_rank: list[str] = field(default_factory=lambda: ["4"], metadata={"help": "topk (LOSSY): a drafted token is kept if it is among so many of the target's most likely, or all"})
-    autojudge_checkpoint: str | None = field(default=None, metadata={"help": "autojudge (LOSSY): the judge, made by train_judge.py"})
+    autojudge_checkpoint: str | None = field(default=None, metadata={"help": "autojudge (LOSSY): the judge, made by commands/train_judge.py"})
     autojudge_threshold: list[float] | None = field(default=None, metadata={"help": "autojudge: instead of the judge's own; mode paper keeps a token below it, draft above"})
 
     require_headless: bool = field(default=False, metadata={"help": "stop where a GPU drives a display"})

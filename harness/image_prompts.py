@@ -1,7 +1,7 @@
 """Questions about images, as target and draft are given them.
 
 Read: a folder of images (the form of COCO's test2015) with one question for all, or JSONL in LLaVA's form: `question_id`, `image` (a name, several, or none), `text`, and maybe
-`scene`, what is really there (shapes_dataset.py), which makes an answer checkable. Images are opened when they are needed; those that cannot be read are counted and left out.
+`scene`, what is really there (data/shapes.py), which makes an answer checkable. Images are opened when they are needed; those that cannot be read are counted and left out.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from pathlib import Path
 
 from running.command_line import UserError, first_line
 
-from harness.prompts import Prompt
-from data_utils import encode_prompt
-from engine.views import ImagePrompt, View
+import torch
+
 from data.images import ImageSource, image_names, open_image
-from models.llava_target import LlavaTarget
 from data.row_files import SkipRow, describe_skipped
 from data.shapes import ASK_FOR_ALL, Scene, is_scene, names_all
 from data.shapes import DATASET as SHAPES_DATASET
-from speculative import context_length
+from data_utils import encode_prompt
+from engine.views import ImagePrompt, View
+from harness.prompts import Prompt
+from models.llava_target import LlavaTarget
+from models.planted_llava import PlantedLlava
 from models.target_model import Target
+from speculative import context_length
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+QUESTION_TOKENS = 20  # of a RandomPrompt
 LLAVA_FORM = "a JSONL file with question_id, image and text"
 
 
@@ -79,7 +83,7 @@ def _question(path: Path, number: int, line: str) -> ImageQuestion:
 
 
 def drawn_questions(text: str) -> Iterator[ImageQuestion]:
-    """`text` asked about the held-out images of shapes_dataset.py; answers to one of its questions for everything can be checked."""
+    """`text` asked about the held-out images of data/shapes.py; answers to one of its questions for everything can be checked."""
     for index, row in enumerate(SHAPES_DATASET.make_rows("test")):
         example = SHAPES_DATASET.parse(row)
         yield ImageQuestion(text, tuple(example["images"]), example["scene"] if text in ASK_FOR_ALL else None, f"test/{index}")
@@ -165,3 +169,27 @@ def as_prompt(question: ImageQuestion, models: tuple[Target, ...]) -> AskedPromp
         raise UserError(f"the chat template of {target.name} shows {shown} of {len(question.images)} images; give a LLaVA with its own template")
     answer = None if question.scene is None else json.dumps(question.scene)
     return AskedPrompt(target.images.with_placeholders(short), answer, question=question, short=short, models=models)
+
+
+# ---- for random weights, which have no tokenizer ----
+
+@dataclass(frozen=True, kw_only=True)
+class RandomPrompt(Prompt):
+    """A question of random tokens about one image of random pixels, the same for each `seed`."""
+
+    planted: PlantedLlava
+    seed: int
+
+    @classmethod
+    def of(cls, planted: PlantedLlava, seed: int) -> RandomPrompt:
+        words = torch.randint(0, planted.model.config.vocab_size, (QUESTION_TOKENS,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return cls([*words[:2], *[planted.placeholder] * planted.vision.image_seq_length, *words[2:]], planted=planted, seed=seed)
+
+    @property
+    def identity(self) -> object:
+        return {"input_ids": self.input_ids, "pixels": self.seed}
+
+    def given(self) -> ImagePrompt:
+        """The one view, of the target and its exit."""
+        pixels = torch.randn(1, *self.planted.vision.shape, generator=torch.Generator().manual_seed(self.seed))
+        return ImagePrompt({self.planted.model: View(self.input_ids, self.planted.placeholder, partial(self.planted.vision, pixels))})

@@ -13,26 +13,26 @@ from running.command_line import UserError
 
 from torch import nn
 
-from engine import views
 from decoding.autojudge import AnyJudge, TopK
 from decoding.common_sense import CommonSense
 from decoding.draft_length import AdaptiveLength
 from decoding.dynamic_tree import DynamicTree
-from engine.exactness import why_no_trees
 from decoding.growmap import LARGEST
 from decoding.sampling import SamplingPolicy
 from decoding.specexec import SpecExec
+from engine import views
+from engine.exactness import why_no_trees
 from engine.static_llama import why_unsupported
 from measuring.evaluation import Draft, drafted_at_most
 from measuring.followers import load_followers
-from training.judges import load_judge
+from measuring.round_costs import round_costs
+from measuring.tree_plans import Fitted, best_static_trees, fitted_plan, read_growmap, static_plan
 from models.plain_llama import why_not_a_llama
+from models.target_model import Target
 from running.run_files import file_hash
 from speculative import DecodeOptions
-from models.target_model import Target
-from measuring.tree_plans import Fitted, best_static_trees, fitted_plan, read_growmap, static_plan
+from training.judges import load_judge
 from truncated_llama import TruncatedLlama
-from measuring.round_costs import round_costs
 
 NAMES = ("vanilla", "speculative", "self_speculative", "static_tree", "dynamic_tree", "specexec", "autojudge", "topk", "common_sense", "hf_generate", "hf_assisted")
 LOSSY = ("autojudge", "topk")
@@ -198,7 +198,7 @@ def _judged(method: str, judge: AnyJudge, label: str, own: dict, settings: Setti
 
 def _autojudge(subject: Subject, settings: Settings, options: DecodeOptions) -> list[Way]:
     if settings.autojudge_checkpoint is None:
-        raise Unavailable("needs --autojudge_checkpoint JUDGE, which train_judge.py makes")
+        raise Unavailable("needs --autojudge_checkpoint JUDGE, which commands/train_judge.py makes")
     try:
         judge, _ = load_judge(settings.autojudge_checkpoint, subject.target, subject.draft_model)
     except UserError as error:  # a preset's judge, and a draft that was typed
@@ -269,7 +269,7 @@ def _shape(settings: Settings) -> dict:
 
 def _common_sense(method: str, subject: Subject, settings: Settings, options: DecodeOptions) -> Way:
     if settings.followers is None:
-        raise Unavailable("needs --followers TABLE, which build_followers.py makes")
+        raise Unavailable("needs --followers TABLE, which commands/build_followers.py makes")
     if settings.tree_verification == "swor":
         raise Unavailable("goes with --tree_verification coupled or match")
     table, vocab_size = load_followers(settings.followers, subject.target.tokenizer).table, subject.target.model.config.vocab_size

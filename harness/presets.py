@@ -16,6 +16,7 @@ from pathlib import Path
 from running.command_line import UserError, first_line
 
 FOLDER = Path(__file__).parent / "presets"
+ROOT = FOLDER.parent.parent
 PARTS = ("target_preset", "draft_preset", "method_preset")
 OF_DRAFT = {"hf_model": "hf_draft_model", "dtype": "draft_dtype", "device": "draft_device", "quant": "draft_quant", "bnb_compute_dtype": "draft_bnb_compute_dtype",
             "checkpoint": "checkpoint"}
@@ -63,7 +64,7 @@ def preset_flags(chosen: PresetArgs, folder: Path = FOLDER, out: Collection[str]
 
 def _path(value: object) -> object:
     """A path into assets/, which lies beside the presets, from where the command runs."""
-    return os.path.relpath(FOLDER.parent / value) if isinstance(value, str) and value.startswith("assets/") else value
+    return os.path.relpath(ROOT / value) if isinstance(value, str) and value.startswith("assets/") else value
 
 
 def as_draft(flags: dict, name: str) -> dict:

@@ -19,15 +19,14 @@ from running.command_line import UserError
 
 from transformers import PreTrainedTokenizerBase
 
-from data import gsm8k
-from data import mt_bench
 import share_gpt_dataset
 import ultrachat_dataset
+from data import gsm8k, mt_bench
 from data.answers import final_answer, same_answer
+from data.registry import DATASETS, find_dataset
+from data.row_files import ExampleStream, TextDataset, describe_skipped, open_rows, used
 from data_utils import encode_prompt
 from engine import views
-from data.row_files import ExampleStream, TextDataset, describe_skipped, open_rows, used
-from data.registry import DATASETS, find_dataset
 
 BUILT_IN = (
     "Ada has 14 apples. Ada finds 9 more and then loses 5. How many apples are left?",

@@ -1,19 +1,17 @@
 """The runs of a benchmark: every way to decode on the same prompts, in turn, and the records that they leave.
 
-`benchmark.py` gives it text, `benchmark_llava.py` images; both get their figures here.
+`benchmark.py` gives it text, `commands/benchmark_llava.py` images; both get their figures here.
 """
 
 from __future__ import annotations
 
 import gc
 import random
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from textwrap import shorten
 
 from running.command_line import UserError, first_line
@@ -23,17 +21,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from engine import views
+from engine.static_llama import REACH_STEP
+from harness.figures import MethodRun, key_of, needed_summaries, run_fields, system_fields
 from harness.flags import MethodArgs
 from harness.methods import Settings, Subject, Unavailable, Way, ways_of
 from harness.prompts import Prompt, hash_of
-from harness.figures import MethodRun, key_of, needed_summaries, run_fields, system_fields
-from engine import views
-from engine.static_llama import REACH_STEP
-from training.judges import draft_hash
-from running.record_file import RecordFile
 from harness.schema import first_complaint
-from speculative import DecodeOptions, Generation, generate
 from models.target_model import text_facts
+from running.record_file import RecordFile
+from running.run_files import typed_command
+from speculative import DecodeOptions, Generation, generate
+from training.judges import draft_hash
 
 NOTE_LETTERS = 60
 
@@ -63,7 +62,7 @@ class Benchmark:
     def __init__(self, file: RecordFile, subject: Subject, data: Data, settings: Settings, shared: dict, fields: dict) -> None:
         self.file, self.subject, self.data, self.settings, self.shared = file, subject, data, settings, shared
         self.target = subject.target
-        self.fields = {**fields, **system_fields(), "command": shlex.join([Path(sys.executable).name, *sys.argv])}
+        self.fields = {**fields, **system_fields(), "command": typed_command()}
         self.options: dict[str, DecodeOptions] = {}  # of the ways that are ready: fitted, and warm
         self.peaks: dict[str, int] = {}  # most bytes on the GPU, by way
         self.incomplete = False  # something failed, or was asked for by name and skipped

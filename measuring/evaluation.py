@@ -22,25 +22,35 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig
 
+from data.registry import find_dataset, fingerprint
+from data.row_files import ExampleStream, open_rows
 from data_utils import EncodeOptions, encode_example, encode_prompt, held_out_batches
 from decoding.draft_length import AdaptiveLength
 from decoding.dynamic_tree import DynamicTree
 from decoding.sampling import SamplingPolicy
 from decoding.state import DecodeStats
-from engine.static_llama import KEPT_WIDTHS, why_unsupported
 from decoding.verify import VERIFICATIONS, Verification
+from engine.static_llama import KEPT_WIDTHS, why_unsupported
 from measuring.followers import load_followers
-from training.losses import learned_rows, learned_tokens
 from measuring.metrics import add_sums, predicted_speedup, quality_means, quality_sums, speculation_metrics, speed_metrics, with_interval
-from running.run_files import file_hash
-from data.row_files import ExampleStream, open_rows
-from speculative import DecodeOptions, Generation, context_length, generate
-from models.target_model import EMBEDDED_TARGET, DeviceArgs, Target, eos_token_ids, load_config, load_target, load_tokenizer, text_facts, tokenizer_hash
-from data.registry import find_dataset, fingerprint
-from measuring.tree_plans import TREE_METHODS, Fitted, TreeArgs, fitted_plan
-from measuring.tree_fitting import tree_costs
-from truncated_llama import ExitInfo, TruncatedLlama, load_exit, module_bytes, read_exit_info, step_bytes
 from measuring.round_costs import LONGEST, round_costs, step_seconds
+from measuring.tree_fitting import tree_costs
+from measuring.tree_plans import TREE_METHODS, Fitted, TreeArgs, fitted_plan
+from models.target_model import (
+    EMBEDDED_TARGET,
+    DeviceArgs,
+    Target,
+    eos_token_ids,
+    load_config,
+    load_target,
+    load_tokenizer,
+    text_facts,
+    tokenizer_hash,
+)
+from running.run_files import file_hash
+from speculative import DecodeOptions, Generation, context_length, generate
+from training.losses import learned_rows, learned_tokens
+from truncated_llama import ExitInfo, TruncatedLlama, load_exit, module_bytes, read_exit_info, step_bytes
 
 FREQUENCY_TEXTS = 500
 TRAINED_WITH = ("loss_type", "learning_rate")  # flags of train.py that tell exits of one layer and kind apart

@@ -1,6 +1,6 @@
 """Which tokens most often follow which in a corpus: the table of common-sense token verification, and its file.
 
-`build_followers.py` makes one. Token ids mean nothing without their tokenizer, so a table carries its tokenizer's hash
+`commands/build_followers.py` makes one. Token ids mean nothing without their tokenizer, so a table carries its tokenizer's hash
 and is refused for any other.
 """
 
@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from running.run_files import in_one_step
 from models.target_model import tokenizer_hash
+from running.run_files import in_one_step
 
 FORMAT = "followers-1"
 CHUNK_TOKENS = 1 << 22  # counted at a time: some 300 MB beside the distinct pairs
@@ -126,4 +126,4 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def _build_command(tokenizer: PreTrainedTokenizerBase, path: Path) -> str:
-    return shlex.join(["python", "build_followers.py", "--model_path", tokenizer.name_or_path, "--dataset", "ultrachat", "--out", str(path)])
+    return shlex.join(["python", "-m", "commands.build_followers", "--model_path", tokenizer.name_or_path, "--dataset", "ultrachat", "--out", str(path)])

@@ -23,15 +23,15 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
+from data.registry import find_dataset
+from data.row_files import ExampleStream, describe_skipped, used
 from data_utils import EncodeOptions
 from decoding.sampling import SamplingPolicy, policy_probs
 from decoding.state import NO_DRAFT_LAW, NO_TARGET_LAW, check_logits
 from decoding.verify import VERIFICATIONS, Verification, expected_acceptance
 from measuring.metrics import POTENTIAL_COLUMNS, add_sums, with_interval
-from data.row_files import ExampleStream, describe_skipped, used
-from models.target_model import Target, load_config
-from data.registry import find_dataset
 from measuring.round_costs import tokens_per_round
+from models.target_model import Target, load_config
 
 CHUNK_ROWS = 256  # rows of V at a time: coupled verification's chance holds some ten fp64 tensors of them, 3 GB at V = 128k
 SHORTEST = 2  # tokens: nothing predicts the first
@@ -123,7 +123,7 @@ def measure_potential(target: nn.Module, draft: nn.Module, texts: list[list[int]
 def predicted_tau(name: str, chances: list[torch.Tensor], gamma: int, seed: int = 0) -> dict[str, float]:
     """{name, name_ci_low, name_ci_high}: tokens per target call of chains of `gamma`, over all places of the texts where one fits.
 
-    Nothing where none fits anywhere. The value is tuning.tokens_per_round of all texts together.
+    Nothing where none fits anywhere. The value is round_costs.tokens_per_round of all texts together.
     """
     starts = np.array([max(len(along) - gamma + 1, 0) for along in chances])
     if not starts.any():

@@ -26,10 +26,10 @@ from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES, TreeVerification
 from engine.views import AnyPrompt
 from measuring.followers import load_followers
+from measuring.tree_fitting import acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed, tree_costs
+from models.target_model import Target, text_facts, weights_hash
 from running.run_files import file_hash, write_json
 from speculative import METHODS, DecodeOptions, TreePlan
-from models.target_model import Target, text_facts, weights_hash
-from measuring.tree_fitting import acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed, tree_costs
 
 TREE_METHODS = tuple(name for name, method in METHODS.items() if method.plan is not None)
 FIT_SEED = 1  # of the texts that are fitted to: not the noise of the texts that are measured
@@ -46,7 +46,7 @@ METHODS_OF = {  # flags that not every tree method has
 class TreeArgs:
     """Flags of tree methods."""
 
-    growmap: str | None = field(default=None, metadata={"help": "static_tree: the shape, made by build_growmap.py, or a reference .pt file"})
+    growmap: str | None = field(default=None, metadata={"help": "static_tree: the shape, made by commands/build_growmap.py, or a reference .pt file"})
     tree_budget: int = field(default=32, metadata={"help": "dynamic_tree, specexec: nodes of a tree, the root included"})
     tree_depth: int | None = field(default=None, metadata={"help": "levels of a tree (default: 8; specexec: 16)"})
     tree_topk: int = field(default=8, metadata={"help": "dynamic_tree: children of a node, and nodes of a draft pass"})
@@ -56,7 +56,7 @@ class TreeArgs:
     branch_prune_threshold: float = field(default=0.0, metadata={"help": "specexec: a child needs this share of its best sibling's probability"})
     commonsense: Literal["off", "exact", "overwrite"] = field(default="off", metadata={"help": "exact (lossless): frequent followers as further leaves; "
                                                                                                "overwrite (LOSSY): the published form"})
-    followers: str | None = field(default=None, metadata={"help": "with --commonsense: the table, made by build_followers.py"})
+    followers: str | None = field(default=None, metadata={"help": "with --commonsense: the table, made by commands/build_followers.py"})
     commonsense_nodes: int = field(default=8, metadata={"help": "with --commonsense exact: nodes that are followers, of the budget of trees that grow and beside a growmap's"})
     commonsense_repair: bool = field(default=False, metadata={"help": "with --commonsense overwrite: feed overwritten tokens again"})
 
@@ -69,10 +69,10 @@ class TreeArgs:
         if method not in TREE_METHODS:
             return
         if method == "static_tree" and self.growmap is None:
-            raise UserError("--method static_tree needs --growmap; build_growmap.py makes one")
+            raise UserError("--method static_tree needs --growmap; commands/build_growmap.py makes one")
         self._check_numbers()
         if (self.commonsense == "off") != (self.followers is None):
-            raise UserError("--commonsense exact or overwrite and --followers TABLE go together; build_followers.py makes a table")
+            raise UserError("--commonsense exact or overwrite and --followers TABLE go together; commands/build_followers.py makes a table")
         if self.commonsense_repair and self.commonsense != "overwrite":
             raise UserError("--commonsense_repair goes with --commonsense overwrite")
         try:

@@ -30,10 +30,10 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 has it at the top only beside torchvision
 
-from models.generation_settings import check_generation_config
-from running.hub import model_folder
 from data.images import IMAGE_TOKEN, ImageInputs
+from models.generation_settings import check_generation_config
 from models.target_model import DeviceArgs, Target, load_config, load_target, load_tokenizer, read_weights, values_hash
+from running.hub import model_folder
 
 CHAT_TEMPLATE = (  # of LLaVA 1.5, for checkpoints that come without one
     "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"

@@ -34,9 +34,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from decoding.sampling import Noise, SamplingPolicy, policy_probs
 from decoding.state import DecodeState
-from engine.static_llama import StaticLlama
 from decoding.vanilla import vanilla_round
 from decoding.verify import Verification, expected_acceptance
+from engine.static_llama import StaticLlama
 from truncated_llama import Exit, TruncatedLlama, prepare_pass, run_blocks
 
 ENTROPY = 1.5  # nats: mean over positions, temperature 1

@@ -1,13 +1,12 @@
-"""A LLaVA of any shape with random weights and an exit of chosen acceptance: to measure decoding speed behind images where weights can't be had (see planted.py).
+"""A LLaVA of any shape with random weights and an exit of chosen acceptance: to measure decoding speed behind images where weights can't be had (see models/planted.py).
 
-Shapes, bytes and acceptance are true, so seconds are; what is seen and written means nothing. Without a tokenizer, prompts are random tokens around random pixels.
+Shapes, bytes and acceptance are true, so seconds are; what is seen and written means nothing.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 
 from running.command_line import UserError
 
@@ -16,15 +15,11 @@ from torch import nn
 from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from harness.prompts import Prompt
 from decoding.sampling import SamplingPolicy
 from decoding.verify import Verification
-from engine.views import ImagePrompt, View
 from models.llava_target import VisionEncoder, as_text_model
 from models.planted import planted_pair
 from truncated_llama import TruncatedLlama
-
-QUESTION_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -61,25 +56,3 @@ def planted_llava(
     whole.eval().requires_grad_(False)
     text = as_text_model(pair.model.model, pair.model.lm_head, written.vocab_size)
     return PlantedLlava(text, VisionEncoder(whole), TruncatedLlama(text, pair.draft.exit), pair.alpha, config.image_token_id)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomPrompt(Prompt):
-    """A question of random tokens about one image of random pixels, the same for each `seed`."""
-
-    planted: PlantedLlava
-    seed: int
-
-    @classmethod
-    def of(cls, planted: PlantedLlava, seed: int) -> RandomPrompt:
-        words = torch.randint(0, planted.model.config.vocab_size, (QUESTION_TOKENS,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return cls([*words[:2], *[planted.placeholder] * planted.vision.image_seq_length, *words[2:]], planted=planted, seed=seed)
-
-    @property
-    def identity(self) -> object:
-        return {"input_ids": self.input_ids, "pixels": self.seed}
-
-    def given(self) -> ImagePrompt:
-        """The one view, of the target and its exit."""
-        pixels = torch.randn(1, *self.planted.vision.shape, generator=torch.Generator().manual_seed(self.seed))
-        return ImagePrompt({self.planted.model: View(self.input_ids, self.planted.placeholder, partial(self.planted.vision, pixels))})

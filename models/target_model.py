@@ -37,7 +37,7 @@ from running.hub import model_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Quant = Literal["8bit", "4bit"]
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED_TARGET, CONFIGS = ASSETS / "pydoc-llama-7m", ASSETS / "configs"
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$")  # what older checkpoints hold and models compute
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -114,7 +114,7 @@ def load_config(path: str, families: tuple[str, ...] | None = ("llama",)) -> Pre
     if wrong is not None:
         raise UserError(f"{path}: its config.json has {wrong}; mend it, or fetch the model again")
     if families is not None and config.model_type not in families:
-        sees = "; train.py distils LLaVAs, and benchmark_llava.py decodes with them" if config.model_type == "llava" else ""
+        sees = "; train.py distils LLaVAs, and commands/benchmark_llava.py decodes with them" if config.model_type == "llava" else ""
         raise UserError(f"{path} is a {config.model_type} model; a {' or '.join(families)} model is needed here{sees}")
     return config
 

@@ -1,6 +1,6 @@
 """What a bigger exit buys: the exits of a table by their cost and acceptance, and every figure of theirs side by side.
 
-plots.py draws both beside its own. "Weight-bound" means that a step takes the time in which its weights are read: a draft step costs c target
+plotting/exits.py draws both beside its own. "Weight-bound" means that a step takes the time in which its weights are read: a draft step costs c target
 steps, and verifying γ + 1 tokens as much as one.
 """
 

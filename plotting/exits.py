@@ -1,7 +1,7 @@
 """Every figure of the suite, drawn from result files alone: no model is loaded, nothing is measured.
 
-    python plots.py results/chat_layers
-    python plots.py results/chat_layers --train_logs runs/layer3/train_log.csv runs/layer7/train_log.csv
+    python -m plotting.exits results/chat_layers
+    python -m plotting.exits results/chat_layers --train_logs runs/layer3/train_log.csv runs/layer7/train_log.csv
 
 Reads `results.csv` in the given folder and the training logs (by default those beside the checkpoints that the table
 names), or, where benchmark_torch_compile.py wrote it, `step_times.json`. Writes `plots/<figure>.png` (300 dpi) and `.pdf`.
@@ -30,7 +30,7 @@ from matplotlib.lines import Line2D
 
 from plotting.capacity import capacity_pareto, kinds_side_by_side
 from plotting.parts import (
-    COLUMN_INCHES,  # noqa: F401 (tree_plots.py takes it from here)
+    COLUMN_INCHES,  # noqa: F401 (plotting/trees.py takes it from here)
     DASHES,
     GREY,
     MEASURED_TAU,
@@ -40,14 +40,14 @@ from plotting.parts import (
     WIDE_INCHES,
     Look,
     Panel,
-    beside,  # noqa: F401 (tree_plots.py takes it from here)
+    beside,  # noqa: F401 (plotting/trees.py takes it from here)
     by_series,
     distinct_names,
     drafts_of,
     draw_points,
     draw_steps_up,
     head_line,
-    interval_lengths,  # noqa: F401 (tree_plots.py takes it from here)
+    interval_lengths,  # noqa: F401 (plotting/trees.py takes it from here)
     interval_note,
     kind_parts,
     kind_place,
@@ -62,7 +62,7 @@ from plotting.parts import (
     new_look,
     panel_grid,
     pareto_front,
-    pixels_per_point,  # noqa: F401 (tree_plots.py takes it from here)
+    pixels_per_point,  # noqa: F401 (plotting/trees.py takes it from here)
     point_names,
     read_table,
     row_counts,
@@ -87,7 +87,7 @@ MAX_BARS = 5  # side by side; more series are stacked bars
 FEWEST_RANKED = 4  # drafts; a rank correlation of fewer says nothing
 DISTANCES = {"kl": ("KL(p‖q)", " (nats/token)"), "tv": ("TV distance of p and q", "")}  # of a draft from the target: name and unit
 MANY_RUNS = 12  # with more than this, only the smoothed loss is drawn, and a marker at each line's end
-NUM_RESAMPLES, INTERVAL = 2000, (2.5, 97.5)  # metrics.py's, which needs torch
+NUM_RESAMPLES, INTERVAL = 2000, (2.5, 97.5)  # measuring/metrics.py's, which needs torch
 RUN_COLORS, RUN_MARKERS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7", "#56B4E9"), "osD^*vP"
 
 # ---- tables ----

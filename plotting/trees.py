@@ -1,8 +1,8 @@
 """Figures of tree decoding, drawn from result files alone: what trees bring by size, what they promised, and a growmap's shape.
 
-    python tree_plots.py results/trees runs/growmap/growmap.json
+    python -m plotting.trees results/trees runs/growmap/growmap.json
 
-Of a folder with sweep_settings.py's `results.csv` it writes `plots/trees_by_size` and `plots/promised_tokens`; of a growmap, or of a folder
+Of a folder with commands/sweep_settings.py's `results.csv` it writes `plots/trees_by_size` and `plots/promised_tokens`; of a growmap, or of a folder
 with a `growmap.json`, a picture beside it; each as .png (300 dpi) and .pdf. A panel whose numbers are missing is left out, and a line
 says so.
 """
@@ -29,7 +29,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 
-from plotting.parts import read_table
 from plotting.exits import (
     GREY,
     MEASURED_TAU,
@@ -50,6 +49,7 @@ from plotting.exits import (
     settle,
     write_figure,
 )
+from plotting.parts import read_table
 from running.run_files import make_output_dir, read_config, read_manifest
 
 RESULTS_NAME, GROWMAP_NAME = "results.csv", "growmap.json"
@@ -76,10 +76,10 @@ TONES, TONE = LinearSegmentedColormap.from_list("tones", ["#EAF2F9", "#9CC7E8", 
 # ---- tables ----
 
 def read_benchmark(path: Path) -> pd.DataFrame:
-    """The rows of a sweep_settings.py's results.csv, one prompt at a time, infinite numbers as missing. Raises UserError with the remedy."""
-    table = read_table(path, "sweep_settings.py", dtype={"gamma": str})
+    """The rows of a commands/sweep_settings.py's results.csv, one prompt at a time, infinite numbers as missing. Raises UserError with the remedy."""
+    table = read_table(path, "commands/sweep_settings.py", dtype={"gamma": str})
     if not {"method", "batch"} <= set(table):
-        raise UserError(f"{path}: has no columns method and batch; give the output folder of sweep_settings.py")
+        raise UserError(f"{path}: has no columns method and batch; give the output folder of commands/sweep_settings.py")
     table = table.reindex(columns=[*table, *{"verification", "tree_budget", "gamma"} - set(table)]).replace([np.inf, -np.inf], np.nan)
     drafting = table[(table["batch"] == 1) & table["method"].isin([*METHOD_STYLES, *CHAINS])]
     unknown = sorted(set(drafting["verification"]) - set(VERIFICATIONS), key=str)
@@ -270,11 +270,11 @@ def read_growmap(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no growmap ({error}); give a growmap.json of build_growmap.py") from error
+        raise UserError(f"{path}: no growmap ({error}); give a growmap.json of commands/build_growmap.py") from error
     if not isinstance(content, dict) or content.get("format") != GROWMAP_FORMAT or not {"parents", "acceptance", "replayed", "provenance"} <= set(content):
-        raise UserError(f"{path}: not of the format {GROWMAP_FORMAT}; build it anew with build_growmap.py")
+        raise UserError(f"{path}: not of the format {GROWMAP_FORMAT}; build it anew with commands/build_growmap.py")
     if not content["acceptance"]:
-        raise UserError(f"{path}: has no acceptance vector, so its nodes' chances are unknown; build it anew with build_growmap.py")
+        raise UserError(f"{path}: has no acceptance vector, so its nodes' chances are unknown; build it anew with commands/build_growmap.py")
     return content
 
 
@@ -417,7 +417,7 @@ def plot_growmap(path: Path) -> list[Path]:
 
 
 def redraw(path: Path) -> list[Path]:
-    """The figures of a growmap, or of a folder that holds one or sweep_settings.py's results."""
+    """The figures of a growmap, or of a folder that holds one or commands/sweep_settings.py's results."""
     growmap = path / GROWMAP_NAME if path.is_dir() else path
     return plot_trees(path) if path.is_dir() and not growmap.exists() else plot_growmap(growmap)
 

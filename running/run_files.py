@@ -156,7 +156,7 @@ def record_run(folder: Path, args: object, facts: dict | None = None) -> None:
     starts = read_manifest(folder)
     commands = folder / "cmd.txt"
     with naming(commands), commands.open("a", encoding="utf-8") as file:
-        file.write(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+        file.write(typed_command() + "\n")
     flags = {**dataclasses.asdict(args), **(facts or {})}
     write_json(folder / "config.json", flags)
     write_json(folder / MANIFEST_NAME, [*starts, {**environment(), "seed": flags.get("seed"), **(facts or {})}])
@@ -169,6 +169,18 @@ def file_hash(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def typed_command() -> str:
+    """The command line of this process, as it would be typed at the root of the suite."""
+    return shlex.join([Path(sys.executable).name, *command_words()])
+
+
+def command_words() -> list[str]:
+    """What stands behind `python` there: started with -m, sys.argv names the module's file instead, by its whole path."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    started = ["-m", spec.name] if spec is not None and spec.origin == sys.argv[0] else [sys.argv[0]]
+    return [*started, *sys.argv[1:]]
 
 
 def now() -> str:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # How much capacity should an exit have, of which kind, at which layer, and for which objective should it be trained?
 #
-#   bash run_capacity_study.sh
-#   LAYERS="1 3" MAX_STEPS=300 BEST=1:head+last_block bash run_capacity_study.sh
-#   DRY_RUN=1 bash run_capacity_study.sh
-#   bash launch_train_bg.sh capacity bash run_capacity_study.sh
+#   bash sweeps/run_capacity_study.sh
+#   LAYERS="1 3" MAX_STEPS=300 BEST=1:head+last_block bash sweeps/run_capacity_study.sh
+#   DRY_RUN=1 bash sweeps/run_capacity_study.sh
+#   bash launch_train_bg.sh capacity bash sweeps/run_capacity_study.sh
 #
 # Trains every kind of exit at all layers in one pass and evaluates them, with plots; then trains the best of them (BEST, or
 # the one with the largest spec_predicted_speedup) for every objective in one pass and evaluates these. By default on the
@@ -26,9 +26,9 @@
 #   SPEC_PROMPT_DATASET SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW SPEC_T SPEC_TOP_P SPEC_TOP_K SPEC_GAMMA
 #   SPEC_METHOD SPEC_VERIFICATION GROWMAP TREE_BUDGET; off unless set: BEST LAYERS_PER_PASS DRY_RUN
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=sweep_lib.sh
-source sweep_lib.sh
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=sweeps/sweep_lib.sh
+source sweeps/sweep_lib.sh
 
 setting LAYERS "1 3 7 11" "exits: the last kept block, 0-based"
 setting OBJECTIVES "kl_divergence cross_entropy combined reverse_kl total_variation lk" "objectives of the best exit"

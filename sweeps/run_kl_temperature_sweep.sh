@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # At which temperature should target and draft be compared while an exit is distilled?
 #
-#   bash run_kl_temperature_sweep.sh
-#   KL_TEMPS="0.5 1 2" LAYERS=7 KINDS="head head+last_block" bash run_kl_temperature_sweep.sh
-#   DRY_RUN=1 bash run_kl_temperature_sweep.sh
-#   bash launch_train_bg.sh kl_temperatures bash run_kl_temperature_sweep.sh
+#   bash sweeps/run_kl_temperature_sweep.sh
+#   KL_TEMPS="0.5 1 2" LAYERS=7 KINDS="head head+last_block" bash sweeps/run_kl_temperature_sweep.sh
+#   DRY_RUN=1 bash sweeps/run_kl_temperature_sweep.sh
+#   bash launch_train_bg.sh kl_temperatures bash sweeps/run_kl_temperature_sweep.sh
 #
 # Trains all exits in one pass per temperature, then evaluates all of them, with plots. <dataset>_kl compares them at
 # temperature 1, <dataset>_kl_at_train_temperature tells each one's figure at its own. The same command continues an
@@ -23,9 +23,9 @@
 #   SPEC_PROMPT_DATASET SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW SPEC_T SPEC_TOP_P SPEC_TOP_K SPEC_GAMMA
 #   SPEC_METHOD SPEC_VERIFICATION GROWMAP TREE_BUDGET; off unless set: LAYERS_PER_PASS DRY_RUN
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=sweep_lib.sh
-source sweep_lib.sh
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=sweeps/sweep_lib.sh
+source sweeps/sweep_lib.sh
 
 setting KL_TEMPS "1 2 4" "temperatures that soften target and draft in the KL"
 setting LAYERS "3 7 11" "exits: the last kept block, 0-based"

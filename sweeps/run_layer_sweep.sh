@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # At which layer should this target exit, and what does an own last block add to an own head?
 #
-#   bash run_layer_sweep.sh
-#   MODEL_PATH=assets/pydoc-llama-7m DATASET=pydoc KINDS=head LR=3e-3 bash run_layer_sweep.sh
-#   DRY_RUN=1 bash run_layer_sweep.sh
-#   bash launch_train_bg.sh layers bash run_layer_sweep.sh
+#   bash sweeps/run_layer_sweep.sh
+#   MODEL_PATH=assets/pydoc-llama-7m DATASET=pydoc KINDS=head LR=3e-3 bash sweeps/run_layer_sweep.sh
+#   DRY_RUN=1 bash sweeps/run_layer_sweep.sh
+#   bash launch_train_bg.sh layers bash sweeps/run_layer_sweep.sh
 #
 # Trains every kind of exit at every layer, some layers in a pass, then evaluates all exits, with plots. With the default
 # KINDS it is also the study of head only against head and last block. The same command continues an interrupted sweep and
@@ -27,9 +27,9 @@
 #   SPEC_PROMPT_DATASET SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW SPEC_T SPEC_TOP_P SPEC_TOP_K SPEC_GAMMA
 #   SPEC_METHOD SPEC_VERIFICATION GROWMAP TREE_BUDGET; off unless set: DRY_RUN
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=sweep_lib.sh
-source sweep_lib.sh
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=sweeps/sweep_lib.sh
+source sweeps/sweep_lib.sh
 
 setting LAYERS "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15" "exits: the last kept block, 0-based"
 kind_settings "head head+last_block" 5e-5 4

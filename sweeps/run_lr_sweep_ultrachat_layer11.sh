@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Which learning rate and schedule tune the head of one exit best?
 #
-#   bash run_lr_sweep_ultrachat_layer11.sh
-#   LAYER=7 LEARNING_RATES="1e-4 3e-4" LR_SCHEDULES=cosine bash run_lr_sweep_ultrachat_layer11.sh
-#   DRY_RUN=1 bash run_lr_sweep_ultrachat_layer11.sh
-#   bash launch_train_bg.sh lr_sweep bash run_lr_sweep_ultrachat_layer11.sh
+#   bash sweeps/run_lr_sweep_ultrachat_layer11.sh
+#   LAYER=7 LEARNING_RATES="1e-4 3e-4" LR_SCHEDULES=cosine bash sweeps/run_lr_sweep_ultrachat_layer11.sh
+#   DRY_RUN=1 bash sweeps/run_lr_sweep_ultrachat_layer11.sh
+#   bash launch_train_bg.sh lr_sweep bash sweeps/run_lr_sweep_ultrachat_layer11.sh
 #
 # Tunes the head once for every pair of rate and schedule, the rates of a schedule in one pass, then evaluates all of
 # them, with plots. The same command continues an interrupted sweep and skips what is finished; other LEARNING_RATES need
@@ -23,9 +23,9 @@
 #   SPEC_PROMPT_DATASET SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW SPEC_T SPEC_TOP_P SPEC_TOP_K SPEC_GAMMA
 #   SPEC_METHOD SPEC_VERIFICATION GROWMAP TREE_BUDGET; off unless set: DRY_RUN
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=sweep_lib.sh
-source sweep_lib.sh
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=sweeps/sweep_lib.sh
+source sweeps/sweep_lib.sh
 
 setting LAYER 11 "the exit: the last kept block, 0-based"
 setting LEARNING_RATES "2e-5 5e-5 1e-4" "peak learning rates"

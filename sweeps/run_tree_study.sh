@@ -2,10 +2,10 @@
 # How many tokens does a target call give by chains, static trees, dynamic trees and SpecExec, draft by draft, and at what speed?
 #
 #   MODEL_PATH=assets/pydoc-llama-7m DRAFTS="runs/demo/ftlast/layer1/model_000300.safetensors runs/draft/model_001200" \
-#     SPEC_PROMPT_DATASET=arithmetic bash run_tree_study.sh
-#   DRY_RUN=1 DRAFTS="exit.safetensors" bash run_tree_study.sh
+#     SPEC_PROMPT_DATASET=arithmetic bash sweeps/run_tree_study.sh
+#   DRY_RUN=1 DRAFTS="exit.safetensors" bash sweeps/run_tree_study.sh
 #
-# One sweep_settings.py for every draft (an exit's checkpoint, or the folder of an independent model) at every temperature; 0.7 goes with top-p
+# One commands/sweep_settings.py for every draft (an exit's checkpoint, or the folder of an independent model) at every temperature; 0.7 goes with top-p
 # 0.95. The same command continues an interrupted study and skips what is finished.
 #
 #   $OUTPUT_DIR/<last three parts of the draft's path>-t0.7/results.csv  $OUTPUT_DIR/<draft>-t0.7/plots/  $OUTPUT_DIR/logs/
@@ -16,9 +16,9 @@
 #   left to the Python scripts unless set: SPEC_PROMPT_DATASET DATASET_PATH SPEC_NUM_PROMPTS SPEC_PROMPT_LEN SPEC_MAX_NEW
 #   FIT_PROMPTS TREE_DEPTH SEED DEVICE TORCH_DTYPE NUM_THREADS; off unless set: COUNTS_ONLY DRY_RUN; no default: DRAFTS
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=sweep_lib.sh
-source sweep_lib.sh
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=sweeps/sweep_lib.sh
+source sweeps/sweep_lib.sh
 
 setting DRAFTS "" "exits and model folders, separated by spaces"
 setting TEMPERATURES "0 0.7 1.0 1.5" "sampling temperatures; 0.7 with top-p 0.95"
@@ -58,7 +58,7 @@ study_draft() {
   flags+=("$kind" "$1" --methods "$chain" static_tree dynamic_tree specexec)
   add_lists --gammas GAMMAS --verifications VERIFICATIONS --tree_budgets TREE_BUDGETS
   flags+=(--spec_temperature "$2" --spec_top_p "$top_p" --out_dir "$OUTPUT_DIR/$name")
-  run_step "$name" "$OUTPUT_DIR/$name/results.csv" sweep_settings.py "${flags[@]}"
+  run_step "$name" "$OUTPUT_DIR/$name/results.csv" -m commands.sweep_settings "${flags[@]}"
 }
 
 words_of "$DRAFTS"

@@ -78,7 +78,7 @@ common_settings() {
   setting SPEC_GAMMA "" "drafted tokens per round"
   setting SPEC_METHOD "" "self_speculative, speculative, static_tree, dynamic_tree or specexec"
   setting SPEC_VERIFICATION "" "chains: rejection or coupled; trees: coupled, match or swor"
-  setting GROWMAP "" "shape of static trees, made by build_growmap.py"
+  setting GROWMAP "" "shape of static trees, made by commands/build_growmap.py"
   setting TREE_BUDGET "" "nodes of dynamic trees"
   setting PYTHON python3 "interpreter"
   setting DRY_RUN "" "1: print the commands, run and write nothing"
@@ -117,8 +117,9 @@ user_error() {
 
 # The driver's header comment, then every setting with its meaning.
 print_help() {
-  local i
-  sed -n '2,/^# Settings/{/^# Settings/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[-1]}"
+  local i driver=${BASH_SOURCE[-1]##*/}
+  [[ -f $driver ]] || driver=sweeps/$driver
+  sed -n '2,/^# Settings/{/^# Settings/d;s/^# \{0,1\}//p}' "$driver"
   printf 'Settings (environment variables; paths are relative to %s):\n' "$PWD"
   for ((i = 0; i < ${#SETTINGS[@]}; i += 3)); do
     printf '  %-22s %-36s  %s\n' "${SETTINGS[i]}" "${SETTINGS[i + 1]:-(not passed)}" "${SETTINGS[i + 2]}"

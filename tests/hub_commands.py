@@ -15,8 +15,6 @@ from itertools import islice
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
-from running import command_line
-
 import datasets
 import huggingface_hub
 
@@ -24,8 +22,9 @@ import benchmark
 import evaluate
 import export_draft
 import train
-from models.target_model import DeviceArgs, eos_token_ids, load_target, tokenizer_hash, weights_hash
 from data.registry import DATASETS, open_stream
+from models.target_model import DeviceArgs, eos_token_ids, load_target, tokenizer_hash, weights_hash
+from running import command_line
 
 LONGEST_WAIT_SEC = 0.005
 

@@ -11,11 +11,11 @@ from running.command_line import UserError
 
 import pytest
 
-from harness import runs
 import benchmark
 from data import mt_bench
-from harness.prompts import BUILT_IN, Prompt, Question, encode, fitting, hash_of, read_questions, turn_prompts
 from data_utils import render_chat
+from harness import runs
+from harness.prompts import BUILT_IN, Prompt, Question, encode, fitting, hash_of, read_questions, turn_prompts
 from running.record_file import read_records
 from test_commands import run_main
 

@@ -13,23 +13,23 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import benchmark
+from commands import validate_results
+from decoding.autojudge import Judge
+from decoding.growmap import chain, save_growmap
 from harness import flags as bench_args
 from harness import methods as bench_methods
 from harness import runs as bench_runs
-import benchmark
-from commands import validate_results
 from harness.methods import LOSSY, NAMES
 from harness.prompts import Prompt
-from decoding.autojudge import Judge
-from decoding.growmap import chain, save_growmap
-from measuring.followers import Followers, save_followers
-from training.judges import Fitted, JudgeInfo, save_judge
-from running.record_file import RecordFile, read_records
 from harness.schema import complaints
+from measuring.followers import Followers, save_followers
 from models.target_model import tokenizer_hash
+from running.record_file import RecordFile, read_records
 from test_commands import check_one_line, run_main
 from test_tuning import save_exits, time_little
 from toy_models import noisy_exit, tiny_llama
+from training.judges import Fitted, JudgeInfo, save_judge
 
 CHAINS, TREES = ("speculative", "self_speculative"), ("static_tree", "dynamic_tree", "specexec", "common_sense")
 QUESTIONS = ["Add 2 and 3.", "Add 4 and 4, please, and show how.", "Add 1 and 9.", "Take 5 from 8.", "Double 6."]
@@ -496,7 +496,7 @@ def test_list_presets(monkeypatch, capsys):
         ({"branch_prune_threshold": 2}, "--branch_prune_threshold 2.0: must lie between 0 and 1"),
         ({"topk_rank": ["few"]}, "--topk_rank few: must be all, or a number of at least 1"),
         ({"autojudge_threshold": [1.5]}, "--autojudge_threshold 1.5: must lie between 0 and 1"),
-        ({"autojudge_checkpoint": "/no/judge"}, "no judge at /no/judge; give the path that train_judge.py printed last"),
+        ({"autojudge_checkpoint": "/no/judge"}, "no judge at /no/judge; give the path that commands/train_judge.py printed last"),
         ({"followers": "/no/table"}, "no follower table at /no/table; build it"),
         ({"growmap": "/no/growmap.json"}, "/no/growmap.json"),
         ({"dataset": "/no/questions.jsonl"}, "--dataset /no/questions.jsonl: no such file; give a JSON"),

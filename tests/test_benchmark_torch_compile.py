@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
 import benchmark_torch_compile as benchmark
+from engine import static_llama
 from measuring import machine_speed
 from plotting import exits
-from engine import static_llama
 from test_commands import check_one_line, run_main
 from toy_models import native_llama, tiny_llama
 from truncated_llama import Exit, TruncatedLlama

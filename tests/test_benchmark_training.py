@@ -27,7 +27,7 @@ def test_the_plain_trainer_learns_what_ours_learns():
     TunedLlama(model, [exit_]).learn(batch, [Objective()], 1 / batch["loss_mask"][:, 1:].sum().item())
     held: list[torch.nn.Module] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmark_training._optimizer", lambda module: held.append(module) or torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+        patch.setattr("commands.benchmark_training._optimizer", lambda module: held.append(module) or torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
         plain(model, 1, kind)(batch)
     student = held[0].model
     torch.testing.assert_close(student.lm_head.weight.grad, exit_.head.weight.grad)
@@ -54,7 +54,7 @@ def test_a_kind_without_a_plain_form_is_timed_alone():
 
 def test_the_command_times_each_trainer(tmp_path):
     tiny_llama().config.save_pretrained(tmp_path / "model")
-    command = [sys.executable, "benchmark_training.py", "--random_init", str(tmp_path / "model"), "--target_layers", "1", "--kinds", "head", "--batch_size", "1",
+    command = [sys.executable, "-m", "commands.benchmark_training", "--random_init", str(tmp_path / "model"), "--target_layers", "1", "--kinds", "head", "--batch_size", "1",
                "--length", "8", "--steps", "2", "--num_threads", "1", "--out_dir", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

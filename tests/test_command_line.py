@@ -11,29 +11,31 @@ from running.command_line import LARGEST_INT, MAY_BE_EMPTY, MAY_REPEAT, UserErro
 import pytest
 
 import benchmark
-from commands import benchmark_llava
 import benchmark_torch_compile
-from commands import benchmark_training
-from commands import build_followers
-from commands import build_growmap
 import evaluate
 import evaluate_checkpoints
-from commands import evaluate_judge
 import export_draft
 import generate_dataset
-from commands import pretrain_draft_model
-from commands import pretrain_llava
 import prove
-from commands import sweep_settings
 import train
-from commands import train_judge
 import tune
-from commands import validate_configs
-from commands import validate_results
+from commands import (
+    benchmark_llava,
+    benchmark_training,
+    build_followers,
+    build_growmap,
+    evaluate_judge,
+    pretrain_draft_model,
+    pretrain_llava,
+    sweep_settings,
+    train_judge,
+    validate_configs,
+    validate_results,
+)
 from test_commands import run_main
 
 COMMANDS = {
-    module.__name__: module.Args for module in (
+    module.__name__.removeprefix("commands."): module.Args for module in (
         benchmark, benchmark_llava, benchmark_torch_compile, benchmark_training, build_followers, build_growmap, evaluate, evaluate_checkpoints, evaluate_judge,
         export_draft, generate_dataset, pretrain_draft_model, pretrain_llava, prove, sweep_settings, train, train_judge, tune, validate_results)}
 

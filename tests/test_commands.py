@@ -7,29 +7,24 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from running import command_line
-
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import benchmark
-from commands import build_followers
-from commands import build_growmap
 import decoding.drafting as drafting
 import evaluate
 import evaluate_checkpoints
-from commands import evaluate_judge
 import generate_dataset
-from plotting import exits
-from commands import pretrain_draft_model
 import prove
-from commands import sweep_settings
 import train
-from data_utils import encode_prompt
-from running.run_files import environment, read_csv_log
+from commands import build_followers, build_growmap, evaluate_judge, pretrain_draft_model, sweep_settings
 from data.registry import open_stream
+from data_utils import encode_prompt
+from plotting import exits
+from running import command_line
+from running.run_files import environment, read_csv_log
 from toy_models import tiny_llama
 
 ROOT = Path(__file__).parent.parent

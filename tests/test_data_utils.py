@@ -11,9 +11,9 @@ from running.command_line import UserError
 import pytest
 import torch
 
-from data_utils import DATE_STRING, EncodeOptions, PackedBatches, PaddedBatches, collate, encode_example, encode_prompt, held_out_batches, render_chat
-from data.row_files import ExampleStream, SkipRow, one_turn
 from data.registry import DATASETS
+from data.row_files import ExampleStream, SkipRow, one_turn
+from data_utils import DATE_STRING, EncodeOptions, PackedBatches, PaddedBatches, collate, encode_example, encode_prompt, held_out_batches, render_chat
 
 CHAT = {"messages": [
     {"role": "system", "content": "Be brief."},

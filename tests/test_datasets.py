@@ -17,11 +17,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import arithmetic
-from data import pydoc_texts
-from data_utils import encode_example
-from data.row_files import SPLITS, ExampleStream, MixedStream, TextDataset, describe_skipped, open_rows, parse_text, split_of
+from data import arithmetic, pydoc_texts
 from data.registry import DATASETS, fingerprint, open_stream
+from data.row_files import SPLITS, ExampleStream, MixedStream, TextDataset, describe_skipped, open_rows, parse_text, split_of
+from data_utils import encode_example
 from xsum_dataset import MAX_DOCUMENT_CHARS
 
 ULTRACHAT = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from toy_models import some_batch, tiny_llama
 from training import losses
 from training.losses import LOSS_TYPES, grade, learned_rows, learned_tokens
-from toy_models import some_batch, tiny_llama
 from truncated_llama import Exit, ExitKind, TruncatedLlama
 from tuned_llama import Objective, TunedLlama
 

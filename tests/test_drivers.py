@@ -19,8 +19,8 @@ import pytest
 from running.run_files import read_csv_log
 
 ROOT = Path(__file__).parent.parent
-TWO_STAGE, CHAT_LAYERS, LR_SWEEP = "run_sweep_ultrachat_two_stage.sh", "run_sweep_chat_layers.sh", "run_lr_sweep_ultrachat_layer11.sh"
-LAYER_SWEEP, KL_SWEEP, CAPACITY, TREE_STUDY = "run_layer_sweep.sh", "run_kl_temperature_sweep.sh", "run_capacity_study.sh", "run_tree_study.sh"
+TWO_STAGE, CHAT_LAYERS, LR_SWEEP = "run_sweep_ultrachat_two_stage.sh", "run_sweep_chat_layers.sh", "sweeps/run_lr_sweep_ultrachat_layer11.sh"
+LAYER_SWEEP, KL_SWEEP, CAPACITY, TREE_STUDY = "sweeps/run_layer_sweep.sh", "sweeps/run_kl_temperature_sweep.sh", "sweeps/run_capacity_study.sh", "sweeps/run_tree_study.sh"
 # Appends its arguments to $CALLS; refuses a run whose flags have changed, and makes a checkpoint for every combination, as
 # train.py does; $FAIL and $HANG name a part of the arguments at which to fail, or to wait for a signal.
 STUB = r"""#!/usr/bin/env bash
@@ -36,7 +36,7 @@ fi
 [[ $args =~ --(output|out)_dir\ ([^ ]+) ]]
 folder=${BASH_REMATCH[2]}
 mkdir -p "$folder"
-if [[ $1 == evaluate_checkpoints.py || $1 == sweep_settings.py ]]; then touch "$folder/results.csv"; exit; fi
+if [[ $1 == evaluate_checkpoints.py || $2 == commands.sweep_settings ]]; then touch "$folder/results.csv"; exit; fi
 if [[ -f $folder/flags && $(<"$folder/flags") != "$args" ]]; then echo "error: other settings" >&2; exit 2; fi
 echo "$args" >"$folder/flags"
 names=('')

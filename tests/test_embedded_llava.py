@@ -12,14 +12,14 @@ from transformers import LlavaForConditionalGeneration
 
 from commands import benchmark_llava
 from commands.benchmark_llava import EMBEDDED_DRAFT, EMBEDDED_LLAVA
+from data.shapes import QUESTION, draw
 from decoding.sampling import SamplingPolicy
 from engine.views import ImagePrompt, View
 from harness.image_prompts import ImageQuestion, as_prompt, drawn_questions
 from models.llava_target import load_llava, load_llava_draft
-from running.record_file import read_records
-from data.shapes import QUESTION, draw
-from speculative import DecodeOptions, generate
 from models.target_model import ASSETS, DeviceArgs, eos_token_ids
+from running.record_file import read_records
+from speculative import DecodeOptions, generate
 from test_commands import run_main
 from toy_models import COUPLED_TREES
 from truncated_llama import TruncatedLlama, load_exit
@@ -108,7 +108,7 @@ def test_it_is_small_and_says_where_it_comes_from():
     folders = [EMBEDDED_LLAVA, EMBEDDED_DRAFT, BLIND, EXIT.parent]
     assert sum(path.stat().st_size for folder in folders for path in folder.rglob("*.safetensors")) < 6_000_000
     provenance = (EMBEDDED_LLAVA / "README.md").read_text()
-    assert all(command in provenance for command in ("pretrain_llava.py", "pretrain_draft_model.py", "train.py"))
+    assert all(command in provenance for command in ("commands.pretrain_llava", "commands.pretrain_draft_model", "train.py"))
 
 
 def test_without_flags_the_embedded_models_decode_and_records_name_no_machine(tmp_path, monkeypatch):

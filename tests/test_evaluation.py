@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from measuring import evaluation
 from decoding.state import DecodeStats, RoundResult
+from measuring import evaluation
 from speculative import DecodeOptions, Generation
 from toy_models import BigramModel
 

@@ -35,14 +35,14 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from engine import kv_cache
 from decoding.dynamic_tree import DynamicTree
-from engine.exactness import why_no_trees
 from decoding.growmap import Growmap
 from decoding.sampling import SamplingPolicy
 from decoding.static_tree import StaticTree
-from speculative import DecodeOptions, generate
+from engine import kv_cache
+from engine.exactness import why_no_trees
 from models.target_model import DeviceArgs, load_target
+from speculative import DecodeOptions, generate
 from toy_models import decode, tiny_llama
 
 VOCAB, WINDOW, LIMIT = 64, 8, 32

@@ -13,12 +13,11 @@ from torch.nn.functional import rms_norm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from engine import native
-from engine import static_llama
 from decoding.dynamic_tree import DynamicTree
 from decoding.sampling import SamplingPolicy
-from engine.shared_exit import SharedExit
 from decoding.state import DecodeState, DecodeStats
+from engine import native, static_llama
+from engine.shared_exit import SharedExit
 from engine.static_llama import Block, Head, Kept, Parts, StaticLlama, why_unsupported
 from models.plain_llama import why_not_a_llama
 from test_self_speculation import after_every_round, check_caches
@@ -311,7 +310,7 @@ def test_wrong_logits_are_noticed(target, bug, monkeypatch):
 
 def one_block_too_early(patch: pytest.MonkeyPatch) -> None:
     """The exit's prefix is what an own block in place of LAYER has: the target goes on from another block's hidden states."""
-    patch.setattr("decoding.shared_exit.Kept", lambda at, store: Kept(at - 1, store))
+    patch.setattr("engine.shared_exit.Kept", lambda at, store: Kept(at - 1, store))
 
 
 def tokens_by_column(patch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from commands import build_followers
-from measuring import followers
+from data.registry import open_stream
 from data_utils import encode_example
+from measuring import followers
 from measuring.followers import FORMAT, Followers, count_followers, load_followers, save_followers
 from models.target_model import tokenizer_hash
 from test_commands import check_one_line, run_main
-from data.registry import open_stream
 
 TEXTS = [[0, 3, 0, 1, 0, 3], [], [5], [0, 1, 0, 2, 1, 1], [4, 0]]  # after 0: 3 3 1 1 2; after 1: 0 0 1; after 2: 1; after 3: 0; after 4: 0
 
@@ -99,7 +99,7 @@ def test_file_holds_all_and_leaves_nothing_beside_it(saved, tokenizer):
 def test_another_tokenizer_is_refused(saved, tiny_target_path):
     other = PreTrainedTokenizerFast.from_pretrained(tiny_target_path)
     other.add_tokens(["<|new|>"])
-    command = f"python build_followers.py --model_path {tiny_target_path} .*{tokenizer_hash(other)}"
+    command = f"python -m commands.build_followers --model_path {tiny_target_path} .*{tokenizer_hash(other)}"
     message = rf"belongs to another tokenizer \(of ada/llama; .* build one: {command}"
     with pytest.raises(UserError, match=message):
         load_followers(saved, other)
@@ -108,7 +108,7 @@ def test_another_tokenizer_is_refused(saved, tiny_target_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no follower table at .*; build it: python build_followers.py"),
+        (None, "no follower table at .*; build it: python -m commands.build_followers"),
         (b"", "is broken or no .safetensors file .*; give a table's path, or build one: python"),
         (b'{"table": [[1, 2]]}', "is broken or no .safetensors file"),
     ],

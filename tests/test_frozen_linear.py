@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from toy_models import some_batch, tiny_llama
 from training import frozen_linear
 from training.frozen_linear import fast_linears
-from toy_models import some_batch, tiny_llama
 from tuned_llama import TunedLlama
 
 

@@ -12,18 +12,18 @@ from running.command_line import UserError, run
 
 import pytest
 
-from commands import build_followers
 import evaluate
 import evaluate_checkpoints
 import export_draft
 import generate_dataset
-from plotting import exits
 import train
+from commands import build_followers
+from commands.train_judge import open_mined
 from evaluate_checkpoints import finished_rows
+from plotting import exits
+from plotting.trees import machine
 from running.run_files import drop_later_rows, environment, read_config, record_run, write_text
 from test_commands import EVALUATION, check_one_line, exit_path, run_main, train_arguments  # noqa: F401 (a fixture)
-from commands.train_judge import open_mined
-from plotting.trees import machine
 
 
 @contextmanager

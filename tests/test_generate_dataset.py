@@ -13,14 +13,14 @@ from running.command_line import UserError
 import pytest
 
 import generate_dataset
+from data.registry import open_stream
+from data.row_files import SkipRow
 from data_utils import encode_prompt
 from decoding.sampling import SamplingPolicy
 from generate_dataset import Prompt, make_row, reading_flags
-from data.row_files import SkipRow
-from speculative import DecodeOptions, generate
 from models.target_model import DeviceArgs, eos_token_ids, load_target
+from speculative import DecodeOptions, generate
 from test_commands import check_one_line, run_main
-from data.registry import open_stream
 from toy_models import tiny_llama
 
 NUM_EXAMPLES, NEW_TOKENS = 30, 12

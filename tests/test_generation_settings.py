@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 
 import generate_dataset
 from models.generation_settings import UNAPPLIED, check_generation_config, unapplied
-from speculative import DecodeOptions, generate
 from models.target_model import DeviceArgs, eos_token_ids, load_target
+from speculative import DecodeOptions, generate
 from test_commands import check_one_line, run_main
 from toy_models import tiny_llama
 

@@ -113,7 +113,7 @@ def test_one_token_comes_with_the_prefill(target):
 
 @pytest.mark.parametrize("method", PEERS)
 def test_rounds_are_those_that_decoding_seconds_cover(target, method):
-    """DecodeStats: rounds and calls are after the prefill; sweep_settings.py divides decode_s by them."""
+    """DecodeStats: rounds and calls are after the prefill; commands/sweep_settings.py divides decode_s by them."""
     _, stats = hf(target, method)
     assert sum(len(r.tokens) for r in stats.rounds) == stats.timed
 

@@ -27,11 +27,11 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from running.hub import hub_errors
-from hub_endpoint import NO_ACCESS_TOKEN, TOKEN, Hub, Repository, hub_endpoint
-from data.row_files import SPLITS
-from test_datasets import FORMS, form_rows
 from data.registry import DATASETS
+from data.row_files import SPLITS
+from hub_endpoint import NO_ACCESS_TOKEN, TOKEN, Hub, Repository, hub_endpoint
+from running.hub import hub_errors
+from test_datasets import FORMS, form_rows
 
 SHARDS, ROWS = 3, 60  # of each split
 PARQUET = "data/{split}-{shard:05}-of-{shards:05}-a3ecf92756993583.parquet"

@@ -11,8 +11,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 
-from commands import evaluate_judge
-from commands import plot_judges
+from commands import evaluate_judge, plot_judges
 from plotting.parts import STYLE
 
 
@@ -53,7 +52,7 @@ def test_a_table_without_judges_or_intervals_is_drawn(tmp_path: Path):
 
 def test_files_are_written(tmp_path: Path, monkeypatch, capsys):
     synthetic_table().to_csv(tmp_path / "results.csv", index=False)
-    monkeypatch.setattr(sys, "argv", ["judge_plots.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["commands/plot_judges.py", str(tmp_path)])
     plot_judges.main()
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.suffix for path in paths] == [".png", ".pdf"] and all(path.stat().st_size > 1000 for path in paths)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training import judges
 from decoding.autojudge import LAW_FEATURES, Judge
+from models.target_model import Target
+from toy_models import near_copy, noisy_exit, tiny_llama
+from training import judges
 from training.judges import (
     Fitted,
     JudgeInfo,
@@ -27,8 +29,6 @@ from training.judges import (
     recall,
     save_judge,
 )
-from models.target_model import Target
-from toy_models import near_copy, noisy_exit, tiny_llama
 
 
 def some_tokens(count: int = 400, size: int = 6, per_prompt: int = 8, noise: float = 1.0) -> Labelled:

@@ -17,28 +17,25 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration, MistralConfig, Qwen2VLConfig
 
-from commands import benchmark_llava
-from data import llava as llava_dataset
-from models import llava_target
-from commands import pretrain_draft_model
-from commands import pretrain_llava
-from data import shapes
 import train
-from training import training_loop
 import tuned_llama
-from commands import validate_results
+from commands import benchmark_llava, pretrain_draft_model, pretrain_llava, validate_results
+from data import llava as llava_dataset
+from data import shapes
+from data.images import open_image, with_images
+from data.row_files import ExampleStream, SkipRow
 from data_utils import EncodeOptions, PaddedBatches, encode_prompt, encode_with_images, held_out_batches
 from engine.views import view_of
-from data.images import open_image, with_images
 from harness.image_prompts import ImageQuestion, as_prompt, drawn_questions, file_questions, folder_questions, readable
+from models import llava_target
 from models.llava_target import load_chat_tokenizer, load_llava, load_llava_draft, text_vocab_size
+from models.target_model import DeviceArgs, weights_hash
 from running.record_file import read_records
 from running.run_files import read_config
-from data.row_files import ExampleStream, SkipRow
 from speculative import DecodeOptions, generate
-from models.target_model import DeviceArgs, weights_hash
 from test_commands import check_one_line, run_main
 from test_tuning import time_little
+from training import training_loop
 from truncated_llama import TruncatedLlama, load_exit
 
 TINY = ["--dataset", "shapes", "--max_steps", "2", "--batch_size", "2", "--max_length", "160", "--num_threads", "1", "--device", "cpu"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from measuring import metrics
 from decoding.state import DecodeStats, RoundResult
+from measuring import metrics
 
 
 def run(*rounds: tuple[int, int]) -> DecodeStats:

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from data import registry
-from data_utils import BUCKET_BATCHES, EncodeOptions, PaddedBatches, Prefetched, held_out_by_source
-from data.row_files import ExampleStream, MixedStream
-from test_data_utils import equal, question_stream, text_stream
 from data.registry import DATASETS, check_mixture, fingerprint, open_mixture
+from data.row_files import ExampleStream, MixedStream
+from data_utils import BUCKET_BATCHES, EncodeOptions, PaddedBatches, Prefetched, held_out_by_source
+from test_data_utils import equal, question_stream, text_stream
 
 
 def hub_stream(count: int = 9) -> ExampleStream:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import decoding.verify as verify
-from engine import native
 from decoding.children import Chooser, Coupling, Nodes
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, draw_with_margin, policy_probs
 from decoding.tree import Tree
+from engine import native
 from toy_models import bigram_pair, decode, native_llama, noisy_exit
 
 POLICIES = [

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from engine import native
 from decoding.autojudge import TopK
 from decoding.children import Chooser, Nodes
 from decoding.common_sense import CommonSense
@@ -14,6 +13,7 @@ from decoding.sampling import Noise, SamplingPolicy, no_law, policy_probs
 from decoding.specexec import SpecExec
 from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES
+from engine import native
 from toy_models import decode, native_llama, noisy_exit, tiny_llama
 
 POLICIES = [SamplingPolicy(0.0), SamplingPolicy(1.0), SamplingPolicy(0.7, 20, 0.9)]

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 import decoding.drafting as drafting
-from engine import kv_cache
 import decoding.sampling as sampling
 import decoding.state as state
-from engine import static_llama
 import decoding.verify as verify
 import truncated_llama
 from decoding.sampling import Purpose, SamplingPolicy
+from engine import kv_cache, static_llama
 from engine.shared_exit import SharedExit
 from test_verify import check_enumeration, check_zero_is_never_accepted
 from toy_models import (

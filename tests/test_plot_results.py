@@ -12,15 +12,14 @@ import pandas as pd
 import pytest
 
 import benchmark
-from commands import plot_judges
-from commands import plot_results
-from plotting import exits
-from plotting import trees
-from commands import validate_results
-from harness.figures import needed_summaries
+from commands import plot_judges, plot_results, validate_results
 from commands.plot_results import latest_summaries, way_names
+from harness.figures import needed_summaries
+from plotting import exits, trees
 from test_commands import check_one_line, run_main
 from test_records import KINDS, OF_ALL, SHARED, run_record
+
+ROOT = Path(__file__).parent.parent
 
 CHECKED = {"correct_by_prompt": [True, False], "exact_match": 0.5}
 
@@ -86,7 +85,7 @@ def test_a_place_for_figures_that_is_none_gets_one_line(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("redraw", [exits.plot_results, exits.plot_step_times, plot_judges.plot_judges, trees.plot_trees])
 def test_a_file_where_the_plots_go_gets_one_line(tmp_path, monkeypatch, redraw):
     source = {"plot_results": "results/demo", "plot_step_times": "results/step_times", "plot_judges": "results/autojudge/greedy", "plot_trees": "results/trees/counts/exit-layer1-t0"}
-    folder = Path(shutil.copytree(Path(exits.__file__).parent / source[redraw.__name__], tmp_path / "results", ignore=shutil.ignore_patterns("plots")))
+    folder = Path(shutil.copytree(ROOT / source[redraw.__name__], tmp_path / "results", ignore=shutil.ignore_patterns("plots")))
     (folder / "plots").touch()
     with pytest.raises(UserError, match="cannot write to .*plots"):
         redraw(folder)

@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from plotting import capacity
 from measuring import metrics
-from plotting import parts as plot_parts
+from plotting import capacity
 from plotting import exits as plots
+from plotting import parts as plot_parts
 from truncated_llama import ExitKind
 
 ROOT = Path(__file__).parent.parent
@@ -667,10 +667,10 @@ def test_runs_as_a_command_without_torch(tmp_path: Path) -> None:
     """The module draws on machines without a model stack: a failing `torch` stands in its way."""
     (tmp_path / "torch.py").write_text("raise ImportError('plots must not import torch')")
     folder = write_synthetic(tmp_path / "synthetic", synthetic_table(kinds=()))
-    arguments = ["plots.py", str(folder)]
+    arguments = ["plotting/exits.py", str(folder)]
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = {arguments!r}; "
-        f"runpy.run_path({str(ROOT / 'plots.py')!r}, run_name='__main__')"
+        f"runpy.run_module('plotting.exits', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

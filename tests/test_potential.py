@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import evaluate
-from measuring import potential
+from data.registry import find_dataset
+from data.row_files import open_rows
 from decoding.sampling import SamplingPolicy, policy_probs
 from decoding.verify import coupled_agreement
+from measuring import potential
 from measuring.evaluation import EvaluationArgs
 from measuring.metrics import POTENTIAL_COLUMNS
 from measuring.potential import PotentialArgs, PotentialOptions, evaluate_examples, measure_potential
-from data.row_files import open_rows
+from measuring.round_costs import tokens_per_round
 from models.target_model import EMBEDDED_TARGET, DeviceArgs, Target, load_target, tokenizer_hash, weights_hash
 from test_commands import check_one_line, run_main
-from data.registry import find_dataset
 from toy_models import bigram_pair, context_free_pair, native_llama, noisy_exit, tiny_llama
 from truncated_llama import Exit, ExitInfo, ExitKind, save_exit
-from measuring.round_costs import tokens_per_round
 
 TEXTS = [[0, 3, 1, 1, 7, 2, 5], [4, 4], [6, 0, 2, 2, 1]]
 POLICY = SamplingPolicy(0.7, top_p=0.9)

@@ -12,7 +12,7 @@ import pytest
 
 from commands import validate_configs
 from harness.flags import Args
-from harness.presets import FOLDER, PresetArgs, as_draft, as_words, listing, preset_flags, read_presets, with_presets
+from harness.presets import ROOT, PresetArgs, as_draft, as_words, listing, preset_flags, read_presets, with_presets
 from test_commands import check_one_line, run_main
 
 MODELS = {
@@ -77,7 +77,7 @@ def test_a_typed_target_or_toy_takes_the_place_of_a_presets(folder):
 
 
 def test_the_embedded_pair_is_what_nobody_names():
-    embedded, exit_ = (os.path.relpath(FOLDER.parent / "assets" / name) for name in ("pydoc-llama-7m", "pydoc-llama-7m-exit/layer1.safetensors"))
+    embedded, exit_ = (os.path.relpath(ROOT / "assets" / name) for name in ("pydoc-llama-7m", "pydoc-llama-7m-exit/layer1.safetensors"))
     for words in ("", "--method vanilla", "--method_preset baseline"):
         args = parse_args(Args, with_presets(words.split()))
         assert (args.model_path, args.checkpoint, args.draft_model_path) == (embedded, exit_, None)

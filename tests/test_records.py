@@ -10,13 +10,13 @@ from running.command_line import UserError
 
 import pytest
 
-from running import record_file
 from commands import validate_results
-from harness.figures import MethodRun, needed_summaries, run_fields, summary_key
 from decoding.state import DecodeStats, RoundResult, TreeCounts
-from measuring.metrics import mcnemar_p, wilson_interval
-from running.record_file import RecordFile, read_records
+from harness.figures import MethodRun, needed_summaries, run_fields, summary_key
 from harness.schema import BOUNDS, FIELDS, SCHEMA_VERSION, TYPES, complaints, schema_table
+from measuring.metrics import mcnemar_p, wilson_interval
+from running import record_file
+from running.record_file import RecordFile, read_records
 from speculative import DecodeOptions
 from test_commands import check_one_line, run_main
 

@@ -11,13 +11,13 @@ from running.command_line import UserError
 import pytest
 import torch
 
-from training import pretraining
-from running import run_files
 from decoding.autojudge import Judge
 from measuring.followers import Followers, save_followers
-from training.judges import JudgeInfo, save_judge
+from running import run_files
 from running.run_files import in_one_step
 from toy_models import noisy_exit, tiny_llama
+from training import pretraining
+from training.judges import JudgeInfo, save_judge
 from training.training_loop import TrainingArgs, check_same_run, save_state
 from truncated_llama import ExitInfo, ExitKind, read_exit_info, save_exit
 

@@ -13,26 +13,26 @@ from running.command_line import UserError
 import pytest
 import torch
 
-from harness import flags as bench_args
 import benchmark
 import evaluate_checkpoints
 import generate_dataset
 import train
 from commands import train_judge
+from commands.train_judge import open_mined
+from data.registry import open_stream
+from decoding.growmap import chain, save_growmap
+from harness import flags as bench_args
+from harness.figures import MethodRun, key_of
 from harness.methods import NAMES, Subject, ways_of
 from harness.prompts import Prompt
-from harness.figures import MethodRun, key_of
 from harness.runs import Data, shared_inputs
-from decoding.growmap import chain, save_growmap
 from measuring.evaluation import NOT_SETTINGS, Draft
+from measuring.tree_plans import Fitted, coupling_identity
+from models.target_model import Target, eos_token_ids, load_target, text_facts
 from running.run_files import record_run
 from speculative import DecodeOptions
-from models.target_model import Target, eos_token_ids, load_target, text_facts
-from data.registry import open_stream
 from toy_models import noisy_exit
-from commands.train_judge import open_mined
 from training.training_loop import FREE_ON_RESUME, check_same_run
-from measuring.tree_plans import Fitted, coupling_identity
 
 FLAGS = {"model_path": "target", "out_dir": "out"}
 BENCH_SMALL = {"max_new_tokens": 8, "tree_budget": 6, "tree_depth": 2, "parallel_branches": 3, "num_threads": 1}

@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from measuring import metrics
-from engine import native
 from decoding.drafting import ChainRound
 from decoding.sampling import SamplingPolicy, policy_probs
-from engine.shared_exit import SharedExit
 from decoding.state import DecodeState, RoundResult
+from engine import native
+from engine.shared_exit import SharedExit
 from engine.static_llama import KEPT_WIDTHS, PREFILL_CHUNK, REACH_STEP, Span, Stack, StaticLlama
+from measuring import metrics
 from speculative import DecodeOptions, generate, generate_batch
 from toy_models import check_batch, chi_square_p, decode, native_llama, noisy_exit, random_text, same_layers, some_prompts, tiny_llama
 from truncated_llama import Exit, ExitForm, TruncatedLlama

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from data import shapes
-from training import tower_pretraining
+from data.registry import fingerprint, open_stream
 from data.shapes import COLOURS, NUM_ROWS, PLACES, SHAPES, SIZES, caption, draw, make_row, make_scene, named_shapes, names_all, parse, scene_key
 from test_commands import check_one_line, run_main
-from data.registry import fingerprint, open_stream
+from training import tower_pretraining
 from training.tower_pretraining import TRAITS, patch_labels, quarter_labels
 
 

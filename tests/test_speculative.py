@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from measuring import metrics
 from decoding.common_sense import CommonSense
 from decoding.dynamic_tree import DynamicTree
 from decoding.sampling import SamplingPolicy
 from decoding.specexec import SpecExec
 from decoding.state import DecodeState
+from measuring import metrics
 from speculative import DecodeOptions, _new_engine, generate, generate_batch
 from toy_models import (
     COUPLED_TREES,

@@ -14,12 +14,11 @@ from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralF
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import speculative
-from engine import native
-from engine import static_llama
-from engine.programs import Programs
 from decoding.sampling import Noise, SamplingPolicy
-from engine.shared_exit import SharedExit
 from decoding.state import DecodeState
+from engine import native, static_llama
+from engine.programs import Programs
+from engine.shared_exit import SharedExit
 from engine.static_llama import PREFILL_CHUNK, Head, Scatter, StaticLlama, why_unsupported
 from speculative import DecodeOptions, generate, generate_batch
 from toy_models import (

@@ -1,4 +1,4 @@
-"""sweep_settings.py from the command line: a row for every way to decode, the same prompts for all, and one clear line for every mistake."""
+"""commands/sweep_settings.py from the command line: a row for every way to decode, the same prompts for all, and one clear line for every mistake."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
+from commands.pretrain_draft_model import Args, make_model
 from data_utils import EncodeOptions, encode_example
 from models.llava_target import load_llava_config
-from commands.pretrain_draft_model import Args, make_model
 from models.target_model import ASSETS, DeviceArgs, load_config, load_target
 from toy_models import tiny_llama
 

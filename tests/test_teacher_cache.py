@@ -9,9 +9,9 @@ from running.command_line import UserError
 import pytest
 import torch
 
+from toy_models import some_batch, tiny_llama
 from training.losses import LOSS_TYPES
 from training.teacher_cache import TeacherCache, text_keys
-from toy_models import some_batch, tiny_llama
 from truncated_llama import Exit, ExitKind
 from tuned_llama import Objective, TunedLlama
 
@@ -134,7 +134,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("teacher_cache._write", full)
+    monkeypatch.setattr("training.teacher_cache._write", full)
     ids = torch.tensor([[1, 2]])
     with pytest.raises(UserError, match="No space left on device"):
         keep(cache, ids, torch.ones_like(ids), torch.randn(1, 2, 4))

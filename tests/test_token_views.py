@@ -11,9 +11,9 @@ from PIL import Image
 import evaluate
 from decoding.sampling import SamplingPolicy
 from decoding.state import DecodeStats, RoundResult
+from measuring.token_views import COLOURS, Card, Piece, as_ansi, as_html, card_of, kinds_of, legend, pieces, write_html, write_png
 from speculative import DecodeOptions, generate
 from test_commands import check_one_line, exit_path, run_main  # noqa: F401
-from measuring.token_views import COLOURS, Card, Piece, as_ansi, as_html, card_of, kinds_of, legend, pieces, write_html, write_png
 from toy_models import TREES, native_llama, noisy_exit
 
 

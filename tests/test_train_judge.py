@@ -15,15 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from commands import evaluate_judge
-from training import judge_mining
-from commands import train_judge
+from commands import evaluate_judge, train_judge
 from data.answers import final_answer, same_answer
 from decoding.sampling import policy_probs
-from training.judge_mining import LABEL_POLICY, Miner, Question, Reader, draft_labels
-from training.judges import load_judge
 from models.target_model import DeviceArgs, Target, load_target, tokenizer_hash, weights_hash
 from toy_models import native_llama, near_copy, noisy_exit, some_prompts
+from training import judge_mining
+from training.judge_mining import LABEL_POLICY, Miner, Question, Reader, draft_labels
+from training.judges import load_judge
 from truncated_llama import ExitInfo, ExitKind, TruncatedLlama, load_exit, save_exit
 
 MOST, END = 20, 3

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from training import training_loop
 from running.processes import Processes
 from running.run_files import read_csv_log
+from training import training_loop
 from training.training_loop import Learner, RunLog, StopRequest, TrainingArgs, TrainingTask, lr_factor, run_training, train_step
 from truncated_llama import read_exit_info
 

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
-from running import command_line
-
 import pandas as pd
 import pytest
 import torch
@@ -27,20 +25,21 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 import evaluate
-from measuring import evaluation
 import prove
 import train
-from training import training_loop
 import truncated_llama
 from data.arithmetic import make_problem
+from data.registry import open_stream
+from data.row_files import MixedStream
+from measuring import evaluation
+from models.target_model import load_tokenizer
+from running import command_line
 from running.processes import SHARDS_ON_CPU
 from running.run_files import read_csv_log
-from data.row_files import MixedStream
 from speculative import Generation
-from models.target_model import load_tokenizer
 from test_commands import check_one_line, run_main
 from test_training import wait_for_step
-from data.registry import open_stream
+from training import training_loop
 from truncated_llama import read_exit_info
 from tuned_llama import TunedLlama
 

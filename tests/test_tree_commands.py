@@ -6,14 +6,12 @@ import shutil
 import pandas as pd
 import pytest
 
-from commands import build_followers
-from commands import build_growmap
 import evaluate
 import evaluate_checkpoints
 import prove
-from commands import sweep_settings
-from measuring import tree_plans
+from commands import build_followers, build_growmap, sweep_settings
 from decoding.growmap import Growmap, chain, save_growmap
+from measuring import tree_plans
 from test_commands import EVALUATION, check_one_line, exit_path, run_main  # noqa: F401
 from test_tuning import time_little
 from toy_models import tiny_llama
@@ -159,7 +157,7 @@ def test_benchmark_of_all_trees(tiny_target_path, drafts, tmp_path, monkeypatch,
 
 def test_proof_finds_a_forgotten_compaction(tiny_target_path, tmp_path, monkeypatch, capsys):
     command = ["--model_path", tiny_target_path, *PROMPTS, "--out_dir", tmp_path / "bug"]
-    monkeypatch.setattr("decoding.static_llama.KeyValues.move", lambda self, row, source, start: None)
+    monkeypatch.setattr("engine.static_llama.KeyValues.move", lambda self, row, source, start: None)
     assert run_main(prove, command, monkeypatch) == 1
     assert "FAIL  tree" in capsys.readouterr().out
 
@@ -167,7 +165,7 @@ def test_proof_finds_a_forgotten_compaction(tiny_target_path, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method", "static_tree"], "--method static_tree needs --growmap; build_growmap.py"),
+        (["--method", "static_tree"], "--method static_tree needs --growmap; commands/build_growmap.py"),
         (["--method", "dynamic_tree", "--growmap", "GROWMAP"], "growmap.json belongs to --method static_tree"),
         (["--method", "static_tree", "--growmap", "GROWMAP", "--tree_budget", "16"], "--tree_budget 16 belongs to --method dynamic_tree or specexec"),
         (["--method", "dynamic_tree", "--commonsense_repair", "true"], "--commonsense_repair goes with --commonsense overwrite"),
@@ -181,7 +179,7 @@ def test_proof_finds_a_forgotten_compaction(tiny_target_path, tmp_path, monkeypa
         (["--method", "specexec", "--branch_prune_threshold", "2"], "--branch_prune_threshold 2.0: must lie between 0 and 1"),
         (["--method", "dynamic_tree", "--tree_depth", "500"], "context of the target is 512"),
         (["--tree_budget", "16"], "--tree_budget 16 belongs to --method dynamic_tree or specexec"),
-        (["--method", "dynamic_tree", "--commonsense", "exact"], "go together; build_followers.py"),
+        (["--method", "dynamic_tree", "--commonsense", "exact"], "go together; commands/build_followers.py"),
         (["--method", "dynamic_tree", "--commonsense", "exact", "--followers", "/no/table.safetensors"], "/no/table.safetensors"),
     ],
 )

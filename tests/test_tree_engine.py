@@ -16,23 +16,21 @@ from transformers import LlamaForCausalLM
 
 import speculative
 from decoding import tree_drafting
-from engine import kv_cache
-from engine import native
-from engine import static_llama
 from decoding.children import Coupling
 from decoding.common_sense import CommonSense
 from decoding.dynamic_tree import DynamicTree
 from decoding.growmap import Growmap, chain
-from engine.kv_cache import CachedModel
-from engine.programs import Programs
 from decoding.sampling import Noise, SamplingPolicy
-from engine.shared_exit import SharedExit
 from decoding.specexec import SpecExec
 from decoding.state import DecodeState, DecodeStats
-from engine.static_llama import KEPT_WIDTHS, Scatter, Stack, StaticLlama
 from decoding.static_tree import StaticTree
 from decoding.tree import Tree, ancestors
 from decoding.tree_drafting import ExitDraft, ModelDraft, TreeRound
+from engine import kv_cache, native, static_llama
+from engine.kv_cache import CachedModel
+from engine.programs import Programs
+from engine.shared_exit import SharedExit
+from engine.static_llama import KEPT_WIDTHS, Scatter, Stack, StaticLlama
 from speculative import DecodeOptions, _new_engine, generate
 from test_self_speculation import after_every_round
 from toy_models import (

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from PIL import Image
 
-from plotting import exits
-from plotting import trees as tree_plots
 from decoding.growmap import FORMAT, BestTrees, Growmap, chain, save_growmap
 from decoding.verify import TREE_RULES, VERIFICATIONS
 from measuring.tree_plans import TREE_METHODS
+from plotting import exits
+from plotting import trees as tree_plots
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("trees_by_size", "promised_tokens")
@@ -178,7 +178,7 @@ def test_head_says_what_is_recorded_of_the_run(tmp_path: Path, facts: dict | Non
 
 
 @pytest.mark.parametrize("text, complaint", [
-    (None, "no such file; give the output folder of sweep_settings.py"),
+    (None, "no such file; give the output folder of commands/sweep_settings.py"),
     ("", "not a table"),
     ("kind,target_layer\nhead,1\n", "has no columns method and batch"),
     ("method,batch,verification\nstatic_tree,1,mystery\n", "unknown verification 'mystery'; known: coupled"),
@@ -277,10 +277,10 @@ def test_runs_as_a_command_without_torch(tmp_path: Path):
     (tmp_path / "shape").mkdir()
     for path in (tmp_path / "shape/growmap.json", tmp_path / "other.json"):
         save_growmap(path, best_growmap(8))
-    arguments = ["tree_plots.py", str(folder), str(tmp_path / "shape"), str(tmp_path / "other.json")]
+    arguments = ["plotting/trees.py", str(folder), str(tmp_path / "shape"), str(tmp_path / "other.json")]
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = {arguments!r}; "
-        f"runpy.run_path({str(ROOT / 'tree_plots.py')!r}, run_name='__main__')"
+        f"runpy.run_module('plotting.trees', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

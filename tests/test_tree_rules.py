@@ -22,7 +22,6 @@ from decoding.best_first import Growth
 from decoding.children import Chooser, Coupling, Nodes
 from decoding.dynamic_tree import DynamicTree, dynamic_tree_round
 from decoding.growmap import Growmap
-from engine.kv_cache import CachedModel
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, policy_probs
 from decoding.specexec import SpecExec, specexec_round
 from decoding.state import DecodeState, RoundResult, TreeCounts
@@ -30,6 +29,7 @@ from decoding.static_tree import StaticTree, static_tree_round
 from decoding.tree import Tree
 from decoding.tree_drafting import TreeRound
 from decoding.verify import TREE_RULES, TreeRule
+from engine.kv_cache import CachedModel
 from toy_models import TOY_VOCAB, TREES, BigramModel, bigram_pair, chi_square_p, decode, transition_p
 
 EXACT = 1e-12

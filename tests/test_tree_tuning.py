@@ -15,9 +15,9 @@ from decoding.growmap import Growmap
 from decoding.sampling import SamplingPolicy
 from decoding.static_tree import StaticTree
 from decoding.verify import TREE_RULES
+from measuring.tree_fitting import OwnText, acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed
 from speculative import DecodeOptions, generate
 from toy_models import bigram_pair, native_llama, noisy_exit, some_prompts, tiny_llama
-from measuring.tree_fitting import OwnText, acceptance_by_rank, fit_coupling, fit_trust, mean_acceptance, own_texts, replayed
 from truncated_llama import TruncatedLlama
 
 POLICY = SamplingPolicy(0.8)

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 import decoding.drafting as drafting
-from measuring import machine_speed
 import tune
-from measuring import round_costs as tuning
 from decoding.sampling import SamplingPolicy, policy_probs
 from decoding.verify import VERIFICATIONS, expected_acceptance
+from measuring import machine_speed
+from measuring import round_costs as tuning
+from measuring.round_costs import Candidate, TimedLength, acceptance_along, frequent_tokens, round_costs, tokens_per_round
 from speculative import DecodeOptions
 from test_commands import check_one_line, run_main
 from test_export_draft import save_checkpoint, save_target
 from toy_models import BigramModel, bigram_pair, decode, noisy_exit, some_prompts, tiny_llama
 from truncated_llama import Exit
-from measuring.round_costs import Candidate, TimedLength, acceptance_along, frequent_tokens, round_costs, tokens_per_round
 
 SAMPLED = SamplingPolicy(0.7, top_p=0.95)
 DRAFTING = DecodeOptions("speculative", SAMPLED, max_new_tokens=400)

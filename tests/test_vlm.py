@@ -7,13 +7,12 @@ import time
 import pytest
 import torch
 
-from engine import static_llama
-from engine import views
-from models import llava_target
-from engine.programs import Programs
 from decoding.sampling import SamplingPolicy, policy_probs
+from engine import static_llama, views
+from engine.programs import Programs
 from engine.static_llama import Span, StaticLlama
 from engine.views import ImagePrompt, Shifted, View, forced_logits, view_of
+from models import llava_target
 from speculative import DecodeOptions, generate, generate_batch
 from test_planted_tree_bugs import plant
 from test_self_speculation import after_every_round

@@ -16,8 +16,8 @@ from decoding.growmap import Growmap
 from decoding.sampling import SamplingPolicy, policy_probs
 from decoding.specexec import SpecExec
 from decoding.state import DecodeStats, RoundResult
-from engine.static_llama import StaticLlama
 from decoding.static_tree import StaticTree
+from engine.static_llama import StaticLlama
 from speculative import DecodeOptions, generate, generate_batch
 from truncated_llama import Exit, ExitForm, TruncatedLlama
 

@@ -20,10 +20,10 @@ from torch import nn
 from data.answers import final_answer, same_answer
 from decoding.autojudge import law_features
 from decoding.sampling import Noise, Purpose, SamplingPolicy, draw, policy_probs
-from engine.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupported
 from decoding.verify import accepts
-from speculative import context_length
+from engine.static_llama import KEPT_WIDTHS, Parts, StaticLlama, why_unsupported
 from models.target_model import Target, eos_token_ids
+from speculative import context_length
 from truncated_llama import TruncatedLlama
 
 NO_ANSWER, TOO_LONG = "the target gives no answer", "too long for the context"

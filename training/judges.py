@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
 from decoding.autojudge import LAW_FEATURES, Judge
-from running.run_files import in_one_step, now
 from models.target_model import Target, tokenizer_hash, weights_hash
+from running.run_files import in_one_step, now
 from truncated_llama import TruncatedLlama
 
 FORMAT = "judge-1"
@@ -215,7 +215,7 @@ def read_judge_info(path: str | Path) -> JudgeInfo:
 
 
 def _read(path: str | Path) -> tuple[JudgeInfo, dict[str, torch.Tensor]]:
-    remedy = "give the path that train_judge.py printed last"
+    remedy = "give the path that commands/train_judge.py printed last"
     try:
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -238,7 +238,7 @@ def load_judge(path: str | Path, target: Target, draft: nn.Module) -> tuple[Judg
     for what, name in (("tokenizer", info.target_name), ("target", info.target_name), ("draft", info.draft_name)):
         stored, own = getattr(info, f"{what}_hash"), found[f"{what}_hash"]
         if stored != own:
-            raise UserError(f"{path} belongs to another {what} (that of {name}; hash {stored}, not {own}); use that one, or make a judge for this with train_judge.py")
+            raise UserError(f"{path} belongs to another {what} (that of {name}; hash {stored}, not {own}); use that one, or make a judge for this with commands/train_judge.py")
     try:
         layers = tuple((tensors[f"weight{number}"], tensors[f"bias{number}"]) for number in range(len(tensors) // 2 - 1))
         return Judge(tensors["mean"], tensors["scale"], layers, info.threshold, info.features).to(target.model.device), info

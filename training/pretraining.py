@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from running.processes import Processes
-from running.run_files import in_one_step, make_output_dir, record_run
+from data.registry import fingerprint
 from data.row_files import ExampleStream
 from models.target_model import tokenizer_hash
-from data.registry import fingerprint
+from running.processes import Processes
+from running.run_files import in_one_step, make_output_dir, record_run
 from training.training_loop import TrainingArgs, TrainingTask, check_same_run, only_writer, print_if_finished, run_training
 
 ADAM_BETAS = (0.9, 0.95)

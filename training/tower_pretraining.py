@@ -1,7 +1,7 @@
 """A vision tower's own lesson, before it becomes part of a LLaVA: every patch learns to tell what is in its quarter of a drawn image.
 
 LLaVA's towers come from CLIP, which learned from 400 million captioned images, and stay as they are. One that starts from nothing inside a LLaVA gets a useful gradient only
-once the language model looks at it, trait by trait and late (LOG.md). This lesson takes a minute.
+once the language model looks at it, trait by trait and late (docs/log.md). This lesson takes a minute.
 """
 
 from __future__ import annotations
