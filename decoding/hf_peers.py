@@ -75,7 +75,7 @@ def _check_laws(text: torch.Tensor, target: PreTrainedModel, assistant: PreTrain
     """Raise FloatingPointError where a model's logits behind `text` (1, T) are not finite: transformers would choose some token, or fail in torch."""
     for model, fault in ((target, NO_TARGET_LAW), (assistant, NO_DRAFT_LAW)):
         if model is not None:
-            check_logits(model(input_ids=text, use_cache=False).logits[:, -1], fault)
+            check_logits(model(input_ids=text, use_cache=False, logits_to_keep=1).logits, fault)
 
 
 def hf_decode(

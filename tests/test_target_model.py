@@ -64,18 +64,12 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_tensors_that_are_not_the_configurations_are_named(name, folder):
-    change, message = TENSORS[name]
-    change_tensors(folder, change)
-    with pytest.raises(UserError, match=message):
-        load_target(str(folder), CPU)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_configurations_that_are_not_the_tensors_are_named(name, folder):
-    change, message = CONFIGS[name]
-    change_config(folder, change)
+@pytest.mark.parametrize(
+    ("change_part", "change", "message"),
+    [pytest.param(part, *case, id=name) for part, cases in ((change_tensors, TENSORS), (change_config, CONFIGS)) for name, case in cases.items()],
+)
+def test_tensors_and_configurations_that_do_not_go_together_are_named(change_part, change, message, folder):
+    change_part(folder, change)
     with pytest.raises(UserError, match=message):
         load_target(str(folder), CPU)
 
